@@ -1,0 +1,317 @@
+"""A GPT and a classifier from the same blocks, with any attention mechanism in them.
+
+With `n_class = 0` the model is a decoder: causal attention, the next token at every position.
+With classes it is an encoder: attention in both directions, pooled to one label per text.
+
+Letters: B batch, T time, C channels, V vocabulary.
+"""
+
+import importlib
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import attention
+from configurator import UserError, choose, nearest
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 256  # tokens a query may see; the longest training text
+    vocab_size: int = 256
+    n_layer: int = 6
+    n_head: int = 6
+    n_embd: int = 384
+    dropout: float = 0.0
+    bias: bool = False  # in the linear layers and LayerNorm
+    pos: str = "rope"  # 'rope', 'learned' or 'sinusoidal'
+    norm: str = "rmsnorm"  # 'rmsnorm' or 'layernorm'
+    tie: bool = True  # the output layer is the token embedding
+    n_class: int = 0  # 0: a language model
+    pool: str = "mean"  # how a classifier sums up a text: 'mean', 'max' or 'first'
+    attention: str = "dense"  # 'dense', or a file beside this one without its .py
+    kernel: str = "auto"  # how attention is computed: see attention.KERNELS
+    options: dict = field(default_factory=dict)  # the mechanism's own, by name
+
+    @property
+    def causal(self):
+        return self.n_class == 0
+
+    def check(self):
+        """Raise UserError where a value is none of those that exist, or two do not fit."""
+        choose("pos", self.pos, ("rope", "learned", "sinusoidal"))
+        choose("norm", self.norm, ("rmsnorm", "layernorm"))
+        choose("pool", self.pool, ("mean", "max", "first"))
+        choose("kernel", self.kernel, attention.KERNELS)
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        step = 2 * self.n_head if self.pos == "rope" else self.n_head
+        if self.n_embd % step:
+            raise UserError(f"n_embd must be a multiple of {step} (n_head = {self.n_head}, pos = {self.pos}), got {self.n_embd}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+
+
+def mechanism(name):
+    """(class, default options) of the attention mechanism `name`: of `name`.py, or dense.
+
+    The options are the plain lower-case values at the top of the file. Raises UserError for a
+    name that is none of the mechanisms beside this file.
+    """
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    names = ["dense"] + [f.stem for f in files if f.stem != "attention" and "\nclass Attention(" in f.read_text("utf-8")]
+    choose("attention", name, names)
+    module = importlib.import_module("attention" if name == "dense" else name)
+    plain = (bool, int, float, str, list)
+    options = {key: value for key, value in vars(module).items() if key[0] != "_" and key.islower() and type(value) in plain}
+    return module.Attention, options
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) (Zhang and Sennrich 2019), without a gain: the next linear layer holds it."""
+
+    def forward(self, x):
+        return F.rms_norm(x, x.shape[-1:])
+
+
+class Layer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)): (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config, layer, attention_class):
+        super().__init__()
+        C = config.n_embd
+        norm = RMSNorm if config.norm == "rmsnorm" else lambda: nn.LayerNorm(C, bias=config.bias)
+        self.norm1, self.norm2 = norm(), norm()
+        self.attention = attention_class(config, layer)
+        self.up = nn.Linear(C, 4 * C, bias=config.bias)
+        self.down = nn.Linear(4 * C, C, bias=config.bias)
+        self.dropout = config.dropout
+
+    def forward(self, x, rotation=None, lengths=None, cache=None):
+        x = x + self.attention(self.norm1(x), rotation, lengths, cache)
+        y = self.down(F.gelu(self.up(self.norm2(x))))
+        return x + F.dropout(y, self.dropout, self.training)
+
+
+class GPT(nn.Module):
+    """Token embedding, positions, `n_layer` blocks, and a head over V tokens or n_class labels."""
+
+    def __init__(self, config):
+        super().__init__()
+        config.check()
+        self.config, C = config, config.n_embd
+        attention_class, defaults = mechanism(config.attention)
+        for name in config.options.keys() - defaults.keys():
+            raise UserError(f"{config.attention} has no option {name}{nearest(name, defaults)}")
+        config.options = {**defaults, **config.options}
+        self.embedding = nn.Embedding(config.vocab_size, C)
+        if config.pos == "learned":
+            self.positions = nn.Embedding(config.block_size, C)
+        self.layers = nn.ModuleList(Layer(config, n, attention_class) for n in range(config.n_layer))
+        self.norm = RMSNorm() if config.norm == "rmsnorm" else nn.LayerNorm(C, bias=config.bias)
+        self.head = nn.Linear(C, config.n_class or config.vocab_size, bias=not config.causal)
+        self.register_buffer("angles", torch.empty(0), persistent=False)
+        self.apply(self.initialise)
+        for layer in self.layers:  # so that the residual stream starts with the same size at any depth
+            for weight in (layer.attention.proj.weight, layer.down.weight):
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.n_layer))
+        if config.tie and config.causal:
+            self.head.weight = self.embedding.weight
+
+    @staticmethod
+    def initialise(module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+
+    def table(self, end):
+        """Cosines and sines of positions below `end`: (2, end, D / 2) for rope, D = C else; kept and grown."""
+        if self.angles.numel() == 0 or self.angles.size(1) < end:
+            size = self.config.n_embd // (self.config.n_head if self.config.pos == "rope" else 1)
+            length = max(self.config.block_size, 2 * end if end > self.config.block_size else 0)
+            self.angles = attention.rotations(torch.arange(length), size).float().to(self.embedding.weight.device)
+        return self.angles[:, :end]
+
+    def embed(self, idx, start=0):
+        """Tokens idx (B, T) at positions start, start + 1, ... -> (x (B, T, C), rotation or None).
+
+        Raises UserError where a position lies past what an absolute kind of position knows.
+        """
+        end, pos = start + idx.size(1), self.config.pos
+        x = self.embedding(idx)
+        if pos == "rope":
+            return x, self.table(end)[:, start:]
+        if end > self.config.block_size:
+            raise UserError(f"pos={pos} knows {self.config.block_size} positions (block_size); got a text of {end} tokens")
+        if pos == "learned":
+            return x + self.positions.weight[start:end], None
+        # Vaswani et al. 2017, section 3.5, cosines first; 0.02 sqrt(2) gives them the embedding's size
+        sinusoids = self.table(end)[:, start:].permute(1, 0, 2).flatten(1)[:, : self.config.n_embd]
+        return x + 0.02 * math.sqrt(2) * sinusoids.to(x.dtype), None
+
+    def forward(self, idx, targets=None, lengths=None, caches=None):
+        """Logits and loss.
+
+        idx: (B, T) token ids. A language model gives logits (B, T, V) and the mean cross-entropy
+        to targets (B, T), where -1 counts for nothing; without targets logits (B, 1, V) of the last
+        position. A classifier gives logits (B, n_class) and the loss to targets (B,).
+        lengths: (B,) tokens of each text, the rest is padding. caches: from `new_caches`; idx then
+        continues the text they hold. The loss is None without targets, and never holds `penalty`.
+        """
+        x, rotation = self.embed(idx, caches[0].length if caches else 0)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for n, layer in enumerate(self.layers):
+            x = layer(x, rotation, lengths, caches[n] if caches else None)
+        x = self.norm(x)
+        if not self.config.causal:
+            x = self.pool(x, lengths)
+        elif targets is None:
+            x = x[:, -1:]
+        logits = self.head(x)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), ignore_index=-1)
+
+    def pool(self, x, lengths=None):
+        """(B, T, C) -> (B, C) over each text's own tokens."""
+        if self.config.pool == "first":
+            return x[:, 0]
+        if lengths is None:
+            return x.mean(1) if self.config.pool == "mean" else x.amax(1)
+        padded = (torch.arange(x.size(1), device=x.device) >= lengths[:, None])[..., None]
+        if self.config.pool == "max":
+            return x.masked_fill(padded, -math.inf).amax(1)
+        return x.masked_fill(padded, 0).sum(1) / lengths[:, None]
+
+    def penalty(self):
+        """The mechanisms' term of the loss, summed over layers: a scalar tensor, or 0."""
+        return sum(layer.attention.penalty() for layer in self.layers)
+
+    # ---- what it costs ---------------------------------------------------------------------
+
+    def parameter_count(self):
+        return sum(p.numel() for p in self.parameters())
+
+    def work_per_token(self, T):
+        """Floating-point operations to train on one token of a text of T: 2 per multiply and add,
+        three times the forward pass, attention counted from each layer's plan."""
+        C, layers = self.config.n_embd, self.config.n_layer
+        linear = 12 * C * C * layers + (C * self.config.vocab_size if self.config.causal else 0)
+        pairs = sum(layer.attention.pairs(T) for layer in self.layers)
+        return 3 * 2 * (linear + 2 * C * pairs / T)
+
+    def activation_bytes(self, *batch):
+        """Bytes that the forward pass of a batch (forward's arguments) keeps for the backward pass."""
+        own = {p.data_ptr() for p in self.parameters()}
+        kept = {}
+
+        def pack(x):
+            if x.data_ptr() not in own:
+                kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            self(*batch)
+        return sum(kept.values())
+
+    def optimizer(self, learning_rate, weight_decay, betas):
+        """AdamW, fused; matrices decay, vectors do not."""
+        matrices = [p for p in self.parameters() if p.dim() >= 2]
+        others = [p for p in self.parameters() if p.dim() < 2]
+        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+
+    # ---- sampling --------------------------------------------------------------------------
+
+    def new_caches(self):
+        return [attention.Cache(layer.attention.reach() + 1) for layer in self.layers]
+
+    @torch.inference_mode()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+        """Yield max_new_tokens times the next token of each text, (B,), drawn from the model.
+
+        idx: (B, T) prompt, T >= 1. temperature 0 takes the likeliest; top_k > 0 and top_p < 1 keep
+        the k likeliest, and the fewest that hold the share p.
+
+        Past the block size rotary positions go on counting and each token sees the `block_size`
+        before it. Absolute positions end there: the text starts again at position 0 with the
+        latest half block.
+        """
+        block, absolute = self.config.block_size, self.config.pos != "rope"
+        caches, text = self.new_caches(), idx
+        feed = idx[:, -block:] if absolute else idx
+        for _ in range(max_new_tokens):
+            if absolute and caches[0].length == block:
+                caches, feed = self.new_caches(), text[:, -max(1, block // 2) :]
+            logits = self(feed, caches=caches)[0][:, -1].float()
+            feed = draw(logits, temperature, top_k, top_p, generator)[:, None]
+            if absolute:
+                text = torch.cat([text[:, -block:], feed], 1)
+            yield feed[:, 0]
+
+    def generate(self, idx, max_new_tokens, **how):
+        """idx (B, T) and max_new_tokens more, (B, T + max_new_tokens); see `stream`."""
+        return torch.cat([idx, *(token[:, None] for token in self.stream(idx, max_new_tokens, **how))], 1)
+
+
+def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """One token for each row of logits (B, V): (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if 0 < top_k < logits.size(-1):
+        smallest = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -math.inf)
+    p = torch.softmax(logits, -1)
+    if top_p < 1:
+        falling, order = p.sort(descending=True)
+        before = falling.cumsum(-1) - falling  # what the likelier tokens hold together
+        falling = falling.masked_fill(before >= top_p, 0)
+        falling[:, 0] = falling[:, 0].clamp(min=1e-30)  # the likeliest always stays
+        p = torch.zeros_like(p).scatter(-1, order, falling)
+    return torch.multinomial(p, 1, generator=generator)[:, 0]
+
+
+# ---- checkpoints -----------------------------------------------------------------------------
+
+
+def save(path, checkpoint):
+    """Write tensors and plain values so that `path` is at every moment whole: old or new."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".part")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"could not write {path}: {error.strerror}; what was there before is unchanged")
+
+
+def load(path, device="cpu", **changes):
+    """(model in evaluation mode, checkpoint) from a file that `train.py` wrote.
+
+    changes: fields of GPTConfig to set otherwise (kernel, dropout). Raises UserError where the
+    file is missing, damaged or none of ours.
+    """
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        config = GPTConfig(**{**checkpoint["model_config"], **changes})
+        state = checkpoint["model"]
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint at {path}; train one first: python train.py --out_dir={Path(path).parent}")
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        raise UserError(f"{path} is damaged or not a checkpoint of train.py ({reason}); is there another beside it?")
+    model = GPT(config)
+    model.load_state_dict(state)
+    return model.to(device).eval(), checkpoint

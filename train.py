@@ -1,0 +1,339 @@
+"""Train a language model or a classifier: python train.py [config/x.py] [--key=value ...]
+
+A run is a folder: config.json, log.jsonl (one object a line), ckpt.pt (the last state, from which
+--init_from=resume goes on), best.pt (the weights that did best on validation).
+"""
+
+import json
+import math
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+
+import hardware
+from configurator import UserError, choose, configure, run
+from dataset import Dataset, batches, scores
+from model import GPT, GPTConfig, load, mechanism, save
+
+# ---- settings: every name here is a key of the command line and of config files ---------------
+
+# the run
+out_dir = "out"
+init_from = "scratch"  # or 'resume': go on from out_dir/ckpt.pt
+seed = 1337  # of weights, dropout and the order of the data
+eval_only = False  # evaluate out_dir's best.pt and leave
+eval_test = False  # after training, open the test split, once, with the best weights
+eval_interval = 100  # steps between evaluations, each with a checkpoint
+eval_iters = 20  # batches of an evaluation while training, spread over the split; 0: the whole split
+patience = 0  # stop after so many evaluations without a better one; 0: never
+log_interval = 10
+wandb_log = False
+wandb_project = "attention"
+wandb_run_name = ""  # default: out_dir
+
+# the data
+dataset = "stdlib"  # a folder, or NAME for data/NAME
+task = ""  # 'lm': read a set of reviews as running text
+batch_size = 16  # texts of one forward pass
+gradient_accumulation_steps = 1  # forward passes of one step
+
+# the model: see GPTConfig in model.py
+block_size = 256
+n_layer = 4
+n_head = 4
+n_embd = 256
+dropout = 0.0
+bias = False
+pos = "rope"
+norm = "rmsnorm"
+tie = True
+pool = "mean"
+attention = "dense"
+kernel = "auto"
+
+# the optimiser: AdamW
+learning_rate = 2e-3  # small models bear more than nanoGPT's 6e-4
+min_lr = 2e-4
+max_iters = 400
+warmup_iters = 40
+decay_lr = True
+lr_schedule = "cosine"  # or 'linear'
+lr_decay_iters = 0  # steps until min_lr; 0: max_iters
+weight_decay = 0.1
+beta1 = 0.9
+beta2 = 0.99  # small batches: average the second moment over more of them
+grad_clip = 1.0  # largest norm of the gradient; 0: no limit
+
+# the machine
+device = "auto"
+dtype = "auto"  # of products: 'float32', 'bfloat16' or 'float16'
+compile = False  # torch.compile: needs a C++ compiler on a CPU, and minutes to start
+
+
+def rate(step):
+    """The learning rate of a step: linear warm-up, then cosine or linear decay to min_lr."""
+    if step < warmup_iters:
+        return learning_rate * (step + 1) / (warmup_iters + 1)
+    if not decay_lr:
+        return learning_rate
+    part = min(1.0, (step - warmup_iters) / max(1, (lr_decay_iters or max_iters) - warmup_iters))
+    falling = 0.5 * (1 + math.cos(math.pi * part)) if lr_schedule == "cosine" else 1 - part
+    return min_lr + falling * (learning_rate - min_lr)
+
+
+@torch.no_grad()
+def evaluate(model, data, split, count=0):
+    """Scores of a split as a dict of floats: loss in nats, and what else the task is judged by.
+
+    count: batches to look at, spread over the split; 0: all of them, in order.
+    """
+    was_training, total, seen, said, truth = model.training, 0.0, 0, [], []
+    model.eval()
+    for x, y, lengths in batches(data, split, batch_size, model.config.block_size).in_order(count):
+        x, y, lengths = to_device(x, y, lengths)
+        with hardware.autocast(device, dtype):
+            logits, loss = model(x, y, lengths)
+        n = (y != -1).sum().item()
+        total, seen = total + loss.item() * n, seen + n
+        if data.kind == "classify":
+            said.append(torch.softmax(logits.float(), -1)[:, -1].cpu())
+            truth.append(y.cpu())
+    model.train(was_training)
+    result = {"loss": total / seen}
+    if data.kind == "classify":
+        result |= scores(torch.cat(said), torch.cat(truth))
+    elif data.bytes_per_token(split):
+        result["bits_per_byte"] = result["loss"] / math.log(2) / data.bytes_per_token(split)
+    return result
+
+
+def to_device(*tensors):
+    return [t if t is None else t.to(device, non_blocking=True) for t in tensors]
+
+
+class Log:
+    """log.jsonl, and the terminal: one line that rewrites itself, or plain lines in a file."""
+
+    def __init__(self, folder, wandb):
+        self.file, self.wandb, self.live = open(folder / "log.jsonl", "a", encoding="utf-8"), wandb, sys.stdout.isatty()
+
+    def __call__(self, record, text, keep=False):
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        if self.wandb:
+            self.wandb.log({f"{record['split']}/{k}": v for k, v in record.items() if k != "split"}, step=record["step"])
+        width = shutil.get_terminal_size().columns - 1
+        print(f"\r{text[:width]:<{width}}" if self.live else text, end="" if self.live and not keep else "\n", flush=True)
+
+
+def start_wandb(settings):
+    if not wandb_log:
+        return None
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("wandb_log=True needs the package wandb: pip install wandb")
+    wandb.init(project=wandb_project, name=wandb_run_name or out_dir, config=settings)
+    return wandb
+
+
+def prepare_folder(folder):
+    """Make out_dir for a new run; an earlier run there is moved aside, not overwritten."""
+    if (folder / "log.jsonl").exists():
+        n = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
+        folder.rename(folder.with_name(f"{folder.name}.{n}"))
+        print(f"the earlier run in {folder} is now {folder}.{n}")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def mend_log(path, step):
+    """Drop what a resumed run will write again: lines after `step`, and a line cut by a crash."""
+    kept = []
+    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            pass
+    path.write_text("".join(kept), "utf-8")
+
+
+def say(result):
+    """Scores in words."""
+    units = {"loss": "{:.4f} nats", "bits_per_byte": "{:.4f}"}
+    return ", ".join(f"{name.replace('_', ' ')} {units.get(name, '{:.4f}').format(value)}" for name, value in result.items())
+
+
+def clock(seconds):
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+
+
+def build(data, settings, options):
+    """(model, checkpoint or None): new, or as out_dir holds it, which then decides the model's shape."""
+    if init_from == "resume" or eval_only:
+        model, checkpoint = load(Path(out_dir) / ("best.pt" if eval_only else "ckpt.pt"), device)
+        for key, value in {**settings, **options}.items():
+            before = {**checkpoint["settings"], **checkpoint["model_config"]}.get(key, value)
+            if before != value and key not in ("init_from", "eval_only", "eval_test"):
+                stays = key in checkpoint["model_config"] or key in options
+                print(f"resume: {key} {'stays' if stays else 'was'} {before!r}, {'not' if stays else 'is now'} {value!r}")
+        if checkpoint["source"] != data.meta["source"] or model.config.vocab_size != data.vocab_size:
+            raise UserError(f"{out_dir} was trained on other data than {data.folder} holds now ({checkpoint['source']}); give its dataset")
+        return model, checkpoint
+    torch.manual_seed(seed)
+    shape = {f.name: settings[f.name] for f in fields(GPTConfig) if f.name in settings}
+    return GPT(GPTConfig(**shape, vocab_size=data.vocab_size, n_class=len(data.classes), options=options)).to(device), None
+
+
+def main():
+    global device, dtype
+    settings, options = configure(globals(), more=lambda settings: mechanism(settings["attention"])[1])
+    choose("init_from", init_from, ("scratch", "resume"))
+    choose("lr_schedule", lr_schedule, ("cosine", "linear"))
+    for key in ("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval"):
+        if settings[key] < 1:
+            raise UserError(f"{key} must be at least 1, got {settings[key]}")
+    folder, data = Path(out_dir), Dataset(dataset, task)
+    device = hardware.pick_device(device)
+    model, checkpoint = build(data, settings, options)
+    dtype = hardware.pick_dtype(dtype, device)
+    peak = hardware.matmul_rate(device, dtype)
+    print(f"{device} ({torch.get_num_threads()} threads), products in {dtype}: {peak / 1e9:,.0f} GFLOP/s")
+    if eval_only:
+        for split in ["val"] + ["test"] * eval_test:
+            print(f"{split}: {say(evaluate(model, data, split))}")
+        return
+
+    optimizer = model.optimizer(learning_rate, weight_decay, (beta1, beta2))
+    scaler = torch.amp.GradScaler(device.split(":")[0], enabled=dtype == "float16")
+    state = {"step": 0, "evaluated": -1, "best": math.inf, "best_step": 0, "seconds": 0.0}
+    source = batches(data, "train", batch_size, block_size, seed)
+    x, y, lengths = (t if t is None else t[:1] for t in to_device(*source.batch(0)))
+    with hardware.autocast(device, dtype):
+        activations = batch_size * model.activation_bytes(x, y, lengths)
+    T, N = x.size(1), model.parameter_count()
+    print(f"{N:,} parameters, {model.work_per_token(T) / 1e6:,.1f} MFLOP a token of {T} to train, "
+          f"{16 * N / 2**20:,.0f} MiB of weights, gradients and AdamW, {activations / 2**20:,.0f} MiB of activations a batch")
+    if checkpoint:
+        state = checkpoint["state"]
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        torch.set_rng_state(checkpoint["random"].cpu())
+        if device.startswith("cuda") and "cuda_random" in checkpoint:
+            torch.cuda.set_rng_state(checkpoint["cuda_random"].cpu())
+        mend_log(folder / "log.jsonl", state["step"])
+        print(f"resume: from step {state['step']} of {max_iters}")
+    else:
+        prepare_folder(folder)
+    describe = {"settings": settings, "options": options, "device": device, "dtype": dtype, "parameters": N,
+                "source": data.meta["source"], "machine": hardware.describe()}
+    (folder / "config.json").write_text(json.dumps(describe, indent=1), "utf-8")
+    log = Log(folder, start_wandb(settings | options))
+
+    def snapshot(**more):
+        return {"model": model.state_dict(), "model_config": asdict(model.config), "settings": settings,
+                "source": data.meta["source"], "meta": data.meta, "state": state, **more}
+
+    def save_all():
+        random = {"random": torch.get_rng_state()}
+        if device.startswith("cuda"):
+            random["cuda_random"] = torch.cuda.get_rng_state()
+        save(folder / "ckpt.pt", snapshot(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), **random))
+
+    def evaluation():
+        """Validation, the log's line of it, and the checkpoints."""
+        result = evaluate(model, data, "val", eval_iters)
+        check_finite(result["loss"], "validation")
+        score = -result["accuracy"] if data.kind == "classify" else result["loss"]
+        better = score < state["best"]
+        state.update(evaluated=state["step"], **{"best": score, "best_step": state["step"]} if better else {})
+        health = [layer.attention.stats() for layer in model.layers]
+        record = {"step": state["step"], "split": "val", **result} | ({"stats": health} if any(health) else {})
+        log(record, f"step {state['step']}: val {say(result)}{' *' if better else ''}", keep=True)
+        if better:
+            save(folder / "best.pt", snapshot())
+        save_all()
+
+    def check_finite(loss, where):
+        if not math.isfinite(loss):
+            raise UserError(f"the {where} loss is {loss} at step {state['step']}: stopped; {folder / 'ckpt.pt'} is from "
+                            "before; try a lower learning_rate, a smaller grad_clip or dtype=float32")
+
+    stop = []
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
+    forward = compiled(model) if compile else model
+    model.train()
+    start, since, tokens, work = time.perf_counter() - state["seconds"], time.perf_counter(), 0, 0.0
+    while not stop:
+        step = state["step"]
+        if (step % eval_interval == 0 or step >= max_iters) and state["evaluated"] != step:
+            before = time.perf_counter()
+            evaluation()
+            since += time.perf_counter() - before
+        if step >= max_iters or (patience and step - state["best_step"] >= patience * eval_interval):
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step)
+        total = 0.0
+        for micro in range(gradient_accumulation_steps):
+            batch = source.batch(step * gradient_accumulation_steps + micro)
+            x, y, lengths = to_device(*batch)
+            with hardware.autocast(device, dtype):
+                _, loss = forward(x, y, lengths)
+            total = total + loss.detach() / gradient_accumulation_steps
+            scaler.scale((loss + model.penalty()) / gradient_accumulation_steps).backward()
+            n = x.numel() if lengths is None else int(batch[2].sum())
+            tokens, work = tokens + n, work + x.numel() * model.work_per_token(x.size(1))
+        if step % log_interval == 0 or device == "cpu":
+            check_finite(float(total), "training")
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        state["step"] = step + 1
+        if step % log_interval == 0:
+            loss, norm = float(total), float(norm)  # waits for the device, so the clock is right
+            now = time.perf_counter()
+            speed, share = tokens / (now - since), work / (now - since) / peak
+            since, tokens, work, state["seconds"] = now, 0, 0.0, now - start
+            left = state["seconds"] / (step + 1) * (max_iters - step - 1)
+            record = {"step": step, "split": "train", "loss": loss, "lr": rate(step), "grad_norm": norm,
+                      "tokens_per_second": speed, "matmul_share": share, "seconds": state["seconds"]}
+            log(record, f"step {step}/{max_iters}: loss {loss:.4f}, {speed:,.0f} tokens/s, "
+                f"{share:.0%} of the matmul rate, {clock(left)} left")
+    state["seconds"] = time.perf_counter() - start
+    if stop:
+        save_all()
+        print(f"\nstopped at step {state['step']}, saved; go on with --init_from=resume")
+        return 128 + stop[0]
+    finish(model, data, folder, log, state)
+
+
+def finish(model, data, folder, log, state):
+    """The scores that count: of the best weights, over whole splits; the test split only on request."""
+    best, _ = load(folder / "best.pt", device)
+    for split in ["val"] + ["test"] * eval_test:
+        result = evaluate(best, data, split)
+        log({"step": state["best_step"], "split": split, "whole": True, **result},
+            f"best weights (step {state['best_step']}), whole {split} split: {say(result)}", keep=True)
+    print(f"{clock(state['seconds'])} in all; sample with: python sample.py --out_dir={folder}")
+
+
+def compiled(model):
+    """The model through torch.compile; on a CPU that needs a C++ compiler."""
+    compilers = [c for c in ("c++", "g++", "clang++", "cl") if shutil.which(c)]
+    if device == "cpu" and not compilers:
+        raise UserError("compile=True needs a C++ compiler on a CPU and found none; install g++, or leave it False")
+    return torch.compile(model)
+
+
+if __name__ == "__main__":
+    run(main)
