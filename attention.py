@@ -26,8 +26,9 @@ from torch.autograd.function import once_differentiable
 # nothing else stays finite, and on CPUs exp(-inf) takes two to three times as long.
 FLOOR = -1e4
 
-# Elements of one tile of scores in the engine on a CPU: a few of these fit the cache.
-TILE = 2**19
+# Elements of one tile of scores in the engine: of bfloat16 on a CPU some fit the shared cache, and
+# fewer are slower, since every operation costs microseconds to start.
+TILE = 2**21
 
 KERNELS = ("auto", "engine", "sdpa", "reference")
 
@@ -67,12 +68,10 @@ class Attention(nn.Module):
 
     def bias(self, i, j):
         """The mask in log space, (H or 1, len(i), len(j)), for positions i and j (LongTensors)."""
-        distance = i[:, None] - j[None, :]
-        if self.causal:
-            kept = (distance >= 0) & (distance < self.block_size)
-        else:
-            kept = torch.ones_like(distance, dtype=torch.bool)
-        return torch.zeros(kept.shape, device=i.device).masked_fill(~kept, -math.inf)[None]
+        if not self.causal:
+            return torch.zeros(1, len(i), len(j), device=i.device)
+        distance = i[:, None] - j[None]
+        return torch.where((distance >= 0) & (distance < self.block_size), 0.0, -math.inf)[None]
 
     def plan(self, T):
         """Parts of blocks that cover every kept pair of a text of T tokens exactly once.
@@ -80,7 +79,7 @@ class Attention(nn.Module):
         Within a part a query of a head stands in one block. Where there is one part, that block
         holds all its keys; several parts are joined by log-sum-exp.
         """
-        n = 64 if T <= 512 else 256
+        n = 64 if T <= 256 else 128 if T <= 1024 else 256  # small enough to skip most of the future
         part = []
         for a in range(0, T, n):
             b = min(a + n, T)
@@ -121,7 +120,7 @@ class Attention(nn.Module):
         j = torch.arange(k.size(2), device=q.device) if j is None else j
         scores = q @ k.transpose(2, 3) / math.sqrt(q.size(3)) + self.bias(i, j).to(q.dtype)
         if lengths is not None:
-            scores = scores.masked_fill(j >= lengths[:, None, None, None], -math.inf)
+            scores = scores.masked_fill(j >= lengths[:, None, None, None], FLOOR)  # finite: padding may see only padding
         return self.reweigh(torch.softmax(scores, -1, dtype=q.dtype))
 
     def attend(self, q, k, v, lengths=None):
@@ -160,19 +159,17 @@ class Attention(nn.Module):
         lengths: (B,), see `weights`. cache: a `Cache`; x then continues the text it holds.
         """
         B, T, C = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.n_head, self.head_size).permute(2, 3, 0, 1, 4)
-        q, k, v = (each.transpose(0, 1) for each in split_heads(qkv, rotation))  # (B, H, T, D)
-        with torch.autocast(x.device.type, enabled=False):
-            if cache is None:
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, self.head_size).permute(2, 0, 3, 1, 4)
+        q, k, v = split_heads(qkv, rotation)  # (B, H, T, D)
+        if cache is None or cache.length == 0:
+            if cache is not None:
+                cache.extend(k, v)
+            with torch.autocast(x.device.type, enabled=False):
                 y = self.attend(q, k, v, lengths)
-            else:
-                start = cache.length
-                keys, values, j = cache.extend(k, v)
-                if start == 0:
-                    y = self.attend(q, k, v)
-                else:
-                    i = torch.arange(start, start + T, device=x.device)
-                    y = self.weights(q, keys, i, j) @ values
+        else:
+            i = torch.arange(cache.length, cache.length + T, device=x.device)
+            keys, values, j = cache.extend(k, v)
+            y = self.weights(q, keys, i, j) @ values
         return F.dropout(self.proj(y.transpose(1, 2).reshape(B, T, C)), self.dropout, self.training)
 
     def pairs(self, T):
@@ -207,7 +204,7 @@ def rotations(positions, head_size, base=10000.0):
 class Rotate(torch.autograd.Function):
     """Rotary positions on q and k, and the engine's memory order, in two passes.
 
-    qkv (3, H, B, T, D) with any strides -> the same, contiguous, with dimensions d and d + D / 2
+    qkv (3, B, H, T, D) with any strides -> the same, contiguous, with dimensions d and d + D / 2
     of q and k turned by the angle. By hand because autograd would keep and pad every half.
     """
 
@@ -234,10 +231,12 @@ class Rotate(torch.autograd.Function):
 
 
 def split_heads(qkv, rotation=None):
-    """q, k, v, each (H, B, T, D) and contiguous, from a (3, H, B, T, D) view; q and k rotated."""
+    """q, k, v, each (B, H, T, D) and contiguous, from a (3, B, H, T, D) view; q and k rotated."""
     if rotation is None:
         return qkv.contiguous().unbind(0)
-    return Rotate.apply(qkv, *rotation.to(qkv.dtype)).unbind(0)
+    cos, sin = rotation.to(qkv.dtype).unbind(0)
+    turn = Rotate.apply if torch.is_grad_enabled() else Rotate.turn  # apply costs a decoding step 5 %
+    return turn(qkv, cos, sin).unbind(0)
 
 
 # ---- cache ---------------------------------------------------------------------------------
@@ -250,26 +249,33 @@ class Cache:
         self.size, self.length = size, 0  # length: tokens seen so far, kept or not
 
     def extend(self, k, v):
-        """Append k, v (B, H, T, D). Returns the keys and values that the new tokens may need,
-        (B, H, m, D) in any order, and their positions (m,)."""
+        """Append k, v (B, H, T, D), from position `length` on.
+
+        Returns the keys and values that the new tokens may need, (B, H, m, D) in any order, and
+        their positions (m,).
+        """
         T, start = k.size(2), self.length
+        new = torch.arange(start, start + T, device=k.device)
         if start == 0:
             self.k, self.v = (x.new_empty(*x.shape[:2], self.size, x.size(3)) for x in (k, v))
             self.positions = torch.empty(self.size, dtype=torch.long, device=k.device)
-        n = min(start, self.size)
-        old = self.k[:, :, :n], self.v[:, :, :n], self.positions[:n]
-        new = torch.arange(start, start + T, device=k.device)
-        if start and T > 1:  # the first new token may need what the last one overwrites
-            both = torch.cat([old[0], k], 2), torch.cat([old[1], v], 2), torch.cat([old[2], new])
-        slots = new[-self.size :] % self.size
-        self.k.index_copy_(2, slots, k[:, :, -self.size :])
-        self.v.index_copy_(2, slots, v[:, :, -self.size :])
-        self.positions[slots] = new[-self.size :]
+        held = min(start, self.size)
+        every = [self.k[:, :, :held], self.v[:, :, :held], self.positions[:held]]
+        if T > 1:  # together before the ring is written: the first new token may need what the last displaces
+            every = [torch.cat([every[0], k], 2), torch.cat([every[1], v], 2), torch.cat([every[2], new])]
+        first = max(0, T - self.size)  # of the new ones, the first that stays
+        while first < T:
+            slot = (start + first) % self.size
+            last = min(T, first + self.size - slot)
+            self.k[:, :, slot : slot + last - first] = k[:, :, first:last]
+            self.v[:, :, slot : slot + last - first] = v[:, :, first:last]
+            self.positions[slot : slot + last - first] = new[first:last]
+            first = last
         self.length += T
-        if start and T > 1:
-            return both
-        n = min(self.length, self.size)
-        return self.k[:, :, :n], self.v[:, :, :n], self.positions[:n]
+        if T > 1:
+            return every
+        held = min(self.length, self.size)
+        return self.k[:, :, :held], self.v[:, :, :held], self.positions[:held]
 
 
 # ---- the engine ----------------------------------------------------------------------------
@@ -282,25 +288,33 @@ def engine(layer, q, k, v, lengths=None, dropout=0.0):
     q, k, v: (B, H, T, D); lengths: (B,) or None. O(T) memory: one tile of scores lives at a time
     and is computed again in the backward pass. First derivatives only.
     """
-    q, k, v = (x.transpose(0, 1).contiguous() for x in (q, k, v))  # head-major: heads are slices
+    parts, (B, H) = layer.plan(q.size(2)), q.shape[:2]
+    first = torch.zeros(1, dtype=torch.long, device=q.device)
+    if layer.bias(first, first).size(0) == 1 and all(len(block.heads) == H for part in parts for block in part):
+        # Heads that share everything are only more examples: no copy into another order.
+        parts = [[block._replace(heads=range(1)) for block in part] for part in parts]
+        lengths = lengths.repeat_interleave(H) if lengths is not None else None
+        pack, unpack = (lambda x: x.contiguous().view(1, B * H, *x.shape[2:])), (lambda x: x.view(B, H, *x.shape[2:]))
+    else:
+        pack, unpack = (lambda x: x.transpose(0, 1).contiguous()), (lambda x: x.transpose(0, 1))
     seed = int(torch.randint(2**62, ())) if dropout else 0  # of the global stream: resume repeats it
     parameters = [p for p in layer.mask_parameters() if p.requires_grad]
-    return Engine.apply(layer, q, k, v, lengths, dropout, seed, *parameters).transpose(0, 1)
+    return unpack(Engine.apply(layer, parts, pack(q), pack(k), pack(v), lengths, dropout, seed, *parameters))
 
 
 class Engine(torch.autograd.Function):
     """Here q, k, v are (H, B, T, D); a tile takes (h b, n, D) and (h b, m, D) out of them."""
 
     @staticmethod
-    def forward(ctx, layer, q, k, v, lengths, dropout, seed, *parameters):
-        walk = Walk(layer, q, lengths, dropout, seed)
-        out = torch.zeros_like(q, dtype=wide(q) if walk.joined else None)
+    def forward(ctx, layer, parts, q, k, v, lengths, dropout, seed, *parameters):
+        walk = Walk(layer, parts, q, lengths, dropout, seed)
+        out = torch.zeros_like(v, dtype=wide(v)) if walk.joined else torch.empty_like(v)
         lse = out.new_full((*q.shape[:3], 1), -math.inf) if walk.joined else None
         for tile in walk:
-            s, values = tile.scores(q, k), tile.take(v, tile.keys)
+            s, values = tile.scores(tile.take(q, tile.queries), tile.take(k, tile.keys)), tile.take(v, tile.keys)
             if not walk.joined:
-                p = layer.reweigh(torch.softmax(s, -1))
-                tile.add_product(out, tile.queries, tile.drop(p), values)
+                p = layer.reweigh(torch.softmax(s, -1, out=s))
+                tile.put_product(out, tile.queries, tile.drop(p), values)
                 continue
             # A query's other keys stand in other parts: weigh what was there against what came.
             here = s.to(lse.dtype).logsumexp(-1, keepdim=True)
@@ -310,9 +324,9 @@ class Engine(torch.autograd.Function):
             y = tile.take(out, tile.queries) * (before - total).exp() + y * (here - total).exp()
             tile.put(out, tile.queries, y)
             tile.put(lse, tile.queries, total)
-        out = out.to(q.dtype)
+        out = out.to(v.dtype)
         ctx.save_for_backward(q, k, v, lengths, lse, out if walk.joined else None, *parameters)
-        ctx.layer, ctx.dropout, ctx.seed = layer, dropout, seed
+        ctx.layer, ctx.parts, ctx.dropout, ctx.seed = layer, parts, dropout, seed
         return out
 
     @staticmethod
@@ -320,32 +334,33 @@ class Engine(torch.autograd.Function):
     def backward(ctx, grad):
         q, k, v, lengths, lse, out, *parameters = ctx.saved_tensors
         layer, grad, scale = ctx.layer, grad.contiguous(), q.size(-1) ** -0.5
-        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        walk = Walk(layer, q, lengths, ctx.dropout, ctx.seed, parameters)
+        dq, dk, dv = torch.zeros_like(q) if out is not None else torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        walk = Walk(layer, ctx.parts, q, lengths, ctx.dropout, ctx.seed, parameters)
         if walk.joined:  # sum of p dp over a whole row, which no tile sees
             delta = (grad.to(lse.dtype) * out).sum(-1, keepdim=True)
         for tile in walk:
-            s, g = tile.scores(q, k), tile.take(grad, tile.queries)
+            queries, keys, g = tile.take(q, tile.queries), tile.take(k, tile.keys), tile.take(grad, tile.queries)
+            s = tile.scores(queries, keys)
             if walk.joined:
                 p = (s - tile.take(lse, tile.queries)).exp().to(s.dtype)
             else:
-                p = torch.softmax(s, -1)
+                p = torch.softmax(s, -1, out=s)
             used, dp = p, tile.drop(torch.bmm(g, tile.take(v, tile.keys).mT))
             if walk.reweighs:
                 with torch.enable_grad():
                     used = layer.reweigh(p.requires_grad_())
                 (dp,) = torch.autograd.grad(used, p, dp)
                 p, used = p.detach(), used.detach()
-            tile.add_product(dv, tile.keys, tile.drop(used).mT, g)
+            tile.put_product(dv, tile.keys, tile.drop(used).mT, g, add=True)
             if walk.joined:
                 ds = (dp - tile.take(delta, tile.queries)).to(p.dtype) * p
             else:
-                ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-            tile.add_product(dq, tile.queries, ds, tile.take(k, tile.keys), scale)
-            tile.add_product(dk, tile.keys, ds.mT, tile.take(q, tile.queries), scale)
+                ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
+            tile.put_product(dq, tile.queries, ds, keys, scale, add=walk.joined)
+            tile.put_product(dk, tile.keys, ds.mT, queries, scale, add=True)
             tile.add_bias_gradient(ds)
         walk.finish()
-        return None, dq, dk, dv, None, None, None, *walk.gradients
+        return None, None, dq, dk, dv, None, None, None, *walk.gradients
 
 
 def wide(x):
@@ -356,9 +371,8 @@ def wide(x):
 class Walk:
     """The tiles of a plan in order, each with its slice of a bias and its dropout."""
 
-    def __init__(self, layer, q, lengths, dropout, seed, parameters=()):
+    def __init__(self, layer, parts, q, lengths, dropout, seed, parameters=()):
         self.layer, self.q, self.parameters, self.dropout = layer, q, parameters, dropout
-        parts = layer.plan(q.size(2))
         self.joined, self.blocks = len(parts) > 1, [block for part in parts for block in part]
         self.reweighs = type(layer).reweigh is not Attention.reweigh
         if self.joined and self.reweighs:
@@ -399,7 +413,7 @@ class Walk:
                 where = slice(len(queries)), slice(start, start + len(keys))
             else:
                 strip, where = Strip(self, heads, queries, keys), (slice(None), slice(None))
-            rows = max(1, (TILE if self.q.device.type == "cpu" else 2**28) // (len(queries) * len(keys)))
+            rows = max(1, (TILE if self.q.device.type == "cpu" else 128 * TILE) // (len(queries) * len(keys)))
             n_heads, n_batch = (rows // B, B) if rows >= B else (1, rows)
             for h in range(heads.start, heads.stop, n_heads):
                 for b in range(0, B, n_batch):
@@ -422,8 +436,8 @@ class Strip:
         i, j = (torch.as_tensor(x, device=walk.q.device) for x in (i, j))
         with torch.set_grad_enabled(len(walk.parameters) > 0):
             self.live = walk.layer.bias(i, j)
-        if self.live.size(0) > 1:
-            self.live = self.live[heads.start : heads.stop]
+            if self.live.size(0) > 1:
+                self.live = self.live[heads.start : heads.stop]
         self.value = self.live.detach().clamp(min=FLOOR).to(walk.q.dtype)
         self.gradient = torch.zeros_like(self.value, dtype=wide(self.value)) if walk.parameters else None
 
@@ -449,32 +463,39 @@ class Tile:
         self.bias_gradient = strip.gradient[own, *where] if strip.gradient is not None else None
         self.shape = heads.stop - heads.start, batch.stop - batch.start, len(queries), len(keys)
 
-    def take(self, x, positions):
-        """x (H, B, T, E) at this tile's heads and examples and at `positions`: (h b, n, E)."""
+    def at(self, x, positions):
+        """x (H, B, T, E) at this tile's heads and examples and at `positions`: (h b, n, E), of a
+        range a view."""
         x = x[self.heads, self.batch].flatten(0, 1)
         if isinstance(positions, range):
             return x[:, positions.start : positions.stop : positions.step]
         return x[:, positions]
 
+    def take(self, x, positions):
+        """`at`, contiguous: a product would copy a strided operand each time it is used."""
+        return self.at(x, positions).contiguous()
+
     def put(self, x, positions, y):
-        """Write y (h b, n, E) where `take` reads."""
+        """Write y (h b, n, E) at the places of `at`."""
         if isinstance(positions, range):
-            self.take(x, positions).copy_(y)
+            self.at(x, positions).copy_(y)
         else:
             x[self.heads, self.batch].flatten(0, 1).index_copy_(1, positions, y.to(x.dtype))
 
-    def add_product(self, x, positions, a, b, scale=1.0):
-        """Add scale * a @ b to x where `take` reads, in place."""
+    def put_product(self, x, positions, a, b, scale=1.0, add=False):
+        """Write scale * a @ b at the places of `at`, or add it to what is there."""
         if isinstance(positions, range):
-            self.take(x, positions).baddbmm_(a, b, alpha=scale)
-        else:
+            self.at(x, positions).baddbmm_(a, b, alpha=scale, beta=float(add))
+        elif add:
             x[self.heads, self.batch].flatten(0, 1).index_add_(1, positions, torch.bmm(a, b), alpha=scale)
+        else:
+            self.put(x, positions, scale * torch.bmm(a, b))
 
-    def scores(self, q, k):
-        """q k^T / sqrt(D) + bias, (h b, n, m)."""
+    def scores(self, queries, keys):
+        """queries keys^T / sqrt(D) + bias, (h b, n, m)."""
         h, b, n, m = self.shape
         bias = self.bias[:, None].expand(h, b, n, m).reshape(h * b, n, m)
-        s = torch.baddbmm(bias, self.take(q, self.queries), self.take(k, self.keys).mT, alpha=q.size(-1) ** -0.5)
+        s = torch.baddbmm(bias, queries, keys.mT, alpha=queries.size(-1) ** -0.5)
         if self.walk.padding is not None:
             s.view(self.shape).add_(self.take_padding())
         return s

@@ -1,11 +1,14 @@
-"""Settings of a script: a config file and --key=value, onto the script's own globals.
+"""Settings of a script: config files and --key=value, onto the script's own globals.
 
 `python train.py config/x.py --batch_size=8` runs the file's assignments and then sets the key;
 what stands later on the line wins. Keys are the plain lower-case names at the top of the script.
+A config file is Python: it may read the settings made so far, import, and compute; names that
+begin with _ are its own.
 """
 
 import ast
 import difflib
+import os
 import sys
 import traceback
 import types
@@ -18,15 +21,28 @@ class UserError(Exception):
     """Something the user can mend: the message says what was expected, what came, what to do."""
 
 
-def run(main):
-    """Call a script's main; a UserError becomes one line on stderr and exit code 2."""
+def run(main, stopped="stopped"):
+    """Call a script's `main` and leave with what it returns. What the user or the system did wrong
+    becomes one line on stderr and exit code 2; Ctrl-C the line `stopped` and 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows ? for it
+    name = Path(sys.argv[0]).name
     try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = main()
+        sys.stdout.flush()  # here, where a reader that has gone is no traceback
+        sys.exit(code)
+    except BrokenPipeError:  # `sample.py | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except ModuleNotFoundError as error:
+        line, code = f"{error.name} is not installed: pip install {error.name}", 2
+    except (UserError, OSError) as error:
+        line, code = str(error), 2
     except KeyboardInterrupt:
-        sys.exit(130)
+        line, code = stopped, 130
+    print(f"{name}: {line}", file=sys.stderr)
+    sys.exit(code)
 
 
 def nearest(name, names):
@@ -47,7 +63,7 @@ def configure(script, arguments=None, more=None):
     arguments: the command line (default sys.argv[1:]). more: called with all settings, returns
     further keys with their defaults (a mechanism's options, which depend on the mechanism chosen).
     Returns (the script's settings, the further keys' values). Raises UserError for an unknown key
-    or a value of another type.
+    or a value of another type; nothing is set then.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     defaults = {key: value for key, value in script.items() if key.islower() and key[0] != "_" and type(value) in PLAIN}
@@ -56,26 +72,29 @@ def configure(script, arguments=None, more=None):
         print("\n".join(f"  {key} = {value!r}" for key, value in defaults.items()))
         sys.exit(0)
     assigned = []  # (key, value, where), in the order of the line
+    settings = dict(defaults)
+
+    def assign(key, value, where):
+        assigned.append((key, value, where))
+        if key in defaults:
+            settings[key] = typed(key, value, defaults[key], where)
+
     for argument in arguments:
         if argument.startswith("--") and "=" in argument:
             key, value = argument[2:].split("=", 1)
-            assigned.append((key, Text(value), f"--{key}"))
+            assign(key, Text(value), f"--{key}")
         elif argument.startswith("-"):
             raise UserError(f"expected --key=value or a config file, got {argument!r}")
         else:
-            now = {**defaults, **{key: value for key, value, _ in assigned if not isinstance(value, Text)}}
-            assigned += [(key, value, argument) for key, value in read(argument, now)]
-    settings = dict(defaults)
-    for key, value, where in assigned:
-        if key in defaults:
-            settings[key] = typed(key, value, defaults[key], where)
+            for key, value in read(argument, settings):
+                assign(key, value, argument)
     further = more(settings) if more else {}
     options = dict(further)
     for key, value, where in assigned:
         if key in further:
             options[key] = typed(key, value, further[key], where)
         elif key not in defaults:
-            raise UserError(f"{where}: unknown key {key}{nearest(key, [*defaults, *further])}")
+            raise UserError(f"{where}: unknown key {key!r}{nearest(key, [*defaults, *further])}")
     script.update(settings)
     return settings, options
 
@@ -84,38 +103,52 @@ class Text(str):
     """A value from the command line, not yet of its type."""
 
 
-def read(path, names):
-    """The assignments of a config file, [(key, value)], run with `names` at hand."""
+def read(path, settings):
+    """The assignments of a config file, [(key, value)], run with the settings made so far at hand."""
     try:
         source = Path(path).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read config file {path} ({error}); give a Python file or --key=value")
-    space = {}
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or no name of a file at all
+        raise UserError(f"cannot read config file {path!r} ({error}); give a Python file or --key=value")
+    space = dict(settings)
     try:
-        exec(compile(source, str(path), "exec"), names, space)
+        exec(compile(source, path, "exec"), space)
     except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
-        line = getattr(error, "lineno", None) or (lines[-1] if lines else 1)
-        raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}")
-    skipped = (types.ModuleType, types.FunctionType, type)
-    return [(key, value) for key, value in space.items() if key[0] != "_" and not isinstance(value, skipped)]
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        line, said = (lines or [1])[-1], str(error)
+        if isinstance(error, SyntaxError):
+            line, said = error.lineno or 1, error.msg
+        raise UserError(f"{path}, line {line}: {type(error).__name__}: {said}")
+    return [
+        (key, value) for key, value in space.items()
+        if key[0] != "_" and not isinstance(value, types.ModuleType) and not callable(value)
+        and (key not in settings or value is not settings[key])
+    ]
 
 
 def typed(key, value, default, where):
     """`value` as the type of `default`; an int serves for a float."""
     expected = type(default)
     if isinstance(value, Text):
-        if expected is str:
-            return str(value)
+        value = str(value)
         if expected is bool and value.lower() in ("true", "false"):
-            return value.lower() == "true"
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            pass
-    if expected is float and type(value) is int:
+            value = value.lower() == "true"
+        elif expected is not str:
+            try:
+                value = ast.literal_eval(value)
+            except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+                pass  # the text itself is what came
+    if expected is float and type(value) is int and abs(value) < 2**1023:
         value = float(value)
     if type(value) is not expected:
-        raise UserError(f"{where}: {key} expects {expected.__name__} (like {default!r}), got {type(value).__name__.lower()} {value!r}")
+        came = f"{type(value).__name__} {shown(value)}"
+        raise UserError(f"{where}: {key} expects {expected.__name__} (like {default!r}), got {came}")
     return value
+
+
+def shown(value, length=80):
+    """A value for a message: not much longer than `length`."""
+    try:
+        text = repr(value)
+    except Exception:  # Python refuses to print an int of 5,000 digits, too
+        return "that cannot be printed"
+    return text if len(text) <= length else text[:length] + "..."

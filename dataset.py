@@ -1,9 +1,9 @@
 """A prepared folder of `data/` as batches, the same for training, evaluation and benchmarks.
 
-What batch a step sees depends on the seed and the step's number alone, so that a resumed run, or
-a run cut into ranks, sees what an unbroken one sees.
+What batch a step sees depends on the seed and the batch's number alone, so that a resumed run sees
+what an unbroken one sees.
 
-Letters: B batch, T time.
+Letters: B batch, T time, N texts.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from configurator import UserError
+from configurator import UserError, nearest
 from tokenizer import Tokenizer
 
 
@@ -24,96 +24,126 @@ class Dataset:
     """
 
     def __init__(self, folder, task=""):
-        self.folder = Path(folder)
-        if not (self.folder / "meta.json").exists():
-            self.folder = Path(__file__).parent / "data" / folder
+        self.folder = find(folder)
         try:
             self.meta = json.loads((self.folder / "meta.json").read_text("utf-8"))
-            self.vocab_size, self.kind, self.splits = (self.meta[key] for key in ("vocab_size", "kind", "splits"))
-            self.dtype = np.dtype(self.meta["dtype"])
-        except FileNotFoundError:
-            script = self.folder / "prepare.py"
-            hint = f"python {script}" if script.exists() else "python data/NAME/prepare.py"
-            raise UserError(f"no prepared data in {self.folder}; make it: {hint}")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            self.vocab_size, self.kind, self.lossless = (self.meta[key] for key in ("vocab_size", "kind", "lossless"))
+            self.splits = {name: dict(split) for name, split in self.meta["splits"].items()}
+            self.source, self.classes = self.meta["source"], self.meta.get("classes", [])
+            self.dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
+            if len(self.classes) != 2 * (self.kind == "classify"):
+                raise ValueError(f"expected two classes for kind 'classify', none for 'lm'; found {self.classes}")
+            self.tokenizer = Tokenizer(self.meta)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise UserError(f"{self.folder / 'meta.json'} is damaged ({error!r}); run its prepare.py again")
         if task not in ("", "lm", self.kind):
             raise UserError(f"{self.folder} holds {self.kind} data; task expects 'lm' or '{self.kind}', got {task!r}")
         self.kind = task or self.kind
-        self.classes = self.meta["classes"] if self.kind == "classify" else []
-        self.tokenizer = Tokenizer(self.meta)
+        self.classes = self.classes if self.kind == "classify" else []
 
     def array(self, name, dtype, count):
         """A file of the folder as a read-only array, refused unless it holds `count` values."""
-        path = self.folder / name
+        path, size = self.folder / name, count * np.dtype(dtype).itemsize
         found = path.stat().st_size if path.exists() else 0
-        if found != count * np.dtype(dtype).itemsize:
-            raise UserError(f"{path}: expected {count * np.dtype(dtype).itemsize:,} bytes, found {found:,}; run its prepare.py again")
+        if found != size:
+            raise UserError(f"{path}: expected {size:,} bytes, found {found:,}; run its prepare.py again")
         return np.memmap(path, dtype, "r") if found else np.empty(0, dtype)
+
+    def number(self, split, key):
+        """A count that meta.json gives for a split."""
+        if split not in self.splits:
+            raise UserError(f"{self.folder} has no split {split!r}; it has {', '.join(self.splits)}")
+        count = self.splits[split].get(key)
+        if type(count) is not int or count < 0:
+            raise UserError(f"{self.folder / 'meta.json'} is damaged (expected a number as {key} of {split}, "
+                            f"found {count!r}); run its prepare.py again")
+        return count
 
     def tokens(self, split):
         """The tokens of a split, in the file's type."""
-        if split not in self.splits:
-            raise UserError(f"{self.folder} has no split {split}; it has {', '.join(self.splits)}")
-        return self.array(f"{split}.bin", self.dtype, self.splits[split]["tokens"])
+        return self.array(f"{split}.bin", self.dtype, self.number(split, "tokens"))
+
+    def offsets(self, split):
+        """(documents + 1,): document n of a split is tokens[offsets[n]:offsets[n + 1]]."""
+        tokens, documents = self.number(split, "tokens"), self.number(split, "documents")
+        offsets = self.array(f"{split}.offsets.bin", "<i8", documents + 1)
+        if offsets[0] != 0 or offsets[-1] != tokens or (np.diff(offsets) < 1).any():
+            raise UserError(f"{self.folder / split}.offsets.bin is damaged (expected to rise from 0 to {tokens:,}); "
+                            "run its prepare.py again")
+        return offsets
 
     def texts(self, split):
-        """(tokens, offsets, labels) of a split of reviews; review n is tokens[offsets[n]:offsets[n + 1]]."""
-        documents = self.splits[split]["documents"]
-        offsets = self.array(f"{split}.offsets.bin", np.int64, documents + 1)
-        return self.tokens(split), offsets, self.array(f"{split}.labels.bin", np.uint8, documents)
+        """(tokens, offsets, labels) of a split of reviews."""
+        labels = self.array(f"{split}.labels.bin", np.uint8, self.number(split, "documents"))
+        if len(labels) and labels.max() >= len(self.classes):
+            raise UserError(f"{self.folder / split}.labels.bin is damaged (expected labels below {len(self.classes)}, "
+                            f"found {labels.max()}); run its prepare.py again")
+        return self.tokens(split), self.offsets(split), labels
 
     def running(self, split):
         """The arrays of tokens that a language model reads as `split`. With reviews as running text,
-        training takes the unlabeled ones too, but none about a film of the validation split."""
+        training takes the unlabelled ones too, but none about a film of the validation split."""
         arrays = [self.tokens(split)]
-        if split == "train" and "unsup" in self.splits:
-            held_out = self.splits["unsup"].get("held_out_documents", 0)
-            documents = self.splits["unsup"]["documents"]
-            offsets = self.array("unsup.offsets.bin", np.int64, documents + 1)
-            arrays.append(self.tokens("unsup")[: offsets[documents - held_out]])
+        if split == "train" and "unsup" in self.splits:  # the reviews held out stand at its end
+            kept = self.number("unsup", "documents") - self.number("unsup", "held_out_documents")
+            arrays.append(self.tokens("unsup")[: self.offsets("unsup")[kept]])
         return arrays
 
     def bytes_per_token(self, split):
         """How many bytes of text a token of the split stands for; None where decoding loses some."""
-        return self.splits[split]["bytes"] / self.splits[split]["tokens"] if self.meta["lossless"] else None
+        return self.number(split, "bytes") / self.number(split, "tokens") if self.lossless else None
+
+
+def find(folder):
+    """The path of a prepared folder: `folder` itself, or data/NAME beside this file. UserError where neither is."""
+    data, name = Path(__file__).parent / "data", Path(folder).name
+    for path in (Path(folder), data / folder):
+        if (path / "meta.json").exists():
+            return path
+    for script in (name, name.split("_")[0]):  # imdb_bytes is made by imdb's
+        if (data / script / "prepare.py").exists():
+            options = "" if script == name else " (with an option, see its --help)"
+            raise UserError(f"{folder} is not prepared; make it: python data/{script}/prepare.py{options}")
+    made = [path.parent.name for path in data.glob("*/prepare.py")]
+    raise UserError(f"no dataset {str(folder)!r}, neither as a folder nor in data/{nearest(name, made)}")
 
 
 class TextBatches:
     """Windows of running text: x, y (B, T) int64, y the tokens that follow x's."""
 
     def __init__(self, data, split, batch_size, block_size, seed=0):
-        self.arrays, self.batch_size, self.block_size, self.seed = data.running(split), batch_size, block_size, seed
-        self.room = np.array([max(0, len(a) - block_size) for a in self.arrays])  # windows that fit
-        self.count = sum(len(a) - 1 for a in self.arrays if len(a))  # tokens to predict
+        self.arrays = [array for array in data.running(split) if len(array) > 1]
+        self.batch_size, self.block_size, self.seed = batch_size, block_size, seed
+        self.count = sum(len(array) - 1 for array in self.arrays)  # tokens to predict
         if self.count < 1:
             raise UserError(f"the {split} split of {data.folder} holds no two tokens")
+        # windows that fit each array, numbered through; a text shorter than a window has one
+        self.ends = np.cumsum([max(1, len(array) - block_size) for array in self.arrays])
 
     def window(self, array, start):
-        """x, y from `start`; past the end of the text y is -1, which counts for nothing."""
+        """x, y (T,) from `start`; past the end of the text y is -1, which counts for nothing."""
         piece = np.full(self.block_size + 1, -1, np.int64)
         found = array[start : start + self.block_size + 1]
         piece[: len(found)] = found
         return np.maximum(piece[:-1], 0), piece[1:]
 
     def stack(self, windows):
+        """(x, y, None): texts of one length, nothing is padding."""
         x, y = zip(*windows)
         return torch.from_numpy(np.stack(x)), torch.from_numpy(np.stack(y)), None
 
     def batch(self, number):
         """Training batch `number` = 0, 1, ...: windows from anywhere in the text."""
-        random = np.random.default_rng([self.seed, number])
-        starts = random.integers(0, max(1, self.room.sum()), self.batch_size)
-        ends = self.room.cumsum()
-        which = np.minimum(np.searchsorted(ends, starts, side="right"), len(ends) - 1)
-        return self.stack([self.window(self.arrays[a], s - (ends[a] - self.room[a])) for a, s in zip(which, starts)])
+        starts = np.random.default_rng([self.seed, number]).integers(0, self.ends[-1], self.batch_size)
+        which = np.searchsorted(self.ends, starts, side="right")
+        firsts = np.concatenate([[0], self.ends[:-1]])
+        return self.stack([self.window(self.arrays[n], start - firsts[n]) for n, start in zip(which, starts)])
 
     def in_order(self, count=0):
         """The whole split, every token predicted once; with `count`, that many batches spread over it."""
-        starts = [(a, s) for a in self.arrays for s in range(0, len(a) - 1, self.block_size)]
-        batches = [starts[n : n + self.batch_size] for n in range(0, len(starts), self.batch_size)]
-        for group in spread(batches, count):
-            yield self.stack([self.window(a, s) for a, s in group])
+        starts = [(array, start) for array in self.arrays for start in range(0, len(array) - 1, self.block_size)]
+        for group in spread(cut(starts, self.batch_size), count):
+            yield self.stack([self.window(array, start) for array, start in group])
 
 
 class ReviewBatches:
@@ -124,45 +154,53 @@ class ReviewBatches:
 
     def __init__(self, data, split, batch_size, block_size, seed=0):
         self.tokens, self.offsets, self.labels = data.texts(split)
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.block_size, self.seed = batch_size, block_size, seed
         self.lengths = np.minimum(np.diff(self.offsets), block_size)
         self.count = len(self.labels)
         if self.count < 1:
             raise UserError(f"the {split} split of {data.folder} holds no text")
+        self.epoch, self.groups = None, []  # the epoch that `groups` is the order of
 
     def stack(self, rows):
+        """(x, y, lengths) of the texts numbered `rows`."""
         lengths = self.lengths[rows]
-        x = np.zeros((len(rows), -(-lengths.max() // 32) * 32), np.int64)  # few widths: few shapes
+        width = min(self.block_size, -(-lengths.max() // 32) * 32)  # multiples of 32: few widths, few shapes
+        x = np.zeros((len(rows), width), np.int64)
         for n, row in enumerate(rows):
             x[n, : lengths[n]] = self.tokens[self.offsets[row] : self.offsets[row] + lengths[n]]
         return torch.from_numpy(x), torch.from_numpy(self.labels[rows].astype(np.int64)), torch.from_numpy(lengths)
 
     def batch(self, number):
-        """Training batch `number`: each epoch sees every text once, in a new order."""
-        per_epoch = -(-self.count // self.batch_size)
-        epoch, number = divmod(number, per_epoch)
-        if getattr(self, "epoch", None) != epoch:
+        """Training batch `number` = 0, 1, ...: each epoch sees every text once, in a new order.
+
+        A batch holds texts of like length, sorted within pools of 50 batches drawn at random: little
+        padding, and yet other neighbours each epoch.
+        """
+        epoch, number = divmod(number, -(-self.count // self.batch_size))
+        if self.epoch != epoch:
             random = np.random.default_rng([self.seed, epoch])
-            order = random.permutation(self.count)
-            pools = [order[n : n + 50 * self.batch_size] for n in range(0, self.count, 50 * self.batch_size)]
+            pools = cut(random.permutation(self.count), 50 * self.batch_size)
             order = np.concatenate([pool[np.argsort(self.lengths[pool], kind="stable")] for pool in pools])
-            groups = [order[n : n + self.batch_size] for n in range(0, self.count, self.batch_size)]
-            self.epoch, self.groups = epoch, [groups[n] for n in random.permutation(per_epoch)]
+            groups = cut(order, self.batch_size)
+            self.epoch, self.groups = epoch, [groups[n] for n in random.permutation(len(groups))]
         return self.stack(self.groups[number])
 
     def in_order(self, count=0):
-        """The whole split by length, shortest first, or `count` batches spread over it."""
-        order = np.argsort(self.lengths, kind="stable")
-        groups = [order[n : n + self.batch_size] for n in range(0, self.count, self.batch_size)]
-        for group in spread(groups, count):
+        """The whole split, shortest text first; with `count`, that many batches spread over it."""
+        for group in spread(cut(np.argsort(self.lengths, kind="stable"), self.batch_size), count):
             yield self.stack(group)
 
 
+def cut(items, size):
+    """`items` in pieces of `size`, the last one shorter where it does not divide."""
+    return [items[n : n + size] for n in range(0, len(items), size)]
+
+
 def spread(items, count=0):
-    """All of `items`, or `count` of them, evenly spaced."""
+    """All of `items` (count 0), or `count` of them from the middles of as many equal parts."""
     if not 0 < count < len(items):
         return items
-    return [items[n * len(items) // count] for n in range(count)]
+    return [items[(2 * n + 1) * len(items) // (2 * count)] for n in range(count)]
 
 
 def batches(data, split, batch_size, block_size, seed=0):
@@ -173,15 +211,22 @@ def batches(data, split, batch_size, block_size, seed=0):
 def scores(p, labels):
     """Scores of a two-class classifier as a dict of floats.
 
-    p: (N,) probability of class 1; labels: (N,) of 0 and 1. auc is the chance that a text of class
-    1 ranks above one of class 0, ties counted half (the Mann-Whitney form of the ROC area).
+    p: (N,) probability of class 1; labels: (N,) of 0 and 1. A text is said to be of class 1 where p
+    is above 1/2. auc is the chance that a text of class 1 ranks above one of class 0, ties counted
+    half (the Mann-Whitney form of the area under the ROC curve). Where a score's denominator is 0,
+    as precision's when nothing was said to be of class 1, the score is 0; auc of one class is 1/2.
     """
     p, labels = np.asarray(p, np.float64), np.asarray(labels) == 1
     said = p > 0.5
     hits, positive, negative = (said & labels).sum(), labels.sum(), (~labels).sum()
-    precision, recall = hits / max(1, said.sum()), hits / max(1, positive)
-    values, place, count = np.unique(p, return_inverse=True, return_counts=True)
-    rank = (np.cumsum(count) - (count - 1) / 2)[place]  # mean rank among equals
-    auc = (rank[labels].sum() - positive * (positive + 1) / 2) / max(1, positive * negative)
-    f1 = 2 * hits / max(1, said.sum() + positive)
-    return {"accuracy": (said == labels).mean(), "f1": f1, "precision": precision, "recall": recall, "auc": auc}
+    _, place, count = np.unique(p, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(count) - (count - 1) / 2)[place]  # mean rank among equals, from 1
+    below = rank[labels].sum() - positive * (positive + 1) / 2  # pairs in the right order
+    result = {
+        "accuracy": (said == labels).mean(),
+        "f1": 2 * hits / max(1, said.sum() + positive),
+        "precision": hits / max(1, said.sum()),
+        "recall": hits / max(1, positive),
+        "auc": below / (positive * negative) if positive and negative else 0.5,
+    }
+    return {name: float(score) for name, score in result.items()}  # plain: a checkpoint holds no NumPy

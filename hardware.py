@@ -1,9 +1,12 @@
 """What this machine gives: device, precision, the rate of its matrix products, peak memory."""
 
 import contextlib
+import ctypes
 import platform
+import statistics
 import time
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 
@@ -21,7 +24,9 @@ def pick_device(name="auto"):
         return next(device for device in ("cuda", "mps", "cpu") if there[device])
     if not there[kind]:
         raise UserError(f"device {name} is not there; this machine has {', '.join(d for d in there if there[d])}")
-    return name
+    if kind == "cuda" and name != kind and (not name[5:].isdigit() or int(name[5:]) >= torch.cuda.device_count()):
+        raise UserError(f"device {name} is not there; there are {torch.cuda.device_count()}, counted from cuda:0")
+    return name if kind == "cuda" else kind
 
 
 def pick_dtype(name, device):
@@ -43,9 +48,9 @@ def pick_dtype(name, device):
 @lru_cache
 def matmul_rate(device, dtype):
     """Floating-point operations a second of one large matrix product, the median of several."""
-    n = 8192 if device.startswith("cuda") else 2048
-    a, b = (torch.empty(n, n, device=device).uniform_(generator=torch.Generator(device)).to(DTYPES[dtype]) for _ in range(2))
-    return 2 * n**3 / median_seconds(lambda: a @ b, device, 5)
+    n = 8192 if device.startswith("cuda") else 1024  # in a CPU's cache, and quick where bfloat16 is emulated
+    a, b = (torch.rand(n, n, device=device, generator=torch.Generator(device)).to(DTYPES[dtype]) for _ in range(2))
+    return 2 * n**3 / side_by_side([lambda: a @ b], device, 9)[0]
 
 
 def synchronize(device):
@@ -56,16 +61,18 @@ def synchronize(device):
         torch.mps.synchronize()
 
 
-def median_seconds(call, device="cpu", times=5):
-    """The median time of a call after one that is not counted."""
-    taken = []
-    for n in range(times + 1):
-        synchronize(device)
-        start = time.perf_counter()
-        call()
-        synchronize(device)
-        taken.append(time.perf_counter() - start)
-    return sorted(taken[1:])[times // 2]
+def side_by_side(calls, device="cpu", times=5):
+    """The median seconds of each of `calls`, run in turn `times` times after one that is not counted,
+    so that what else the machine does falls on all of them."""
+    taken = [[] for _ in calls]
+    for _ in range(times + 1):
+        for call, seconds in zip(calls, taken):
+            synchronize(device)
+            start = time.perf_counter()
+            call()
+            synchronize(device)
+            seconds.append(time.perf_counter() - start)
+    return [statistics.median(seconds[1:]) for seconds in taken]
 
 
 def autocast(device, dtype):
@@ -75,10 +82,33 @@ def autocast(device, dtype):
     return torch.autocast(device.split(":")[0], DTYPES[dtype])
 
 
+def keep_freed_memory():
+    """Let glibc keep what is freed instead of handing it back: a training step asks for the same
+    pieces again, and fetching them as fresh pages costs 5 to 10 % of it on a CPU."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # no glibc here
+        return
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(mmap_threshold, 2**30)
+
+
+def reset_peak_memory(device="cpu"):
+    """Let `peak_memory` count from now on. On a CPU that works on Linux alone."""
+    if device.startswith("cuda"):
+        return torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory(device="cpu"):
-    """Bytes: the most the process has held (CPU), or its tensors on a CUDA device; None where unknown."""
+    """Bytes: the most that tensors on a CUDA device, or the process (CPU), held; None where unknown."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
     try:
         import resource  # not on Windows
     except ImportError:

@@ -7,6 +7,8 @@ Past the block size, rotary positions go on counting and every token sees the la
 and sinusoidal positions end there, and the text goes on from its latest half block.
 """
 
+import codecs
+import re
 import sys
 import time
 from pathlib import Path
@@ -37,74 +39,95 @@ def read_prompt():
         if start.startswith("FILE:"):
             return Path(start[5:]).read_text("utf-8")
         return sys.stdin.read() if start == "-" else start
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or no name of a file at all
         raise UserError(f"cannot read the prompt {start}: {error}; give a text, FILE:path of a UTF-8 file, or -")
 
 
 def encode(tokenizer, text):
-    """Token ids of a text that begins a document."""
+    """Token ids (list of int) of a text that begins a document."""
     try:
         ids = tokenizer.encode(text)
     except ValueError as error:
-        raise UserError(str(error))
+        raise UserError(f"the prompt: {error}")
     return ([] if tokenizer.mark is None else [tokenizer.mark]) + ids
+
+
+class Printer:
+    """Turns tokens that come one by one into text, so that no character is ever shown half."""
+
+    def __init__(self, tokenizer, last=""):
+        self.tokenizer, self.last = tokenizer, last  # last: the character before, "" at the beginning
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def __call__(self, ids, final=False):
+        """The text (str) that `ids` complete; with `final` also what no token will complete any more."""
+        text = self.decoder.decode(self.tokenizer.decode_bytes(ids), final)
+        # A word brings its own space, which is one too many at the beginning, and after these.
+        if self.tokenizer.kind == "words" and text[:1] == " " and self.last in " \n([{":
+            text = text[1:]
+        self.last = text[-1:] or self.last
+        return text
 
 
 def write_text(model, tokenizer, text):
     """Print `num_samples` continuations of the text as they are drawn, and their speed on stderr."""
-    ids = encode(tokenizer, text) or encode(tokenizer, "\n")
-    if dtype != "float32":
-        model = model.to(hardware.DTYPES[dtype])
-    idx = torch.tensor([ids], device=device)
+    ids = encode(tokenizer, text)
+    if not ids:  # no prompt, and no document mark either: begin after a line's end, or any token
+        ids = [i for i in range(tokenizer.vocab_size) if tokenizer.decode_bytes([i]) == b"\n"][:1] or [0]
+    model = model.for_sampling(hardware.DTYPES[dtype])
+    idx = torch.tensor([ids], device=device)  # (1, T)
     for n in range(num_samples):
-        began, made, shown = time.perf_counter(), [], ""
+        began, printer = time.perf_counter(), Printer(tokenizer, text[-1:])
         generator = torch.Generator(device).manual_seed(seed + n)
         print(text, end="", flush=True)
-        for token in model.stream(idx, max_new_tokens, temperature, top_k, top_p, generator):
-            made.append(int(token))
-            new = tokenizer.decode(ids + made)[len(tokenizer.decode(ids)) :]
-            if not new.endswith("\ufffd"):  # else a character is still incomplete
-                print(new[len(shown) :], end="", flush=True)
-                shown = new
-        print("\n" + "-" * 40, flush=True)
-        speed = len(made) / (time.perf_counter() - began)
-        print(f"{len(made)} tokens, {speed:,.0f} tokens/s", file=sys.stderr)
+        for token in model.stream(idx, max_new_tokens, temperature, top_k, top_p, generator):  # (1,)
+            print(printer([int(token)]), end="", flush=True)
+        print(printer([], final=True) + "\n" + "-" * 40, flush=True)
+        speed = max_new_tokens / (time.perf_counter() - began)
+        print(f"{max_new_tokens} tokens, {speed:,.0f} tokens/s", file=sys.stderr)
 
 
 @torch.no_grad()
 def classify(model, tokenizer, classes, texts):
-    """Print the label of each text with its probability."""
-    texts, block = [text for text in texts if text.strip()], model.config.block_size
+    """Print the label of each text with its probability and the text's beginning."""
+    texts = [text for text in texts if text.strip()]
     if not texts:
-        raise UserError("expected a text to classify, got none; give --start=\"...\", FILE:path or -")
+        raise UserError('expected a text to classify, got none; give --start="...", FILE:path or -')
     for first in range(0, len(texts), 32):
-        group = [torch.tensor(encode(tokenizer, text)[:block]) for text in texts[first : first + 32]]
-        lengths = torch.tensor([len(ids) for ids in group], device=device)
-        x = torch.nn.utils.rnn.pad_sequence(group, batch_first=True).to(device)
+        group = texts[first : first + 32]
+        # reviews on one line keep their line ends as HTML; data/imdb stores them as line ends
+        ids = [encode(tokenizer, re.sub(r"<br\s*/?>", "\n", text, flags=re.I)) for text in group]
+        ids = [torch.tensor(each[: model.config.block_size]) for each in ids]
+        lengths = torch.tensor([len(each) for each in ids], device=device)  # (B,)
+        x = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)  # (B, T)
         with hardware.autocast(device, dtype):
-            p = torch.softmax(model(x, lengths=lengths)[0].float(), -1)
-        for text, row in zip(texts[first : first + 32], p):
-            print(f"{classes[int(row.argmax())]} {row.max():.3f}  {' '.join(text.split())[:80]}")
+            p = torch.softmax(model(x, lengths=lengths)[0].float(), -1)  # (B, n_class)
+        for text, row in zip(group, p):
+            print(f"{classes[int(row.argmax())]} {row.max():.3f}  {' '.join(text.split())[:80]}", flush=True)
 
 
 def main():
     global device, dtype
     configure(globals())
-    for key, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
-        if globals()[key] < least:
+    for key, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0), ("seed", 0)):
+        if not globals()[key] >= least:
             raise UserError(f"{key} must be at least {least}, got {globals()[key]}")
     if not 0 < top_p <= 1:
         raise UserError(f"top_p must be above 0 and at most 1, got {top_p}")
     device = hardware.pick_device(device)
+    folder, text = Path(out_dir), read_prompt()
+    name = checkpoint or ("best.pt" if (folder / "best.pt").exists() else "ckpt.pt")
+    model, saved = load(folder / name, device)
     dtype = hardware.pick_dtype(dtype, device)
-    folder = Path(out_dir)
-    model, saved = load(folder / (checkpoint or ("best.pt" if (folder / "best.pt").exists() else "ckpt.pt")), device)
-    tokenizer, text = Tokenizer(saved["meta"]), read_prompt()
+    try:
+        tokenizer, classes = Tokenizer(saved["meta"]), saved["meta"].get("classes", [])
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{folder / name} has no tokenizer that is known here ({error!r}); train it again")
     if model.config.causal:
         write_text(model, tokenizer, text)
     else:
         one = not (start == "-" or start.startswith("FILE:"))
-        classify(model, tokenizer, saved["meta"]["classes"], [text] if one else text.splitlines())
+        classify(model, tokenizer, classes, [text] if one else text.split("\n"))  # other line ends are text
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ A run is a folder: config.json, log.jsonl (one object a line), ckpt.pt (the last
 import json
 import math
 import shutil
-import signal
-import sys
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -19,6 +17,7 @@ import hardware
 from configurator import UserError, choose, configure, run
 from dataset import Dataset, batches, scores
 from model import GPT, GPTConfig, load, mechanism, save
+from runs import Log, Stop, asked, leave_if_asked, listen, mend_log, prepare_folder, write_text
 
 # ---- settings: every name here is a key of the command line and of config files ---------------
 
@@ -94,8 +93,9 @@ def evaluate(model, data, split, count=0):
     """
     was_training, total, seen, said, truth = model.training, 0.0, 0, [], []
     model.eval()
-    for x, y, lengths in batches(data, split, batch_size, model.config.block_size).in_order(count):
-        x, y, lengths = to_device(x, y, lengths)
+    for batch in batches(data, split, batch_size, model.config.block_size).in_order(count):
+        leave_if_asked()
+        x, y, lengths = to_device(*batch)
         with hardware.autocast(device, dtype):
             logits, loss = model(x, y, lengths)
         n = (y != -1).sum().item()
@@ -116,21 +116,6 @@ def to_device(*tensors):
     return [t if t is None else t.to(device, non_blocking=True) for t in tensors]
 
 
-class Log:
-    """log.jsonl, and the terminal: one line that rewrites itself, or plain lines in a file."""
-
-    def __init__(self, folder, wandb):
-        self.file, self.wandb, self.live = open(folder / "log.jsonl", "a", encoding="utf-8"), wandb, sys.stdout.isatty()
-
-    def __call__(self, record, text, keep=False):
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
-        if self.wandb:
-            self.wandb.log({f"{record['split']}/{k}": v for k, v in record.items() if k != "split"}, step=record["step"])
-        width = shutil.get_terminal_size().columns - 1
-        print(f"\r{text[:width]:<{width}}" if self.live else text, end="" if self.live and not keep else "\n", flush=True)
-
-
 def start_wandb(settings):
     if not wandb_log:
         return None
@@ -140,27 +125,6 @@ def start_wandb(settings):
         raise UserError("wandb_log=True needs the package wandb: pip install wandb")
     wandb.init(project=wandb_project, name=wandb_run_name or out_dir, config=settings)
     return wandb
-
-
-def prepare_folder(folder):
-    """Make out_dir for a new run; an earlier run there is moved aside, not overwritten."""
-    if (folder / "log.jsonl").exists():
-        n = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
-        folder.rename(folder.with_name(f"{folder.name}.{n}"))
-        print(f"the earlier run in {folder} is now {folder}.{n}")
-    folder.mkdir(parents=True, exist_ok=True)
-
-
-def mend_log(path, step):
-    """Drop what a resumed run will write again: lines after `step`, and a line cut by a crash."""
-    kept = []
-    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            pass
-    path.write_text("".join(kept), "utf-8")
 
 
 def say(result):
@@ -174,37 +138,58 @@ def clock(seconds):
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
 
 
+def check(settings):
+    """Raise UserError for a value that no run can have."""
+    choose("init_from", init_from, ("scratch", "resume"))
+    choose("lr_schedule", lr_schedule, ("cosine", "linear"))
+    at_least = dict.fromkeys(("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval"), 1)
+    at_least |= dict.fromkeys(("seed", "max_iters", "warmup_iters", "lr_decay_iters", "eval_iters", "patience",
+                               "learning_rate", "min_lr", "weight_decay", "grad_clip", "beta1", "beta2"), 0)
+    for key, least in at_least.items():
+        if not settings[key] >= least:
+            raise UserError(f"{key} must be at least {least}, got {settings[key]}")
+    for key in ("beta1", "beta2"):
+        if settings[key] >= 1:
+            raise UserError(f"{key} must be below 1, got {settings[key]}")
+
+
 def build(data, settings, options):
     """(model, checkpoint or None): new, or as out_dir holds it, which then decides the model's shape."""
-    if init_from == "resume" or eval_only:
-        model, checkpoint = load(Path(out_dir) / ("best.pt" if eval_only else "ckpt.pt"), device)
-        for key, value in {**settings, **options}.items():
-            before = {**checkpoint["settings"], **checkpoint["model_config"]}.get(key, value)
-            if before != value and key not in ("init_from", "eval_only", "eval_test"):
-                stays = key in checkpoint["model_config"] or key in options
-                print(f"resume: {key} {'stays' if stays else 'was'} {before!r}, {'not' if stays else 'is now'} {value!r}")
-        if checkpoint["source"] != data.meta["source"] or model.config.vocab_size != data.vocab_size:
-            raise UserError(f"{out_dir} was trained on other data than {data.folder} holds now ({checkpoint['source']}); give its dataset")
-        return model, checkpoint
-    torch.manual_seed(seed)
-    shape = {f.name: settings[f.name] for f in fields(GPTConfig) if f.name in settings}
-    return GPT(GPTConfig(**shape, vocab_size=data.vocab_size, n_class=len(data.classes), options=options)).to(device), None
+    if init_from == "scratch" and not eval_only:
+        torch.manual_seed(seed)
+        shape = {f.name: settings[f.name] for f in fields(GPTConfig) if f.name in settings}
+        config = GPTConfig(**shape, vocab_size=data.vocab_size, n_class=len(data.classes), options=options)
+        return GPT(config).to(device), None
+    model, checkpoint = load(Path(out_dir) / ("best.pt" if eval_only else "ckpt.pt"), device)
+    for key, value in {**settings, **options}.items():
+        fixed = key in checkpoint["model_config"] or key in options
+        before = {**checkpoint["settings"], **checkpoint["model_config"], **model.config.options}.get(key, value)
+        if before != value and key not in ("init_from", "eval_only", "eval_test", "out_dir"):
+            print(f"checkpoint: {key} {'stays' if fixed else 'was'} {before!r}, {'not' if fixed else 'is now'} {value!r}")
+    same = model.config.vocab_size == data.vocab_size and model.config.n_class == len(data.classes)
+    if checkpoint["source"] != data.meta["source"] or not same:
+        raise UserError(f"{out_dir} was trained on other data ({checkpoint['source']}, {checkpoint['settings']['dataset']}) "
+                        f"than {data.folder} holds ({data.meta['source']}); give its dataset and task")
+    fixed = {key: value for key, value in asdict(model.config).items() if key in settings}
+    settings.update(fixed)
+    globals().update(fixed)
+    return model, checkpoint
 
 
 def main():
     global device, dtype
     settings, options = configure(globals(), more=lambda settings: mechanism(settings["attention"])[1])
-    choose("init_from", init_from, ("scratch", "resume"))
-    choose("lr_schedule", lr_schedule, ("cosine", "linear"))
-    for key in ("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval"):
-        if settings[key] < 1:
-            raise UserError(f"{key} must be at least 1, got {settings[key]}")
+    check(settings)
+    hardware.keep_freed_memory()
     folder, data = Path(out_dir), Dataset(dataset, task)
+    for split in ["val"] + ["test"] * eval_test:
+        batches(data, split, 1, block_size)  # refuses now what would otherwise be missed after hours
     device = hardware.pick_device(device)
     model, checkpoint = build(data, settings, options)
     dtype = hardware.pick_dtype(dtype, device)
     peak = hardware.matmul_rate(device, dtype)
-    print(f"{device} ({torch.get_num_threads()} threads), products in {dtype}: {peak / 1e9:,.0f} GFLOP/s")
+    print(f"{device} ({torch.get_num_threads()} threads), products in {dtype}: {peak / 1e9:,.0f} GFLOP/s; "
+          f"{attention} attention by {model.layers[0].attention.choose_kernel(device)}")
     if eval_only:
         for split in ["val"] + ["test"] * eval_test:
             print(f"{split}: {say(evaluate(model, data, split))}")
@@ -212,29 +197,26 @@ def main():
 
     optimizer = model.optimizer(learning_rate, weight_decay, (beta1, beta2))
     scaler = torch.amp.GradScaler(device.split(":")[0], enabled=dtype == "float16")
-    state = {"step": 0, "evaluated": -1, "best": math.inf, "best_step": 0, "seconds": 0.0}
+    state = {"step": 0, "evaluated": -1, "best": math.inf, "best_step": 0, "worse": 0, "seconds": 0.0}
     source = batches(data, "train", batch_size, block_size, seed)
-    x, y, lengths = (t if t is None else t[:1] for t in to_device(*source.batch(0)))
-    with hardware.autocast(device, dtype):
-        activations = batch_size * model.activation_bytes(x, y, lengths)
-    T, N = x.size(1), model.parameter_count()
-    print(f"{N:,} parameters, {model.work_per_token(T) / 1e6:,.1f} MFLOP a token of {T} to train, "
-          f"{16 * N / 2**20:,.0f} MiB of weights, gradients and AdamW, {activations / 2**20:,.0f} MiB of activations a batch")
+    announce(model, *(t if t is None else t[:1] for t in source.batch(0)))
     if checkpoint:
         state = checkpoint["state"]
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        for group, decay in zip(optimizer.param_groups, (weight_decay, 0.0)):
+            group.update(weight_decay=decay, betas=(beta1, beta2))
+        if checkpoint["scaler"]:
+            scaler.load_state_dict(checkpoint["scaler"])
         torch.set_rng_state(checkpoint["random"].cpu())
         if device.startswith("cuda") and "cuda_random" in checkpoint:
             torch.cuda.set_rng_state(checkpoint["cuda_random"].cpu())
-        mend_log(folder / "log.jsonl", state["step"])
         print(f"resume: from step {state['step']} of {max_iters}")
-    else:
-        prepare_folder(folder)
-    describe = {"settings": settings, "options": options, "device": device, "dtype": dtype, "parameters": N,
-                "source": data.meta["source"], "machine": hardware.describe()}
-    (folder / "config.json").write_text(json.dumps(describe, indent=1), "utf-8")
-    log = Log(folder, start_wandb(settings | options))
+    wandb = start_wandb(settings | options)
+    mend_log(folder / "log.jsonl", state["step"]) if checkpoint else prepare_folder(folder)
+    write_text(folder / "config.json", json.dumps({
+        "settings": settings, "options": options, "device": device, "dtype": dtype, "source": data.meta["source"],
+        "parameters": model.parameter_count(), "machine": hardware.describe()}, indent=1))
+    log = Log(folder, wandb)
 
     def snapshot(**more):
         return {"model": model.state_dict(), "model_config": asdict(model.config), "settings": settings,
@@ -246,13 +228,19 @@ def main():
             random["cuda_random"] = torch.cuda.get_rng_state()
         save(folder / "ckpt.pt", snapshot(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), **random))
 
+    def check_finite(value, name):
+        if not math.isfinite(value):
+            raise UserError(f"{name} is {value} at step {state['step']}: stopped; what is saved in {folder} is from before; "
+                            "try a lower learning_rate, a smaller grad_clip or dtype=float32")
+
     def evaluation():
         """Validation, the log's line of it, and the checkpoints."""
         result = evaluate(model, data, "val", eval_iters)
-        check_finite(result["loss"], "validation")
+        check_finite(result["loss"], "the validation loss")
         score = -result["accuracy"] if data.kind == "classify" else result["loss"]
         better = score < state["best"]
-        state.update(evaluated=state["step"], **{"best": score, "best_step": state["step"]} if better else {})
+        state.update({"best": score, "best_step": state["step"], "worse": 0} if better else {"worse": state["worse"] + 1})
+        state["evaluated"] = state["step"]
         health = [layer.attention.stats() for layer in model.layers]
         record = {"step": state["step"], "split": "val", **result} | ({"stats": health} if any(health) else {})
         log(record, f"step {state['step']}: val {say(result)}{' *' if better else ''}", keep=True)
@@ -260,64 +248,73 @@ def main():
             save(folder / "best.pt", snapshot())
         save_all()
 
-    def check_finite(loss, where):
-        if not math.isfinite(loss):
-            raise UserError(f"the {where} loss is {loss} at step {state['step']}: stopped; {folder / 'ckpt.pt'} is from "
-                            "before; try a lower learning_rate, a smaller grad_clip or dtype=float32")
-
-    stop = []
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
     forward = compiled(model) if compile else model
     model.train()
-    start, since, tokens, work = time.perf_counter() - state["seconds"], time.perf_counter(), 0, 0.0
-    while not stop:
-        step = state["step"]
-        if (step % eval_interval == 0 or step >= max_iters) and state["evaluated"] != step:
-            before = time.perf_counter()
-            evaluation()
-            since += time.perf_counter() - before
-        if step >= max_iters or (patience and step - state["best_step"] >= patience * eval_interval):
-            break
-        for group in optimizer.param_groups:
-            group["lr"] = rate(step)
-        total = 0.0
-        for micro in range(gradient_accumulation_steps):
-            batch = source.batch(step * gradient_accumulation_steps + micro)
-            x, y, lengths = to_device(*batch)
-            with hardware.autocast(device, dtype):
-                _, loss = forward(x, y, lengths)
-            total = total + loss.detach() / gradient_accumulation_steps
-            scaler.scale((loss + model.penalty()) / gradient_accumulation_steps).backward()
-            n = x.numel() if lengths is None else int(batch[2].sum())
-            tokens, work = tokens + n, work + x.numel() * model.work_per_token(x.size(1))
-        if step % log_interval == 0 or device == "cpu":
-            check_finite(float(total), "training")
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        state["step"] = step + 1
-        if step % log_interval == 0:
-            loss, norm = float(total), float(norm)  # waits for the device, so the clock is right
-            now = time.perf_counter()
-            speed, share = tokens / (now - since), work / (now - since) / peak
-            since, tokens, work, state["seconds"] = now, 0, 0.0, now - start
-            left = state["seconds"] / (step + 1) * (max_iters - step - 1)
-            record = {"step": step, "split": "train", "loss": loss, "lr": rate(step), "grad_norm": norm,
-                      "tokens_per_second": speed, "matmul_share": share, "seconds": state["seconds"]}
-            log(record, f"step {step}/{max_iters}: loss {loss:.4f}, {speed:,.0f} tokens/s, "
-                f"{share:.0%} of the matmul rate, {clock(left)} left")
-    state["seconds"] = time.perf_counter() - start
-    if stop:
+    listen()
+    began, since, tokens, work, total = time.perf_counter() - state["seconds"], time.perf_counter(), 0, 0.0, 0.0
+    try:
+        while True:
+            leave_if_asked()
+            step = state["step"]
+            if (step % eval_interval == 0 or step >= max_iters) and state["evaluated"] != step:
+                before = time.perf_counter()
+                evaluation()
+                since += time.perf_counter() - before  # speed is training's alone
+            if patience and state["worse"] >= patience:
+                print(f"\nno better validation in {patience} evaluations: stopped")
+                break
+            if step >= max_iters:
+                break
+            for group in optimizer.param_groups:
+                group["lr"] = rate(step)
+            total = 0.0
+            for micro in range(gradient_accumulation_steps):
+                batch = source.batch(step * gradient_accumulation_steps + micro)
+                x, y, lengths = to_device(*batch)
+                with hardware.autocast(device, dtype):
+                    _, loss = forward(x, y, lengths)
+                total = total + loss.detach() / gradient_accumulation_steps
+                scaler.scale((loss + model.penalty()) / gradient_accumulation_steps).backward()
+                tokens += x.numel() if lengths is None else int(batch[2].sum())
+                work += x.numel() * model.work_per_token(x.size(1))
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+            if step % log_interval == 0 or device == "cpu":  # elsewhere a look at each step would make the device wait
+                check_finite(float(total), "the training loss")
+                if dtype != "float16":  # whose scaler skips such steps
+                    check_finite(float(norm), "the norm of the gradient")
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            state["step"] = step + 1
+            if step % log_interval == 0:
+                now = time.perf_counter()
+                speed, share = tokens / (now - since), work / (now - since) / peak
+                since, tokens, work, state["seconds"] = now, 0, 0.0, now - began
+                left = state["seconds"] / (step + 1) * (max_iters - step - 1)
+                record = {"step": step, "split": "train", "loss": float(total), "lr": rate(step), "grad_norm": float(norm),
+                          "tokens_per_second": speed, "matmul_share": share, "seconds": state["seconds"]}
+                log(record, f"step {step}/{max_iters}: loss {record['loss']:.4f}, {speed:,.0f} tokens/s, "
+                    f"{share:.0%} of the matmul rate, {clock(left)} left")
+        state["seconds"] = time.perf_counter() - began
+        finish(data, folder, log, state)
+    except Stop:
+        check_finite(float(total), "the training loss")
         save_all()
         print(f"\nstopped at step {state['step']}, saved; go on with --init_from=resume")
-        return 128 + stop[0]
-    finish(model, data, folder, log, state)
+        return 128 + asked[0]
 
 
-def finish(model, data, folder, log, state):
+def announce(model, x, y, lengths):
+    """Print what the model costs; x, y, lengths: one example, whose activations are counted."""
+    with hardware.autocast(device, dtype):
+        activations = batch_size * model.activation_bytes(*to_device(x, y, lengths))
+    N, T = model.parameter_count(), x.size(1)
+    print(f"{N:,} parameters, {model.work_per_token(T) / 1e6:,.1f} MFLOP to train on a token of {T}, {16 * N / 2**20:,.0f} MiB "
+          f"of weights, gradients and AdamW, {activations / 2**20:,.0f} MiB of activations in a batch of {batch_size}")
+
+
+def finish(data, folder, log, state):
     """The scores that count: of the best weights, over whole splits; the test split only on request."""
     best, _ = load(folder / "best.pt", device)
     for split in ["val"] + ["test"] * eval_test:
@@ -329,8 +326,7 @@ def finish(model, data, folder, log, state):
 
 def compiled(model):
     """The model through torch.compile; on a CPU that needs a C++ compiler."""
-    compilers = [c for c in ("c++", "g++", "clang++", "cl") if shutil.which(c)]
-    if device == "cpu" and not compilers:
+    if device == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
         raise UserError("compile=True needs a C++ compiler on a CPU and found none; install g++, or leave it False")
     return torch.compile(model)
 

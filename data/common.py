@@ -1,8 +1,7 @@
-"""
-What the prepare.py scripts share: their arguments, where the source comes from, how it is read and
+"""What the prepare.py scripts share: their arguments, where the source comes from, how it is read and
 checked, and how a folder of tokens is written so that it never looks finished when it is not.
 
-Everything that can be wrong with a user's file ends as a DataError (or an OSError of the system),
+Everything that can be wrong with a user's file ends as a UserError (or an OSError of the system),
 which `run` prints as one line. The format of a finished folder is described at `write`.
 """
 
@@ -27,11 +26,9 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from configurator import UserError, run as run_script
+
 FORMAT = 1
-
-
-class DataError(Exception):
-    """Something is wrong with the source or the options: one line with what was expected, what came, what to do."""
 
 
 def run(main):
@@ -41,41 +38,27 @@ def run(main):
         raise SystemExit(128 + number)
 
     signal.signal(signal.SIGTERM, end)
-    try:
-        main(sys.argv[1:])
-        return
-    except KeyboardInterrupt:
-        line, code = "stopped: nothing was written (what was downloaded is kept, run again to go on)", 130
-    except DataError as error:
-        line, code = f"error: {error}", 2
-    except ModuleNotFoundError as error:
-        line, code = f"error: {error.name} is not installed: pip install {error.name}", 2
-    except OSError as error:
-        line, code = f"error: {error}", 2
-    print(line, file=sys.stderr)
-    sys.exit(code)
+    stopped = "stopped: nothing was written (what was downloaded is kept, run again to go on)"
+    run_script(lambda: main(sys.argv[1:]), stopped)
 
 
 def arguments(doc, argv, here, partial="", more=None, name=None):
-    """
-    The parsed options of a script.
+    """The parsed options of a script.
 
     doc: its docstring, for --help; argv: list of str; here: Path of the script's folder, where it writes unless told.
     partial: the published size, for --partial's help; empty where there is none, and then no such option.
     more: a function that adds options to the parser. name: a function of the options that names another folder beside.
     Returns a namespace with source (Path or None), out_dir (Path), partial (bool) and what `more` added.
     """
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    plain = argparse.RawDescriptionHelpFormatter  # keeps the docstring's lines
+    parser = argparse.ArgumentParser(description=doc, formatter_class=plain, allow_abbrev=False)
+    parser.set_defaults(partial=False)
     parser.add_argument("--source", type=Path, metavar="FILE_OR_FOLDER",
                         help="a local copy: the plain file or folder, or a zip, gz, xz, bz2 or tar of it")
     parser.add_argument("--out_dir", type=Path, metavar="FOLDER", help=f"where to write (default data/{here.name})")
     if partial:
         parser.add_argument("--partial", action="store_true",
                             help=f"accept a source smaller than the published {partial}; meta.json will say so")
-    else:
-        parser.set_defaults(partial=False)
     if more:
         more(parser)
     args = parser.parse_args(argv)
@@ -83,13 +66,11 @@ def arguments(doc, argv, here, partial="", more=None, name=None):
     return args
 
 
-# ---------------------------------------------------------------------------------------------------
-# progress
+# ---- progress --------------------------------------------------------------------------------
 
 
 class Progress:
-    """
-    A line on stderr that is rewritten on a terminal, and a line every few seconds elsewhere.
+    """A line on stderr that is rewritten on a terminal, and a line every few seconds elsewhere.
 
     label: what is being done; total: how many units, or None; unit: their name, or "B" for bytes.
     """
@@ -104,19 +85,16 @@ class Progress:
 
     def _show(self):
         mega = self.unit == "B"
-        done, *total = [f"{n / 1e6:,.1f}" if mega else f"{n:,}" for n in (self.done, self.total) if n is not None]
-        line = f"{self.label}: {' of '.join([done] + total)} {'MB' if mega else self.unit}, "
-        line += f"{time.monotonic() - self.start:.0f} s"
-        if self.terminal:
-            print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
-        else:
-            print(line, file=sys.stderr, flush=True)
+        counts = [f"{n / 1e6:,.1f}" if mega else f"{n:,}" for n in (self.done, self.total) if n is not None]
+        unit, seconds = "MB" if mega else self.unit, time.monotonic() - self.start
+        line = f"{self.label}: {' of '.join(counts)} {unit}, {seconds:.0f} s"
+        start, end = ("\r", "\x1b[K") if self.terminal else ("", "\n")
+        print(start + line, end=end, file=sys.stderr, flush=True)
 
     def add(self, n):
         """n more units are done."""
         self.done += n
-        now = time.monotonic()
-        if now - self.last >= self.every:
+        if (now := time.monotonic()) - self.last >= self.every:
             self.last = now
             self._show()
 
@@ -126,12 +104,10 @@ class Progress:
     def __exit__(self, kind, error, trace):
         if kind is None:
             self._show()
-        if self.terminal:
-            print(file=sys.stderr)
+        print(end="\n" if self.terminal else "", file=sys.stderr)
 
 
-# ---------------------------------------------------------------------------------------------------
-# where the source comes from
+# ---- where the source comes from -------------------------------------------------------------
 
 
 def digest_of(path, algorithm="sha256"):
@@ -144,20 +120,17 @@ def digest_of(path, algorithm="sha256"):
 
 
 def identity(source):
-    """
-    What makes a source the same one, as a dict for meta.json: the base name, the size in bytes, and the sha256 of
+    """What makes a source the same one, as a dict for meta.json: the base name, the size in bytes, and the sha256 of
     a file. A folder of 100,000 files is not read for this: its digest is over their names, sizes and times.
     """
     source = Path(source)
     if source.is_file():
         return {"file": source.name, "bytes": source.stat().st_size, "sha256": digest_of(source)}
     if not source.is_dir():
-        raise DataError(f"--source {source}: there is no such file or folder; give the path of a local copy, "
+        raise UserError(f"--source {source}: there is no such file or folder; give the path of a local copy, "
                         "or leave --source out to download")
     h, total = hashlib.sha256(), 0
     for name, path in _folder(source):
-        if not path.is_file():
-            continue
         info = path.stat()
         total += info.st_size
         h.update(f"{name}\0{info.st_size}\0{info.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
@@ -166,8 +139,7 @@ def identity(source):
 
 def _verify(path, size, digest):
     """None if the file has the size (bytes or None) and the digest ("algorithm:hex" or None), else what is wrong."""
-    got = path.stat().st_size
-    if size is not None and got != size:
+    if size is not None and (got := path.stat().st_size) != size:
         return f"expected {size:,} bytes, got {got:,}"
     if digest is not None:
         algorithm, want = digest.split(":")
@@ -177,17 +149,14 @@ def _verify(path, size, digest):
 
 
 def download(url, path, size=None, digest=None, timeout=60):
-    """
-    The file of `url` at `path` (Path), checked, and at once if it is there already.
+    """The file of `url` at `path` (Path), checked, and at once if it is there already.
 
     size: bytes, or None to take the server's word. digest: "sha256:..." or "md5:...", or None.
     It grows as NAME.part, which a later call continues where it stopped (HTTP Range), and gets its name only when
-    size and digest are right. Raises DataError for whatever goes wrong.
+    size and digest are right. Raises UserError for whatever goes wrong.
     """
-    path = Path(path)
     if path.is_file():
-        wrong = _verify(path, size, digest)
-        if wrong is None:
+        if (wrong := _verify(path, size, digest)) is None:
             return path
         print(f"{path.name} is there but is not the published file ({wrong}): downloading it again", file=sys.stderr)
         path.unlink()
@@ -196,10 +165,9 @@ def download(url, path, size=None, digest=None, timeout=60):
     have = part.stat().st_size if part.is_file() else 0
     if not have or have != size:
         size = _fetch(url, part, have, size, timeout, local)
-    wrong = _verify(part, size, digest)
-    if wrong is not None:
+    if (wrong := _verify(part, size, digest)) is not None:
         part.unlink()
-        raise DataError(f"{url}: {wrong}; the file was removed: run again to start over, {local}")
+        raise UserError(f"{url}: {wrong}; the file was removed: run again to start over, {local}")
     os.replace(part, path)
     return path
 
@@ -211,20 +179,18 @@ def _fetch(url, part, have, size, timeout, local):
     if size is not None and have > size:
         have = 0
     # identity: a server that compresses on the way would make sizes and ranges mean something else
-    headers = {"Accept-Encoding": "identity"}
-    if have:
-        headers["Range"] = f"bytes={have}-"
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     try:
         with requests.get(url, headers=headers, stream=True, timeout=timeout) as answer:
             if answer.status_code == 416:  # the part is as long as the file, or longer: its digest will tell
                 return size
             if answer.status_code not in (200, 206):
-                raise DataError(f"{url}: the server answered {answer.status_code} {answer.reason}: try later, {local}")
+                raise UserError(f"{url}: the server answered {answer.status_code} {answer.reason}: try later, {local}")
             sent = answer.headers.get("Content-Range", "no Content-Range")
             if answer.status_code == 200:
                 have = 0  # it does not resume: from the beginning
             elif not sent.startswith(f"bytes {have}-"):
-                raise DataError(f"{url}: asked for the bytes from {have:,}, the server sent {sent!r}: "
+                raise UserError(f"{url}: asked for the bytes from {have:,}, the server sent {sent!r}: "
                                 f"remove {part.name} and run again, {local}")
             if size is None and "Content-Length" in answer.headers:
                 size = have + int(answer.headers["Content-Length"])
@@ -238,26 +204,24 @@ def _fetch(url, part, have, size, timeout, local):
     except requests.RequestException as error:
         got = part.stat().st_size if part.is_file() else 0
         came = f"after {got:,} bytes" if got else "before the first byte"
-        raise DataError(f"{url}: the download broke off {came} ({type(error).__name__}): run again to go on, "
+        raise UserError(f"{url}: the download broke off {came} ({type(error).__name__}): run again to go on, "
                         f"{local}") from error
     return size
 
 
-# ---------------------------------------------------------------------------------------------------
-# reading a source: always in memory, never extracted, so no member's name can reach the disk
+# ---- reading a source: always in memory, never extracted, so no member's name can reach the disk ---
 
 _OPENERS = ((b"\x1f\x8b", gzip.open), (b"\xfd7zXZ\0", lzma.open), (b"BZh", bz2.open))
-_BROKEN = (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, OSError, RuntimeError,
-           NotImplementedError)
+_BROKEN = (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, OSError, RuntimeError)
 
 
 @contextmanager
 def _whole(source):
-    """Turns whatever a reader of archives raises on a cut or damaged one into a DataError."""
+    """Turns whatever a reader of archives raises on a cut or damaged one into a UserError."""
     try:
         yield
     except _BROKEN as error:
-        raise DataError(f"{source.name} cannot be read to its end ({type(error).__name__}: {error}): "
+        raise UserError(f"{source.name} cannot be read to its end ({type(error).__name__}: {error}): "
                         "it is cut, damaged or not what its name says; copy or download it again") from error
 
 
@@ -265,10 +229,8 @@ def _open(path):
     """The decompressed content of a file (or the file itself) as a binary stream, by its first bytes."""
     with open(path, "rb") as f:
         head = f.read(8)
-    for magic, opener in _OPENERS:
-        if head.startswith(magic):
-            return opener(path, "rb")
-    return open(path, "rb")
+    opener = next((opener for magic, opener in _OPENERS if head.startswith(magic)), open)
+    return opener(path, "rb")
 
 
 def _folder(source):
@@ -277,7 +239,7 @@ def _folder(source):
     for folder, _, files in os.walk(source):
         inside = os.path.relpath(folder, source).replace(os.sep, "/")
         found += [(name if inside == "." else f"{inside}/{name}", Path(folder, name)) for name in files]
-    return sorted(found, key=lambda pair: pair[0])
+    return sorted((pair for pair in found if pair[1].is_file()), key=lambda pair: pair[0])
 
 
 def _tame(name):
@@ -289,10 +251,10 @@ def _tame(name):
 
 
 def _read(stream, name, limit):
-    """All of a stream as bytes; DataError beyond `limit` bytes, whatever its header promised."""
+    """All of a stream as bytes; UserError beyond `limit` bytes, whatever its header promised."""
     data = stream.read(limit + 1)
     if len(data) > limit:
-        raise DataError(f"{name} holds more than the {limit:,} bytes expected: this is another file; check --source")
+        raise UserError(f"{name} holds more than the {limit:,} bytes expected: this is another file; check --source")
     return data
 
 
@@ -300,41 +262,39 @@ def _is_tar(path):
     with _open(path) as f:
         block = f.read(512)
     try:
-        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        return bool(tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape"))
     except tarfile.TarError:
         return False
-    return True
 
 
 def members(source, wanted=lambda name: True, limit=1 << 26):
-    """
-    Yields (name, bytes) of each regular file in `source` that `wanted(name)` asks for: a folder, a zip, a tar
+    """Yields (name, bytes) of each regular file in `source` that `wanted(name)` asks for: a folder, a zip, a tar
     (plain, gz, xz, bz2), or a single file, compressed or not, named without the compression's suffix.
 
     Archives are read once, in their order, in memory. Links, devices and names that point outside are ignored.
-    limit: bytes that one file may hold. Raises DataError for a missing, empty, cut or damaged source.
+    limit: bytes that one file may hold. Raises UserError for a missing, empty, cut or damaged source.
     """
     source = Path(source)
     if source.is_dir():
         for name, path in _folder(source):
-            if path.is_file() and wanted(name):
+            if wanted(name):
                 with open(path, "rb") as f:
                     yield name, _read(f, name, limit)
         return
     if not source.is_file():
-        raise DataError(f"{source}: there is no such file or folder")
+        raise UserError(f"{source}: there is no such file or folder")
     if source.stat().st_size == 0:
-        raise DataError(f"{source.name} is empty: copy or download it again")
+        raise UserError(f"{source.name} is empty: copy or download it again")
     with open(source, "rb") as f:
         head = f.read(4)
     if head == b"PK\x03\x04":
         with _whole(source), zipfile.ZipFile(source) as archive:
             for info in archive.infolist():
                 name = _tame(info.filename)
-                if name is None or info.is_dir() or stat.S_ISLNK(info.external_attr >> 16) or not wanted(name):
-                    continue
-                with archive.open(info) as f:
-                    yield name, _read(f, name, limit)
+                plain = not info.is_dir() and not stat.S_ISLNK(info.external_attr >> 16)
+                if name is not None and plain and wanted(name):
+                    with archive.open(info) as f:
+                        yield name, _read(f, name, limit)
         return
     with _whole(source):
         if not _is_tar(source):
@@ -354,45 +314,42 @@ def members(source, wanted=lambda name: True, limit=1 << 26):
 
 
 def single(source, names, limit):
-    """
-    The content (bytes) of the one file that `source` is or holds; among several, the one with a base name in `names`.
-    limit: the most bytes it may have. Raises DataError if there is no such file or it is longer.
+    """The content (bytes) of the one file that `source` is or holds; among several, of the one with a name in `names`.
+    limit: the most bytes it may have. Raises UserError if there is no such file or it is longer.
     """
     there = []
     for _ in members(source, wanted=lambda name: there.append(name)):  # append gives None: nothing is asked for
         pass
     chosen = [name for name in there if PurePosixPath(name).name in names] if len(there) > 1 else there
     if len(chosen) != 1:
-        raise DataError(f"{Path(source).name} holds {len(there):,} files, {len(chosen)} of them named "
+        raise UserError(f"{Path(source).name} holds {len(there):,} files, {len(chosen)} of them named "
                         f"{' or '.join(names)}: expected one; give the file itself with --source")
     (_, data), = members(source, wanted=lambda name: name == chosen[0], limit=limit)
     return data
 
 
 def utf8(data, name):
-    """`data` (bytes) decoded; DataError with the place where it is not UTF-8. name: the file's, for the message."""
+    """`data` (bytes) decoded; UserError with the place where it is not UTF-8. name: the file's, for the message."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{name}: expected UTF-8 text, found {data[error.start:error.end]!r} at byte {error.start:,}: "
+        raise UserError(f"{name}: expected UTF-8 text, found {data[error.start:error.end]!r} at byte {error.start:,}: "
                         "it is damaged or another file; check --source") from error
 
 
 def check_size(source, found, expected, partial, unit="bytes"):
-    """Raises DataError unless found == expected, or found is less and `partial` allows it. Returns found < expected."""
+    """Raises UserError unless found == expected, or found is less and `partial` allows it. Returns found < expected."""
     if found == expected or (partial and 0 < found < expected):
         return found < expected
     way = "give the whole file, or --partial to go on with this one" if 0 < found < expected else "check --source"
-    raise DataError(f"{Path(source).name}: expected {expected:,} {unit}, found {found:,}: {way}")
+    raise UserError(f"{Path(source).name}: expected {expected:,} {unit}, found {found:,}: {way}")
 
 
-# ---------------------------------------------------------------------------------------------------
-# the finished folder
+# ---- the finished folder ---------------------------------------------------------------------
 
 
 def finished(args, options, source=None):
-    """
-    Whether args.out_dir is whole and was made with these options from this source; if so, says so with its counts.
+    """Whether args.out_dir is whole and was made with these options from this source; if so, says so with its counts.
 
     options: the dict that will stand in meta.json. source: the identity to compare with, by default that of
     args.source, and without one any source will do.
@@ -400,14 +357,12 @@ def finished(args, options, source=None):
     if args.source is not None and source is None:
         source = identity(args.source)
     try:
-        with open(args.out_dir / "meta.json", encoding="utf-8") as f:
-            meta = json.load(f)
+        meta = json.loads((args.out_dir / "meta.json").read_text(encoding="utf-8"))
         same = meta["format"] == FORMAT and meta["options"] == options and (args.partial or not meta["partial"])
         # a renamed copy is the same source; meta may know more of a source than its identity
         same = same and all(meta["source"].get(key) == value for key, value in (source or {}).items() if key != "file")
-        width = np.dtype(meta["dtype"]).itemsize
-        for name, split in meta["splits"].items():
-            same = same and (args.out_dir / f"{name}.bin").stat().st_size == split["tokens"] * width
+        width, splits = np.dtype(meta["dtype"]).itemsize, meta["splits"].items()
+        same = same and all((args.out_dir / f"{n}.bin").stat().st_size == s["tokens"] * width for n, s in splits)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
     if same:
@@ -433,8 +388,7 @@ def little(vocab_size):
 
 
 def write(out_dir, meta, splits):
-    """
-    Writes a finished folder and prints its counts.
+    """Writes a finished folder and prints its counts.
 
     meta: dict with name, kind, tokenizer, vocab_size, mark, options, source, split_rule, ... (see below).
     splits: {"train": {...}, ...}, each with `tokens` (integers, (tokens,)) and `bytes` (the UTF-8 bytes they stand
@@ -444,12 +398,13 @@ def write(out_dir, meta, splits):
     SPLIT.offsets.bin (int64; document n is tokens[offsets[n]:offsets[n + 1]]), SPLIT.labels.bin (uint8; 1 = positive),
     and meta.json. All is written to a folder beside and moved in, meta.json last: it marks a finished folder.
     """
-    out_dir = Path(out_dir).absolute()
-    dtype = little(meta["vocab_size"])
+    out_dir, dtype = Path(out_dir).absolute(), little(meta["vocab_size"])
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     if out_dir.exists() and not out_dir.is_dir():
-        raise DataError(f"--out_dir {out_dir} is a file: give a folder")
-    _sweep(out_dir)
+        raise UserError(f"--out_dir {out_dir} is a file: give a folder")
+    for old in out_dir.parent.glob(f"{out_dir.name}.part-*"):  # of runs that were killed outright; a younger one
+        if old.is_dir() and time.time() - old.stat().st_mtime > 3600:  # may be at work
+            shutil.rmtree(old, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=f"{out_dir.name}.part-", dir=out_dir.parent))
     try:
         arrays = (("tokens", "", dtype), ("offsets", ".offsets", "<i8"), ("labels", ".labels", "u1"))
@@ -460,24 +415,15 @@ def write(out_dir, meta, splits):
                     files.append(f"{name}{suffix}.bin")
                     np.ascontiguousarray(split[key], dtype=kind).tofile(temporary / files[-1])
             plain = {key: int(value) for key, value in split.items() if key not in ("tokens", "offsets", "labels")}
-            digest = digest_of(temporary / f"{name}.bin")
-            counts[name] = {"tokens": len(split["tokens"]), **plain, "sha256": digest}
+            counts[name] = {"tokens": len(split["tokens"]), **plain, "sha256": digest_of(temporary / f"{name}.bin")}
         meta = {"format": FORMAT, **meta, "dtype": dtype.name, "splits": counts}
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         out_dir.mkdir(exist_ok=True)
         (out_dir / "meta.json").unlink(missing_ok=True)  # from here until the last line the folder is not finished
         for old in out_dir.glob("*.bin"):
             old.unlink()
-        for file in files:
+        for file in [*files, "meta.json"]:
             os.replace(temporary / file, out_dir / file)
-        os.replace(temporary / "meta.json", out_dir / "meta.json")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     report(meta)
-
-
-def _sweep(out_dir):
-    """Removes the temporary folders of runs that were killed outright; younger than an hour, they may be at work."""
-    for old in out_dir.parent.glob(f"{out_dir.name}.part-*"):
-        if old.is_dir() and time.time() - old.stat().st_mtime > 3600:
-            shutil.rmtree(old, ignore_errors=True)

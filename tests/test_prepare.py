@@ -24,6 +24,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from configurator import UserError
 from data import common
 from tokenizer import Tokenizer, words
 
@@ -40,7 +41,7 @@ def prepare(name, *options, cwd, code=0, env=None):
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     if code:
-        assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1, done.stderr
+        assert len([line for line in done.stderr.splitlines() if line.startswith("prepare.py: ")]) == 1, done.stderr
     return done
 
 
@@ -310,7 +311,7 @@ def test_links_and_paths_outside_are_ignored(tmp_path, make, name):
 @pytest.mark.parametrize("name", ["bomb.zip", "bomb.tar.xz", "bomb.gz", "folder"])
 def test_size_bound(tmp_path, name):
     source = wrap(b"\0" * 2_000_000, tmp_path / name)
-    with pytest.raises(common.DataError, match="more than the 1,000 bytes"):
+    with pytest.raises(UserError, match="more than the 1,000 bytes"):
         list(common.members(source, limit=1000))
 
 
@@ -322,12 +323,12 @@ def test_cut_tars_and_names_that_lie(tmp_path):
         lying = whole.rename(tmp_path / f"{name}.txt")
         assert dict(common.members(lying)) == files
         lying.write_bytes(lying.read_bytes()[: 60_000 if name == "a.tar" else -2000])
-        with pytest.raises(common.DataError, match="cannot be read to its end"):
+        with pytest.raises(UserError, match="cannot be read to its end"):
             list(common.members(lying))
     # the checksum stands after the tar's own end: it is looked at all the same
     whole = pack(files, tmp_path / "b.tar.gz")
     whole.write_bytes(whole.read_bytes()[:-8] + bytes(8))
-    with pytest.raises(common.DataError, match="cannot be read to its end"):
+    with pytest.raises(UserError, match="cannot be read to its end"):
         list(common.members(whole))
 
 
@@ -684,7 +685,7 @@ def test_imdb_partial_has_to_be_asked_for(made, tmp_path):
     (["--vocab_size=0"], "expected at least 1 for words, got 0"),
 ])
 def test_imdb_options(options, said):
-    with pytest.raises(common.DataError, match=said):
+    with pytest.raises(UserError, match=said):
         imdb.main(options)
 
 
@@ -762,7 +763,7 @@ def test_download_goes_on(server, tmp_path, where, ranges):
 
 
 def test_download_breaks_off_and_goes_on(server, tmp_path):
-    with pytest.raises(common.DataError, match="broke off after 4.*,... bytes .*run again to go on.*--source"):
+    with pytest.raises(UserError, match="broke off after 4.*,... bytes .*run again to go on.*--source"):
         common.download(f"{server}/cut", tmp_path / "a", len(BODY), DIGEST)
     assert [f.name for f in tmp_path.iterdir()] == ["a.part"]
     have = (tmp_path / "a.part").stat().st_size
@@ -785,7 +786,7 @@ def test_download_of_a_wrong_part(server, tmp_path, part):
     (tmp_path / "a.part").write_bytes(part)
     try:
         common.download(f"{server}/file", tmp_path / "a", len(BODY), DIGEST)
-    except common.DataError as error:  # its beginning was wrong: seen at the end, thrown away, right the next time
+    except UserError as error:  # its beginning was wrong: seen at the end, thrown away, right the next time
         assert "expected sha256" in str(error) and "run again" in str(error) and not list(tmp_path.iterdir())
         common.download(f"{server}/file", tmp_path / "a", len(BODY), DIGEST)
     assert (tmp_path / "a").read_bytes() == BODY
@@ -798,20 +799,20 @@ def test_download_of_a_wrong_part(server, tmp_path, part):
     ("/broken", None, DIGEST, "answered 503 .*try later.*--source"),
 ], ids="digest size too-long error".split())
 def test_download_refused(server, tmp_path, where, size, digest, said):
-    with pytest.raises(common.DataError, match=said):
+    with pytest.raises(UserError, match=said):
         common.download(server + where, tmp_path / "a", size, digest)
     assert not list(tmp_path.iterdir())
 
 
 def test_download_of_another_range(server, tmp_path):
     (tmp_path / "a.part").write_bytes(BODY[:1000])
-    with pytest.raises(common.DataError, match="asked for the bytes from 1,000, the server sent 'bytes 1001-"):
+    with pytest.raises(UserError, match="asked for the bytes from 1,000, the server sent 'bytes 1001-"):
         common.download(f"{server}/shifted", tmp_path / "a", len(BODY), DIGEST)
     assert (tmp_path / "a.part").read_bytes() == BODY[:1000]
 
 
 def test_download_without_a_server(tmp_path):
-    with pytest.raises(common.DataError, match="broke off before the first byte .*ConnectionError"):
+    with pytest.raises(UserError, match="broke off before the first byte .*ConnectionError"):
         common.download("http://127.0.0.1:9/x", tmp_path / "a", 10, DIGEST)
     assert not list(tmp_path.iterdir())
 

@@ -26,6 +26,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
+from configurator import UserError
 from data import common
 from tokenizer import UNKNOWN, bpe_encoding, gpt2_encoding, words
 
@@ -50,7 +51,7 @@ def shuffled(keys):
 def read(source, partial):
     """
     All reviews of `source`: {"train/pos": {n: (text, movie)}, ...}, and whether they are fewer than the official ones.
-    Raises common.DataError unless every folder is there, numbered from 0, with as many lines in its urls file.
+    Raises UserError unless every folder is there, numbered from 0, with as many lines in its urls file.
     """
     texts, movies = {group: {} for group in OFFICIAL}, {}
     with common.Progress(f"reading {source.name}", sum(OFFICIAL.values()), "reviews") as progress:
@@ -63,7 +64,7 @@ def read(source, partial):
             group, number = REVIEW.search(name).groups()
             if group in texts:
                 if int(number) in texts[group]:
-                    raise common.DataError(f"{source.name}: {group} holds review {number} twice: give one copy only")
+                    raise UserError(f"{source.name}: {group} holds review {number} twice: give one copy only")
                 # NUL is the mark of the bytes; it goes for every tokenizer, so that all have the same text
                 texts[group][int(number)] = LINE_BREAK.sub("\n", common.utf8(data, name).replace("\0", " "))
                 progress.add(1)
@@ -73,10 +74,10 @@ def read(source, partial):
         lines = len(movies.get(group, ()))
         urls = group.replace("/", "/urls_") + ".txt"
         if lines != len(texts[group]):
-            raise common.DataError(f"{source.name}: expected {len(texts[group]):,} lines in {urls}, one for each "
+            raise UserError(f"{source.name}: expected {len(texts[group]):,} lines in {urls}, one for each "
                                    f"review in {group}, found {lines:,}: it is not whole; copy or download it again")
         if gone := set(range(lines)) - set(texts[group]):
-            raise common.DataError(f"{source.name}: expected {group} numbered from 0 to {lines - 1:,} like the lines "
+            raise UserError(f"{source.name}: expected {group} numbered from 0 to {lines - 1:,} like the lines "
                                    f"of {urls}, found no review {min(gone):,}: copy or download it again")
     return {group: {n: (text, movies[group][n]) for n, text in texts[group].items()} for group in OFFICIAL}, smaller
 
@@ -94,7 +95,7 @@ def held_out(groups):
         chosen.add(movie)
         reviews += count[movie]
     if len(chosen) == len(count):
-        raise common.DataError(f"expected reviews of two movies or more in train, found {len(count)}: check --source")
+        raise UserError(f"expected reviews of two movies or more in train, found {len(count)}: check --source")
     return chosen
 
 
@@ -192,11 +193,11 @@ def options_of(args):
     default, least = {"words": (10_000, 1), "bpe": (8192, 258)}.get(args.tokenizer, (None, None))
     if default is None:
         if args.vocab_size is not None:
-            raise common.DataError(f"--vocab_size: {args.tokenizer} has a vocabulary of its own; leave the option out")
+            raise UserError(f"--vocab_size: {args.tokenizer} has a vocabulary of its own; leave the option out")
         return {"tokenizer": args.tokenizer}
     size = default if args.vocab_size is None else args.vocab_size
     if size < least:
-        raise common.DataError(f"--vocab_size: expected at least {least} for {args.tokenizer}, got {size}")
+        raise UserError(f"--vocab_size: expected at least {least} for {args.tokenizer}, got {size}")
     return {"tokenizer": args.tokenizer, "vocab_size": size}
 
 

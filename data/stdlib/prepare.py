@@ -20,6 +20,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
+from configurator import UserError
 from data import common
 
 # Tests, what others installed, and what the build generated for this machine.
@@ -60,7 +61,7 @@ def main(argv):
         splits[split_of(start, total)].append(document)
         start += len(document)
     if not all(splits.values()):
-        raise common.DataError(f"{folder.name}: expected Python files enough for three splits, found {len(documents)}: "
+        raise UserError(f"{folder.name}: expected Python files enough for three splits, found {len(documents)}: "
                                "give the folder Lib of a Python with --source")
     texts = {name: b"".join(parts) for name, parts in splits.items()}
     splits = {

@@ -13,6 +13,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
+from configurator import UserError
 from data import common
 from tokenizer import Tokenizer, words
 
@@ -37,7 +38,7 @@ def main(argv):
         source = common.identity(args.source)
     sentences = [line.strip() for line in text.splitlines() if line.strip()]
     if not sentences:
-        raise common.DataError(f"{args.source.name}: expected a sentence on each line, found none")
+        raise UserError(f"{args.source.name}: expected a sentence on each line, found none")
     vocab = list(dict.fromkeys(["<s>"] + [word for sentence in sentences for word in words(sentence)]))
     meta = {"name": "toy", "kind": "lm", "tokenizer": "words", "vocab_size": len(vocab), "mark": 0, "vocab": vocab}
     tokenizer = Tokenizer(meta)

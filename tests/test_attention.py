@@ -1,0 +1,326 @@
+"""The laws that every attention mechanism must pass: see "the contract" in README.md.
+
+Beside the mechanisms of the repository stand four of the tests' own, which use what dense
+attention does not: learned spans that differ by head, a plan of two parts, reweighing, and a
+bias that depends on more than the distance.
+"""
+
+import math
+
+import pytest
+import torch
+
+import attention
+from attention import Attention, Block, Cache
+from model import GPTConfig
+
+
+class Span(Attention):
+    """A soft window with a learned length for each head; every head has blocks of its own."""
+
+    def __init__(self, config, layer=0):
+        super().__init__(config, layer)
+        self.span = torch.nn.Parameter(torch.linspace(3.0, 20.0, self.n_head))
+
+    def bias(self, i, j):
+        distance = i[:, None] - j[None]
+        m = ((4 + self.span[:, None, None] - distance.abs()) / 4).clamp(0, 1)
+        kept = (m > 0) & (distance >= 0 if self.causal else distance == distance)
+        return torch.where(kept, m.where(m > 0, 1).log(), -math.inf)
+
+    def plan(self, T):
+        part = []
+        for h in range(self.n_head):
+            r = math.ceil(4 + self.span[h].item())
+            for a in range(0, T, 16):
+                b = min(a + 16, T)
+                part.append(Block(range(h, h + 1), range(a, b), range(max(0, a - r), b if self.causal else min(T, b + r))))
+        return [part]
+
+    def reach(self):
+        return math.ceil(4 + self.span.max().item())
+
+
+class EvenOdd(Attention):
+    """Every key, at a learned price of distance, in two parts: the even keys as ranges with a step,
+    the odd ones as tensors."""
+
+    def __init__(self, config, layer=0):
+        super().__init__(config, layer)
+        self.price = torch.nn.Parameter(torch.tensor(0.3))
+
+    def bias(self, i, j):
+        distance = (i[:, None] - j[None]).to(self.price.dtype)
+        kept = (distance >= 0) & (distance < self.block_size) if self.causal else distance == distance
+        return torch.where(kept, -self.price * distance.abs().sqrt(), -math.inf)[None]
+
+    def plan(self, T):
+        parts = [[], []]
+        for a in range(0, T, 24):
+            b = min(a + 24, T)
+            end = b if self.causal else T
+            parts[0].append(Block(range(self.n_head), range(a, b), range(0, end, 2)))
+            if end > 1:
+                parts[1].append(Block(range(self.n_head), range(a, b), torch.arange(1, end, 2)))
+        return parts if T > 1 else parts[:1]
+
+
+class Reweigh(Attention):
+    """Weights squared and scaled to sum to one."""
+
+    def reweigh(self, p):
+        p = p.square()
+        return p / p.sum(-1, keepdim=True)
+
+
+class Anchored(Attention):
+    """A learned bonus for keys at multiples of seven: not a function of the distance."""
+
+    relative = False
+
+    def __init__(self, config, layer=0):
+        super().__init__(config, layer)
+        self.bonus = torch.nn.Parameter(torch.linspace(0.5, 1.5, self.n_head))
+
+    def bias(self, i, j):
+        bonus = self.bonus[:, None, None] * (j % 7 == 0)
+        return super().bias(i, j) + bonus
+
+
+MECHANISMS = {"dense": Attention, "span": Span, "even_odd": EvenOdd, "reweigh": Reweigh, "anchored": Anchored}
+LENGTHS = (1, 2, 5, 23, 64, 65, 130)  # odd sizes: one token, shorter than a block, no multiple of one
+
+
+def make(name, causal=True, block_size=64, dropout=0.0, kernel="engine", dtype=torch.float64):
+    torch.manual_seed(0)
+    config = GPTConfig(n_head=3, n_embd=24, block_size=block_size, n_class=0 if causal else 2, dropout=dropout, kernel=kernel)
+    return MECHANISMS[name](config).to(dtype)
+
+
+def random_qkv(T, B=2, H=3, D=8, dtype=torch.float64):
+    torch.manual_seed(T)
+    return [torch.randn(B, H, T, D, dtype=torch.float64).to(dtype).requires_grad_() for _ in range(3)]
+
+
+def outputs_and_gradients(layer, attend, inputs, lengths=None):
+    """[output, gradients of q, k, v and of the mechanism's parameters], for one fixed upstream gradient."""
+    y = attend(*inputs)
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype)
+    if lengths is not None:  # nothing comes back from padding
+        upstream = upstream * (torch.arange(y.size(2)) < lengths[:, None])[:, None, :, None]
+        y = y * (torch.arange(y.size(2)) < lengths[:, None])[:, None, :, None]
+    wanted = inputs + layer.mask_parameters()
+    return [y] + list(torch.autograd.grad(y, wanted, upstream, allow_unused=True))
+
+
+def reference(layer, lengths=None):
+    return lambda q, k, v: layer.weights(q, k, lengths=lengths) @ v
+
+
+def largest_error(found, expected):
+    return max((a.double() - b.double()).abs().max().item() for a, b in zip(found, expected) if b is not None)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_exact(name, causal):
+    """The engine equals the reference: outputs and all gradients, at odd sizes and with padding."""
+    layer = make(name, causal)
+    for T in LENGTHS:
+        for lengths in (None, torch.tensor([T, max(1, T // 2)])):
+            inputs = random_qkv(T)
+            expected = outputs_and_gradients(layer, reference(layer, lengths), inputs, lengths)
+            found = outputs_and_gradients(layer, lambda *x: layer.attend(*x, lengths), inputs, lengths)
+            assert largest_error(found, expected) < 1e-10, (T, lengths)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_exact_in_low_precision(name, dtype):
+    """The engine errs at most twice as much as the reference in the same precision, by the norm of
+    the error against float64 over several draws, for each output and gradient."""
+    exact, low = make(name, block_size=300), make(name, block_size=300, dtype=torch.float32)  # masks stay float32
+    ours, theirs = [], []
+    for draw in range(5):
+        torch.manual_seed(draw)
+        inputs = [torch.randn(2, 3, 300, 8).to(dtype).requires_grad_() for _ in range(3)]
+        same = [x.detach().double().requires_grad_() for x in inputs]
+        true = outputs_and_gradients(exact, reference(exact), same)
+        for errors, attend in ((ours, low.attend), (theirs, reference(low))):
+            found = outputs_and_gradients(low, attend, inputs)
+            errors.append([(a.double() - b).norm() ** 2 for a, b in zip(found, true) if b is not None])
+    for n, (error, bound) in enumerate(zip(map(sum, zip(*ours)), map(sum, zip(*theirs)))):
+        assert error**0.5 <= 2 * bound**0.5, (n, float(error**0.5), float(bound**0.5))
+
+
+@pytest.mark.parametrize("kernel", ["engine", "reference"])
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_causal(name, kernel):
+    """A changed token changes nothing before it."""
+    layer = make(name, kernel=kernel)
+    x = torch.randn(2, 70, 24, dtype=torch.float64)
+    changed = x.clone()
+    changed[:, 41] += 1
+    before, after = layer(x), layer(changed)
+    assert (before[:, :41] - after[:, :41]).abs().max() < 1e-12
+    assert (before[:, 41:] - after[:, 41:]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_alone(name):
+    """An example's output does not depend on the others in its batch, nor on padding."""
+    layer = make(name, causal=False)
+    x = torch.randn(3, 50, 24, dtype=torch.float64)
+    lengths = torch.tensor([50, 31, 1])
+    together = layer(x, lengths=lengths)
+    garbage = x.clone()
+    garbage[1, 31:] = 1e3
+    garbage[2, 1:] = -1e3
+    other = layer(garbage, lengths=lengths)
+    for n, length in enumerate(lengths.tolist()):
+        alone = layer(x[n : n + 1, :length])
+        assert (together[n, :length] - alone[0]).abs().max() < 1e-12
+        assert (together[n, :length] - other[n, :length]).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("chunk", [1, 7])
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_incremental(name, chunk):
+    """Decoding through the cache equals the full pass, also far past the block size."""
+    layer = make(name, block_size=32)
+    rotation = attention.rotations(torch.arange(150), 8)
+    x = torch.randn(2, 150, 24, dtype=torch.float64)
+    with torch.no_grad():
+        whole = layer(x, rotation)
+        cache = Cache(layer.reach() + 1)
+        pieces = [layer(x[:, :40], rotation[:, :40], cache=cache)]  # a prompt longer than the cache
+        for a in range(40, 150, chunk):
+            pieces.append(layer(x[:, a : a + chunk], rotation[:, a : a + chunk], cache=cache))
+    assert (torch.cat(pieces, 1) - whole).abs().max() < 1e-12
+    assert cache.k.size(2) == layer.reach() + 1
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_complete(name, causal):
+    """The plan covers each pair with a bias above -inf exactly once, and `kept` counts those pairs."""
+    layer = make(name, causal)
+    for T in LENGTHS:
+        i = torch.arange(T)
+        wanted = (layer.bias(i, i) > -math.inf).expand(3, T, T)
+        covered = torch.zeros(3, T, T, dtype=torch.long)
+        for block in (block for part in layer.plan(T) for block in part):
+            heads, queries, keys = (torch.as_tensor(x) for x in block)
+            covered[heads[:, None, None], queries[:, None], keys[None]] += 1
+        assert (covered[wanted] == 1).all(), T
+        assert covered.max() == 1, T
+        assert layer.kept(T) == wanted.sum().item() / 3
+        assert layer.pairs(T) == covered.sum().item() / 3
+
+
+def test_cheap():
+    """Work counted from the plan grows as claimed: dense n^2, a window n times the window."""
+    dense, span = make("dense", block_size=8192), make("span", block_size=8192)
+    assert math.log2(dense.pairs(8192) / dense.pairs(4096)) == pytest.approx(2, abs=0.1)
+    assert math.log2(span.pairs(8192) / span.pairs(4096)) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_dropout(name):
+    """Dropout drops weights at its rate, the same in both directions, and from the global stream."""
+    layer = make(name, block_size=128, dropout=0.25)
+    layer.train()
+    inputs = random_qkv(100)
+    q, k, v = inputs
+
+    def attend(v):
+        torch.manual_seed(7)
+        return layer.attend(q, k, v)
+
+    # v = identity shows the dropped weights themselves
+    eye = torch.eye(100, dtype=torch.float64).expand(2, 3, 100, 100).contiguous().requires_grad_()
+    dropped, plain = attend(eye).detach(), layer.weights(q, k).detach()
+    there = plain > 1e-12
+    kept = dropped[there] > 0
+    assert kept.double().mean() == pytest.approx(0.75, abs=0.02)
+    if name != "even_odd":  # whose parts are each dropped before they are joined
+        torch.testing.assert_close(dropped[there][kept], plain[there][kept] / 0.75)
+    # the same mask going back: with it fixed the layer is linear in v, so the gradient is that matrix
+    upstream = torch.randn(2, 3, 100, 8, dtype=torch.float64)
+    (grad,) = torch.autograd.grad(attend(v), v, upstream)
+    torch.testing.assert_close(grad, dropped.mT @ upstream)
+    # and q's gradient against finite differences of the same draw
+    direction = torch.randn_like(q)
+    (grad,) = torch.autograd.grad(attend(v), q, upstream)
+    with torch.no_grad():
+        ends = []
+        for sign in (1, -1):
+            torch.manual_seed(7)
+            ends.append((layer.attend(q + sign * 1e-6 * direction, k, v) * upstream).sum())
+    assert (grad * direction).sum().item() == pytest.approx((ends[0] - ends[1]).item() / 2e-6, rel=1e-5)
+    torch.manual_seed(8)
+    assert not torch.equal(layer.attend(q, k, eye), dropped)
+    layer.eval()
+    assert largest_error([layer.attend(q, k, v)], [reference(layer)(q, k, v)]) < 1e-10
+
+
+def test_reweigh_needs_complete_rows():
+    class Both(EvenOdd):
+        reweigh = Reweigh.reweigh
+
+    layer = Both(GPTConfig(n_head=3, n_embd=24, block_size=64, kernel="engine"))
+    with pytest.raises(ValueError, match="a plan of one part"):
+        layer.attend(*random_qkv(64, dtype=torch.float32))
+
+
+def test_kernels():
+    """The fused call agrees with the reference, and is refused for anything but dense attention."""
+    for causal, T in ((True, 50), (True, 100), (False, 50)):
+        layer = make("dense", causal, kernel="sdpa")
+        lengths = None if causal else torch.tensor([T, T // 2])
+        inputs = random_qkv(T)
+        found = outputs_and_gradients(layer, lambda *x: layer.attend(*x, lengths), inputs, lengths)
+        assert largest_error(found, outputs_and_gradients(layer, reference(layer, lengths), inputs, lengths)) < 1e-10
+    with pytest.raises(ValueError, match="dense attention only"):
+        make("span", kernel="sdpa").attend(*random_qkv(8))
+    assert make("dense", kernel="auto").choose_kernel("cpu") == "engine"
+    assert make("dense", kernel="auto").choose_kernel("cuda") == "sdpa"
+    assert make("span", kernel="auto").choose_kernel("cuda") == "engine"
+
+
+def test_engine_builds_no_square(monkeypatch):
+    """No tensor of the engine has T x T elements: memory is linear in T."""
+    layer, T, largest = make("dense", block_size=2048, dtype=torch.float32), 2048, 0
+    monkeypatch.setattr(attention, "TILE", 2**16)
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.untyped_storage().nbytes() // out.element_size())
+            return out
+
+    inputs = random_qkv(T, B=1, dtype=torch.float32)
+    with Watch():
+        torch.autograd.grad(layer.attend(*inputs).sum(), inputs)
+    assert 0 < largest <= 512 * T  # a strip of bias, or a tile of one head; T x T would be 2048 * T
+
+
+def test_rotations():
+    """Products of rotated vectors depend on the distance alone, also at far positions."""
+    q, k = torch.randn(2, 8, dtype=torch.float64)
+
+    def turned(x, position):
+        cos, sin = attention.rotations(torch.tensor([position]), 8)[:, 0]
+        return torch.cat([x[:4] * cos - x[4:] * sin, x[:4] * sin + x[4:] * cos])
+
+    near, far = turned(q, 7) @ turned(k, 2), turned(q, 1_000_005) @ turned(k, 1_000_000)
+    assert near.item() == pytest.approx(far.item(), abs=1e-9)
+    assert near.item() != pytest.approx((turned(q, 7) @ turned(k, 3)).item(), abs=1e-3)
+    # the layer's own turn is this one
+    qkv = torch.stack([q, k, k])[:, None, None, None]
+    found = attention.split_heads(qkv, attention.rotations(torch.tensor([7]), 8))
+    torch.testing.assert_close(found[0].flatten(), turned(q, 7))
+    torch.testing.assert_close(found[1].flatten(), turned(k, 7))
+    torch.testing.assert_close(found[2].flatten(), k)

@@ -1,0 +1,594 @@
+"""The training loop as its user runs it: exact resume, every way to stop, what it refuses, that it learns."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, call, write_bytes
+
+import dataset
+import hardware
+import model as model_file
+import runs
+import sample
+import train
+from configurator import run
+from dataset import Dataset, TextBatches, batches, scores
+from model import load
+
+SMALL = ("--block_size=16", "--n_layer=2", "--n_head=2", "--n_embd=16", "--batch_size=4", "--warmup_iters=2",
+         "--eval_interval=5", "--eval_iters=2", "--log_interval=1", "--device=cpu", "--dtype=float32")
+HARD = ("--dropout=0.2", "--gradient_accumulation_steps=2", "--max_iters=12", "--lr_decay_iters=12")  # to resume
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+@pytest.fixture(params=["text", "reviews"])
+def folder(request):
+    """The data of a language model and of a classifier."""
+    return request.getfixturevalue(request.param)
+
+
+def fit(out, data, *arguments):
+    """train.py's exit code."""
+    return call(train, f"--out_dir={out}", f"--dataset={data}", *SMALL, *arguments)
+
+
+def log_of(out, *splits):
+    """The records of log.jsonl, each line checked; without what depends on the clock."""
+    records = [json.loads(line, parse_constant=pytest.fail) for line in (out / "log.jsonl").read_text().splitlines()]
+    for record in records:
+        assert type(record["step"]) is int and record["split"] in ("train", "val", "test")
+        for key in ("seconds", "tokens_per_second", "matmul_share"):
+            assert (key in record) == (record["split"] == "train")
+            record.pop(key, None)
+    return [record for record in records if not splits or record["split"] in splits]
+
+
+def assert_same(a, b):
+    """Nested tensors and plain values, equal to the bit."""
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+def assert_same_runs(a, b):
+    """Two runs that ended alike: weights, optimizer, random stream, best weights, and every line of the log."""
+    for name in ("ckpt.pt", "best.pt"):
+        one, other = (torch.load(out / name, weights_only=True) for out in (a, b))
+        assert one.keys() == other.keys()
+        for checkpoint in (one, other):
+            checkpoint.pop("settings")  # out_dir, init_from
+            checkpoint["state"].pop("seconds")
+        assert_same(one, other)
+    assert log_of(a) == log_of(b)
+
+
+@pytest.fixture
+def at_batch(monkeypatch):
+    """A function: do something when training asks for its batch `number`; evaluation's batches do not count."""
+
+    def arrange(number, action):
+        def make(*arguments):
+            source = batches(*arguments)
+            if arguments[1] == "train":
+                ask = source.batch
+                source.batch = lambda n: (n == number and action(), ask(n))[1]
+            return source
+
+        monkeypatch.setattr(train, "batches", make)
+
+    return arrange
+
+
+def send(number):
+    return lambda: os.kill(os.getpid(), number)
+
+
+# ---- resume ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "term"])
+def test_stopped_and_resumed_equals_unbroken(folder, tmp_path, at_batch, monkeypatch, capsys, number):
+    assert not fit(tmp_path / "whole", folder, *HARD)
+    at_batch(15, send(number))  # in the second half of step 7, between two evaluations
+    assert fit(tmp_path / "cut", folder, *HARD) == 128 + number
+    assert "stopped at step 8, saved; go on with --init_from=resume" in capsys.readouterr().out
+    assert torch.load(tmp_path / "cut" / "ckpt.pt")["state"]["step"] == 8
+    monkeypatch.undo()
+    monkeypatch.setattr(hardware, "matmul_rate", lambda *machine: 1e9)
+    assert not fit(tmp_path / "cut", folder, *HARD, "--init_from=resume")
+    assert_same_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_killed_and_resumed_equals_unbroken(text, tmp_path):
+    """SIGKILL in the middle of step 8: a step that the log has and the checkpoint (of step 5) has not."""
+    program = f"""
+import os, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import hardware, train, torch
+torch.set_num_threads(1)
+hardware.matmul_rate = lambda *machine: 1e9
+make = train.batches
+def killing(*arguments):
+    source = make(*arguments)
+    ask = source.batch
+    source.batch = lambda n: os.kill(os.getpid(), 9) if n == 17 else ask(n)
+    return source
+train.batches = killing
+train.run(train.main)
+"""
+    line = [f"--out_dir={tmp_path / 'cut'}", f"--dataset={text}", *SMALL, *HARD]
+    done = subprocess.run([sys.executable, "-c", program, *line], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert log_of(tmp_path / "cut", "train")[-1]["step"] == 7
+    with open(tmp_path / "cut" / "log.jsonl", "a") as file:
+        file.write('{"step": 8, "spl')  # as a crash of the machine leaves it
+    assert not fit(tmp_path / "cut", text, *HARD, "--init_from=resume")
+    assert not fit(tmp_path / "whole", text, *HARD)
+    assert_same_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_resume_with_more_steps(folder, tmp_path):
+    """N steps, then N more, equal 2N: only the evaluation at the shorter run's end is extra."""
+    assert not fit(tmp_path / "whole", folder, *HARD)
+    assert not fit(tmp_path / "cut", folder, *HARD, "--max_iters=5")
+    assert sum(record.get("whole", False) for record in log_of(tmp_path / "cut")) == 1
+    assert not fit(tmp_path / "cut", folder, *HARD, "--init_from=resume")
+    assert_same_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_resume_at_the_end_changes_nothing(text, tmp_path):
+    assert not fit(tmp_path, text, "--max_iters=5")
+    before, log = torch.load(tmp_path / "ckpt.pt"), log_of(tmp_path)
+    assert not fit(tmp_path, text, "--max_iters=5", "--init_from=resume")
+    assert_same(torch.load(tmp_path / "ckpt.pt")["model"], before["model"])
+    assert log_of(tmp_path) == log
+
+
+def test_resume_says_what_is_not_as_it_was(text, reviews, tmp_path, capsys):
+    assert not fit(tmp_path / "out", text, "--max_iters=2")
+    capsys.readouterr()
+    assert not fit(tmp_path / "out", text, "--max_iters=4", "--init_from=resume", "--block_size=8", "--weight_decay=0.5")
+    said = capsys.readouterr().out
+    assert "block_size stays 16, not 8" in said and "max_iters was 2, is now 4" in said and "resume: from step 2 of 4" in said
+    checkpoint = torch.load(tmp_path / "out" / "ckpt.pt")
+    assert checkpoint["settings"]["block_size"] == 16 and checkpoint["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["settings"]["block_size"] == 16
+
+
+def test_resume_is_refused(text, toy, reviews, tmp_path, refused):
+    def refusal(data, *arguments):
+        return refused(train, f"--out_dir={tmp_path / 'out'}", f"--dataset={data}", *SMALL, "--init_from=resume", *arguments)
+
+    assert "no checkpoint at" in refusal(text) and not (tmp_path / "out").exists()
+    assert not fit(tmp_path / "out", reviews, "--max_iters=1")
+    assert "was trained on other data" in refusal(text) and "was trained on other data" in refusal(toy)
+    assert "was trained on other data" in refusal(reviews, "--task=lm")
+    (tmp_path / "out" / "ckpt.pt").write_bytes((tmp_path / "out" / "ckpt.pt").read_bytes()[:5000])
+    assert "ckpt.pt is damaged or not a checkpoint" in refusal(reviews)
+
+
+# ---- every way to stop -------------------------------------------------------------------------
+
+
+def test_ctrl_c_in_an_evaluation(text, tmp_path, monkeypatch):
+    """Is seen at its next batch, not at its end, and the evaluation is done again."""
+    seen, in_order = [], TextBatches.in_order
+
+    def interrupted(self, count=0):
+        for n, batch in enumerate(in_order(self, count)):
+            seen.append(n)
+            if len(seen) == 9:  # the third evaluation
+                os.kill(os.getpid(), signal.SIGINT)
+            yield batch
+
+    assert not fit(tmp_path / "whole", text, "--max_iters=12", "--eval_iters=4")
+    monkeypatch.setattr(TextBatches, "in_order", interrupted)
+    assert fit(tmp_path / "cut", text, "--max_iters=12", "--eval_iters=4") == 130
+    assert len(seen) <= 10 and torch.load(tmp_path / "cut" / "ckpt.pt")["state"]["step"] == 10
+    monkeypatch.setattr(TextBatches, "in_order", in_order)
+    assert not fit(tmp_path / "cut", text, "--max_iters=12", "--eval_iters=4", "--init_from=resume")
+    assert_same_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_ctrl_c_in_the_last_evaluation(text, tmp_path, monkeypatch):
+    """After the training, while whole splits are scored: nothing is lost, and resume does only this again."""
+    assert not fit(tmp_path / "whole", text, "--max_iters=3")
+    finish = train.finish
+    monkeypatch.setattr(train, "finish", lambda *arguments: (os.kill(os.getpid(), signal.SIGINT), finish(*arguments)))
+    with pytest.raises(SystemExit) as left:
+        run(lambda: fit(tmp_path / "cut", text, "--max_iters=3"))
+    assert left.value.code == 130
+    monkeypatch.setattr(train, "finish", finish)
+    assert not fit(tmp_path / "cut", text, "--max_iters=3", "--init_from=resume")
+    assert_same_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_ctrl_c_in_the_last_save(text, tmp_path, monkeypatch):
+    """Nothing looks at the signal before the training is over: it must not be lost, nor end in a traceback."""
+    saved, save = [], model_file.save
+
+    def interrupted(path, checkpoint):
+        saved.append(path.name)
+        if len(saved) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        save(path, checkpoint)
+
+    monkeypatch.setattr(train, "save", interrupted)
+    with pytest.raises(SystemExit) as left:
+        run(lambda: fit(tmp_path, text, "--max_iters=3"))
+    assert left.value.code == 130 and load(tmp_path / "ckpt.pt")[1]["state"]["step"] == 3
+
+
+@pytest.mark.parametrize("break_at", ["half", "rename"])
+def test_a_save_that_fails_leaves_what_was_there(text, tmp_path, monkeypatch, refused, break_at):
+    write, rename, calls = torch.save, os.replace, []
+
+    def full():
+        calls.append(1)
+        if len(calls) > 3:
+            raise OSError(28, "No space left on device")
+
+    def half(checkpoint, file):
+        write(checkpoint, file)
+        if len(calls) >= 3:
+            file.truncate(1000)
+        full()
+
+    def no_rename(a, b):
+        if str(b).endswith(".pt"):
+            full()
+        rename(a, b)
+
+    monkeypatch.setattr(*((torch, "save", half) if break_at == "half" else (os, "replace", no_rename)))
+    line = refused(train, f"--out_dir={tmp_path}", f"--dataset={text}", *SMALL, "--max_iters=20")
+    assert re.search(r"could not write .*(ckpt|best).pt: No space left on device; what was there before is unchanged", line)
+    for name in ("ckpt.pt", "best.pt"):
+        load(tmp_path / name)
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("poison", ["learning rate", "weights", "gradient"])
+def test_a_loss_that_is_not_finite(text, tmp_path, monkeypatch, at_batch, refused, poison):
+    arguments = ["--max_iters=20"]
+    if poison == "learning rate":
+        arguments += ["--learning_rate=1e30", "--grad_clip=0", "--warmup_iters=0", "--norm=layernorm"]
+    elif poison == "weights":
+        made, new = [], train.GPT
+        monkeypatch.setattr(train, "GPT", lambda config: made.append(new(config)) or made[-1])
+        at_batch(7, lambda: made[0].embedding.weight.data.fill_(math.nan))
+    else:
+        made, new = [], train.GPT
+        monkeypatch.setattr(train, "GPT", lambda config: made.append(new(config)) or made[-1])
+        at_batch(7, lambda: made[0].embedding.weight.register_hook(lambda grad: grad * math.inf))
+    line = refused(train, f"--out_dir={tmp_path}", f"--dataset={text}", *SMALL, *arguments)
+    assert re.search(r"(loss|gradient) is (nan|inf) at step \d+: stopped; .* try a lower learning_rate", line)
+    for name in ("ckpt.pt", "best.pt"):
+        for tensor in load(tmp_path / name)[1]["model"].values():
+            assert tensor.isfinite().all()
+    log_of(tmp_path)  # holds no NaN, which is no JSON
+
+
+def test_patience(text, tmp_path, monkeypatch, capsys):
+    losses = iter([5.0, 4.0, 4.5, 3.0, 3.0, 3.5, 1.0])  # better at steps 0, 5 and 15, then not at 20 and 25
+    evaluate = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda model, data, split, count=0:
+                        {"loss": next(losses)} if count else evaluate(model, data, split, count))
+    assert not fit(tmp_path, text, "--max_iters=99", "--patience=2")
+    state = torch.load(tmp_path / "ckpt.pt")["state"]
+    assert (state["step"], state["best_step"], state["best"]) == (25, 15, 3.0)
+    assert torch.load(tmp_path / "best.pt")["state"]["step"] == 15
+    assert "no better validation in 2 evaluations: stopped" in capsys.readouterr().out
+    assert log_of(tmp_path)[-1] == {"step": 15, "split": "val", "whole": True, **evaluate_again(tmp_path, text, "val")}
+
+
+def evaluate_again(out, data, split):
+    """What a plain loop over a whole split gives for best.pt."""
+    model, _ = load(out / "best.pt")
+    data, total, seen, p, labels = Dataset(data), 0.0, 0, [], []
+    with torch.no_grad():
+        for x, y, lengths in batches(data, split, 4, 16).in_order():
+            logits, _ = model(x, y, lengths)
+            each = torch.nn.functional.cross_entropy(logits.flatten(0, -2), y.flatten(), ignore_index=-1, reduction="sum")
+            total, seen = total + each.item(), seen + (y != -1).sum().item()
+            if data.kind == "classify":
+                p.append(logits.softmax(-1)[:, 1])
+                labels.append(y)
+    if data.kind == "classify":
+        assert seen == data.meta["splits"][split]["documents"]
+        return approximately({"loss": total / seen, **scores(torch.cat(p), torch.cat(labels))})
+    assert seen == data.meta["splits"][split]["tokens"] - 1
+    return approximately({"loss": total / seen, "bits_per_byte": total / seen / math.log(2)})
+
+
+def approximately(scores):
+    return {key: pytest.approx(value, rel=1e-6) for key, value in scores.items()}
+
+
+# ---- evaluation --------------------------------------------------------------------------------
+
+
+def test_the_last_scores_are_of_the_whole_split(folder, tmp_path):
+    assert not fit(tmp_path, folder, "--max_iters=5", "--eval_test=True")
+    last = [record for record in log_of(tmp_path) if record.pop("whole", False)]
+    best = torch.load(tmp_path / "best.pt")["state"]["step"]
+    assert last == [{"step": best, "split": split, **evaluate_again(tmp_path, folder, split)} for split in ("val", "test")]
+
+
+def test_eval_only(folder, tmp_path, capsys, refused):
+    assert "no checkpoint at" in refused(train, f"--out_dir={tmp_path / 'out'}", f"--dataset={folder}", "--eval_only=True")
+    assert not fit(tmp_path / "out", folder, "--max_iters=5")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    capsys.readouterr()
+    for line, splits in (((), ["val"]), (("--eval_test=True",), ["val", "test"])):
+        assert not fit(tmp_path / "out", folder, "--eval_only=True", *line)
+        said = re.findall(r"^(val|test): loss ([\d.]+) nats", capsys.readouterr().out, re.M)
+        assert [split for split, _ in said] == splits
+        for split, loss in said:
+            assert float(loss) == pytest.approx(evaluate_again(tmp_path / "out", folder, split)["loss"].expected, abs=1e-4)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+
+
+def test_the_test_split_is_opened_only_when_asked(folder, tmp_path, monkeypatch, refused):
+    copy, opened = tmp_path / "data", []
+    shutil.copytree(folder, copy)
+    array = Dataset.array
+    monkeypatch.setattr(Dataset, "array", lambda self, name, *more: (opened.append(name), array(self, name, *more))[1])
+    for file in copy.glob("test.*"):
+        file.unlink()
+    assert not fit(tmp_path / "out", copy, "--max_iters=2")
+    assert opened and not any(name.startswith("test") for name in opened)
+    line = refused(train, f"--out_dir={tmp_path / 'other'}", f"--dataset={copy}", *SMALL, "--eval_test=True")
+    assert re.search(r"test.*\.bin: expected [\d,]+ bytes, found 0", line) and not (tmp_path / "other").exists()
+
+
+def test_no_test_split_is_said_before_the_training(tmp_path, refused):
+    data = write_bytes(tmp_path / "data", train="abc" * 20, val="abc")
+    line = refused(train, f"--out_dir={tmp_path / 'out'}", f"--dataset={data}", *SMALL, "--eval_test=True")
+    assert "has no split 'test'; it has train, val" in line and not (tmp_path / "out").exists()
+
+
+def test_evaluation_does_not_touch_the_training(text, tmp_path):
+    """How often and how long is evaluated changes no weight, with dropout, which draws from the random stream."""
+    for n, line in enumerate((("--eval_interval=2", "--eval_iters=0"), ("--eval_interval=9",))):
+        assert not fit(tmp_path / str(n), text, "--max_iters=9", "--dropout=0.2", *line)
+    one, other = (torch.load(tmp_path / n / "ckpt.pt")["model"] for n in "01")
+    assert_same(one, other)
+
+
+# ---- the folder of a run -----------------------------------------------------------------------
+
+
+def test_the_folder_of_a_run(folder, tmp_path):
+    out = tmp_path / "not" / "yet" / "there"
+    assert not fit(out, f"{folder}/", "--max_iters=6", "--log_interval=2")
+    assert {file.name for file in out.iterdir()} == {"config.json", "log.jsonl", "ckpt.pt", "best.pt"}
+    config = json.loads((out / "config.json").read_text())
+    assert config["settings"]["max_iters"] == 6 and config["source"] == Dataset(folder).meta["source"]
+    assert config["device"] == "cpu" and config["dtype"] == "float32" and config["machine"]["torch"] == torch.__version__
+    log = log_of(out)
+    assert [(record["step"], record["split"]) for record in log if "whole" not in record] == \
+        [(0, "val"), (0, "train"), (2, "train"), (4, "train"), (5, "val"), (6, "val")]
+    extra = {"accuracy", "f1", "precision", "recall", "auc"} if "reviews" in str(folder) else {"bits_per_byte"}
+    for record in log:
+        assert math.isfinite(record["loss"])
+        assert record.keys() - {"whole"} == {"step", "split", "loss"} | ({"lr", "grad_norm"} if record["split"] == "train" else extra)
+    raw = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert all(record["tokens_per_second"] > 0 and record["seconds"] > 0 for record in raw if record["split"] == "train")
+
+
+def test_an_earlier_run_is_not_overwritten(text, tmp_path, capsys):
+    out = tmp_path / "out"
+    for n in range(3):
+        assert not fit(out, text, f"--max_iters={n + 1}")
+    assert [torch.load(folder / "ckpt.pt")["state"]["step"] for folder in (tmp_path / "out.1", tmp_path / "out.2", out)] \
+        == [1, 2, 3]
+    assert "out.2" in capsys.readouterr().out
+
+
+def test_a_refused_run_moves_nothing(text, tmp_path, refused, monkeypatch):
+    assert not fit(tmp_path / "out", text, "--max_iters=1")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    for argument in ("--wandb_log=True", "--attention=denze", "--batch_size=0", "--dataset=nothing", "--n_head=3"):
+        refused(train, f"--out_dir={tmp_path / 'out'}", f"--dataset={text}", *SMALL, argument)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_no_steps(text, tmp_path):
+    assert not fit(tmp_path, text, "--max_iters=0")
+    assert [(record["step"], record["split"], "whole" in record) for record in log_of(tmp_path)] == \
+        [(0, "val", False), (0, "val", True)]
+
+
+def test_out_dir_that_cannot_be(text, tmp_path, refused):
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "deeper", "/proc/out"):
+        refused(train, f"--out_dir={out}", f"--dataset={text}", *SMALL, "--max_iters=1")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_out_dir_here(text, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert not fit(".", text, "--max_iters=1") and Path("ckpt.pt").exists()
+
+
+def test_mend_log(tmp_path):
+    def line(step, split="train", **more):
+        return json.dumps({"step": step, "split": split, **more}) + "\n"
+
+    path = tmp_path / "log.jsonl"
+    kept = line(0, "val") + line(0) + line(4) + line(5, "val")
+    path.write_bytes((kept + line(0, "val", whole=True) + line(5) + line(6, "val") + "[]\n{}\n\n1\n").encode() + b'{"st\xff')
+    runs.mend_log(path, 5)
+    assert path.read_text() == kept
+    runs.mend_log(tmp_path / "none.jsonl", 5)
+
+
+# ---- what is refused ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argument, said", [
+    ("--dataset=stdlb", "no dataset 'stdlb'"), ("--dtype=float31", "unknown dtype 'float31'; did you mean"),
+    ("--device=gpu", "unknown device 'gpu'"), ("--attention=denze", "unknown attention 'denze'; did you mean dense?"),
+    ("--pos=rop", "unknown pos 'rop'; did you mean rope?"), ("--norm=batchnorm", "unknown norm 'batchnorm'"),
+    ("--pool=sum", "unknown pool 'sum'"), ("--kernel=fast", "unknown kernel 'fast'"),
+    ("--init_from=gpt2", "unknown init_from 'gpt2'"), ("--lr_schedule=step", "unknown lr_schedule 'step'"),
+    ("--task=classify", "holds lm data; task expects"), ("--batchsize=3", "did you mean batch_size?"),
+    ("--n_embd=18", "n_embd must be a multiple of 4"), ("--n_embd=17", "n_embd must be a multiple of"),
+    ("--batch_size=0", "batch_size must be at least 1, got 0"), ("--block_size=0", "block_size must be at least 1"),
+    ("--n_layer=-1", "n_layer must be at least 1, got -1"), ("--n_head=0", "n_head must be at least 1"),
+    ("--gradient_accumulation_steps=0", "gradient_accumulation_steps must be at least 1"),
+    ("--eval_interval=0", "eval_interval must be at least 1"), ("--log_interval=0", "log_interval must be at least 1"),
+    ("--max_iters=-1", "max_iters must be at least 0"), ("--eval_iters=-1", "eval_iters must be at least 0"),
+    ("--patience=-1", "patience must be at least 0"), ("--warmup_iters=-1", "warmup_iters must be at least 0"),
+    ("--seed=-1", "seed must be at least 0"), ("--grad_clip=-1", "grad_clip must be at least 0"),
+    ("--learning_rate=-1", "learning_rate must be at least 0"), ("--weight_decay=-1", "weight_decay must be at least 0"),
+    ("--beta2=1", "beta2 must be below 1"), ("--dropout=1", "dropout must be at least 0 and below 1"),
+    ("no_such_config.py", "cannot read config file"),
+])
+def test_refused(text, tmp_path, refused, argument, said):
+    assert said in refused(train, f"--out_dir={tmp_path / 'out'}", f"--dataset={text}", *SMALL, argument)
+    assert not (tmp_path / "out").exists()
+
+
+def test_wandb_that_is_not_installed(text, tmp_path, refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # what makes `import wandb` fail
+    line = refused(train, f"--out_dir={tmp_path / 'out'}", f"--dataset={text}", *SMALL, "--wandb_log=True")
+    assert "pip install wandb" in line
+
+
+def test_wandb_gets_what_the_log_gets(text, tmp_path, monkeypatch):
+    class Wandb:
+        summary, logged = {}, []
+
+        def init(self, **how):
+            self.how = how
+
+        def log(self, record, step):
+            self.logged.append((step, record))
+
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    assert not fit(tmp_path / "out", text, "--max_iters=6", "--wandb_log=True", "--wandb_project=mine")
+    assert wandb.how["project"] == "mine" and wandb.how["config"]["max_iters"] == 6
+    steps = [step for step, _ in wandb.logged]
+    assert steps == sorted(steps) and "train/loss" in wandb.logged[1][1] and "val/loss" in wandb.summary  # never back
+
+
+# ---- what a step does --------------------------------------------------------------------------
+
+
+def test_learning_rate(monkeypatch):
+    for key, value in {"learning_rate": 1.0, "min_lr": 0.1, "warmup_iters": 4, "max_iters": 24, "lr_decay_iters": 0}.items():
+        monkeypatch.setattr(train, key, value)
+    assert [train.rate(step) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert train.rate(9) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert train.rate(14) == pytest.approx(0.55) and train.rate(24) == train.rate(99) == pytest.approx(0.1)
+    monkeypatch.setattr(train, "lr_schedule", "linear")
+    assert [train.rate(step) for step in (4, 9, 14, 24, 99)] == pytest.approx([1.0, 0.775, 0.55, 0.1, 0.1])
+    monkeypatch.setattr(train, "lr_decay_iters", 14)
+    assert [train.rate(step) for step in (9, 14, 20)] == pytest.approx([0.55, 0.1, 0.1])
+    monkeypatch.setattr(train, "decay_lr", False)
+    assert [train.rate(step) for step in (0, 4, 99)] == pytest.approx([0.2, 1.0, 1.0])
+    monkeypatch.setattr(train, "warmup_iters", 0)
+    assert train.rate(0) == 1.0
+
+
+def test_accumulated_gradients(text, tmp_path, monkeypatch):
+    """Two halves of a batch give the step of the whole, within float32 rounding. (Two runs with 2 x 8 and 1 x 16 texts
+    see different texts: batches are numbered through, and each draws its own. So the halves are cut here.)"""
+
+    class Halves:
+        def __init__(self, source):
+            self.source = source
+
+        def batch(self, number):
+            x, y, _ = self.source.batch(number // 2)
+            half = slice(8 * (number % 2), 8 * (number % 2) + 8)
+            return x[half], y[half], None
+
+    assert not fit(tmp_path / "whole", text, "--max_iters=5", "--batch_size=16")
+    monkeypatch.setattr(train, "batches", lambda data, split, size, *more: batches(data, split, size, *more)
+                        if split != "train" else Halves(batches(data, split, 16, *more)))
+    assert not fit(tmp_path / "halves", text, "--max_iters=5", "--batch_size=8", "--gradient_accumulation_steps=2")
+    whole, halves = log_of(tmp_path / "whole", "train"), log_of(tmp_path / "halves", "train")
+    for one, other in zip(whole, halves):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5) and one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
+def test_dropout_is_on_in_training_and_off_in_evaluation(text, tmp_path):
+    for n, line in enumerate(("--dropout=0.0", "--dropout=0.5")):
+        assert not fit(tmp_path / str(n), text, "--max_iters=1", line)
+    (val, plain, *_), (same, dropped, *_) = log_of(tmp_path / "0"), log_of(tmp_path / "1")
+    assert val == same and plain["loss"] != dropped["loss"]
+
+
+def test_seeds(text, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert not fit(tmp_path / name, text, "--max_iters=3", f"--seed={seed}")
+    assert log_of(tmp_path / "a") == log_of(tmp_path / "b") != log_of(tmp_path / "c")
+
+
+@pytest.mark.skipif(not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="needs a C++ compiler")
+def test_compiled(toy, tmp_path, monkeypatch):
+    """What torch.compile wraps leaves no trace in the checkpoint, and changes losses by rounding only."""
+    monkeypatch.setattr(torch, "compile", lambda model: torch._dynamo.optimize("eager")(model))  # no C++: seconds less
+    small = ("--max_iters=3", "--n_layer=1", "--block_size=8")
+    assert not fit(tmp_path / "compiled", toy, *small, "--compile=True")
+    assert not fit(tmp_path / "plain", toy, *small)
+    assert torch.load(tmp_path / "compiled" / "ckpt.pt")["model"].keys() == torch.load(tmp_path / "plain" / "ckpt.pt")["model"].keys()
+    for one, other in zip(log_of(tmp_path / "compiled"), log_of(tmp_path / "plain")):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+def test_compile_without_a_compiler(text, tmp_path, refused, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    line = refused(train, f"--out_dir={tmp_path / 'out'}", f"--dataset={text}", *SMALL, "--compile=True")
+    assert "compile=True needs a C++ compiler on a CPU and found none" in line
+
+
+# ---- that it learns ----------------------------------------------------------------------------
+
+
+def test_it_learns_the_toy_sentences(toy, tmp_path, capsys):
+    assert not fit(tmp_path, toy, "--pos=sinusoidal", "--block_size=8", "--batch_size=16", "--learning_rate=1e-2",
+                   "--max_iters=150", "--eval_interval=50", "--log_interval=50")
+    for start, follows in (("i love deep", "learning"), ("artificial intelligence", "is"), ("models learn", "patterns")):
+        capsys.readouterr()
+        call(sample, f"--out_dir={tmp_path}", f"--start={start}", "--temperature=0", "--max_new_tokens=1",
+             "--num_samples=1", "--device=cpu", "--dtype=float32")
+        assert capsys.readouterr().out.split("\n")[0] == f"{start} {follows}"
+
+
+def test_it_learns_source_text(text, tmp_path):
+    """Below 2.8 nats a byte: less than the frequencies of bytes in the judged text itself would give."""
+    assert not fit(tmp_path, text, "--n_embd=32", "--block_size=32", "--batch_size=16", "--learning_rate=1e-2",
+                   "--max_iters=200", "--eval_interval=100", "--log_interval=50")
+    counts = torch.bincount(torch.tensor(Dataset(text).tokens("val"), dtype=torch.long))
+    p = counts[counts > 0] / counts.sum()
+    assert log_of(tmp_path)[-1]["loss"] < 2.8 < -(p * p.log()).sum()
+
+
+def test_it_learns_labels(reviews, tmp_path):
+    assert not fit(tmp_path, reviews, "--block_size=64", "--learning_rate=1e-2", "--max_iters=60", "--eval_interval=20",
+                   "--eval_iters=0")
+    assert log_of(tmp_path)[-1]["accuracy"] == 1.0
