@@ -1,0 +1,16 @@
+# Tiny Shakespeare, characters: a CPU's two minutes.
+out_dir = "out-shakespeare-char"
+dataset = "shakespeare_char"
+
+n_layer = 4
+n_head = 4
+n_embd = 256
+block_size = 128
+batch_size = 16
+dropout = 0.1  # a million characters are seen several times
+
+learning_rate = 2e-3
+max_iters = 1000
+warmup_iters = 50
+eval_interval = 250
+eval_iters = 0  # the whole validation split takes a second
