@@ -128,7 +128,7 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         kernel = self.choose_kernel(q.device)
         if kernel == "reference":
-            return F.dropout(self.weights(q, k, lengths=lengths), dropout) @ v
+            return drop(self.weights(q, k, lengths=lengths), dropout) @ v
         if kernel == "sdpa":
             mask = None
             if lengths is not None:
@@ -170,7 +170,7 @@ class Attention(nn.Module):
             i = torch.arange(cache.length, cache.length + T, device=x.device)
             keys, values, j = cache.extend(k, v)
             y = self.weights(q, keys, i, j) @ values
-        return F.dropout(self.proj(y.transpose(1, 2).reshape(B, T, C)), self.dropout, self.training)
+        return drop(self.proj(y.transpose(1, 2).reshape(B, T, C)), self.dropout if self.training else 0.0)
 
     def pairs(self, T):
         """Query-key pairs per head that the plan multiplies for a text of T tokens."""
@@ -185,6 +185,28 @@ class Attention(nn.Module):
             bias = self.bias(i, j)
             total += (bias > -math.inf).sum().item() / bias.size(0)
         return total
+
+
+# ---- dropout -------------------------------------------------------------------------------
+
+
+def dropout_mask(x, p, generator=None):
+    """0 with probability p, else 1 / (1 - p), in the shape and type of x.
+
+    From 16 random bits an element: PyTorch draws 32, one at a time, which on a CPU takes several
+    times as long as the attention it is for.
+    """
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None, generator=generator)
+    dropped = round(p * 2**16)
+    kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
+    return kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
+
+
+def drop(x, p):
+    """x with elements dropped at rate p."""
+    if p == 0:
+        return x
+    return x * dropout_mask(x, p) if x.device.type == "cpu" else F.dropout(x, p)
 
 
 # ---- positions -----------------------------------------------------------------------------
@@ -509,8 +531,7 @@ class Tile:
         if self.walk.random is None:
             return p
         if self.dropout_mask is None:
-            keep = 1 - self.walk.dropout
-            self.dropout_mask = torch.empty_like(p).bernoulli_(keep, generator=self.walk.random).div_(keep)
+            self.dropout_mask = dropout_mask(p, self.walk.dropout, self.walk.random)
         return p * self.dropout_mask
 
     def add_bias_gradient(self, ds):

@@ -130,7 +130,7 @@ class Layer(nn.Module):
     def forward(self, x, rotation=None, lengths=None, cache=None):
         x = x + self.attention(self.norm1(x), rotation, lengths, cache)
         y = self.down(F.gelu(self.up(self.norm2(x))))
-        return x + F.dropout(y, self.dropout, self.training)
+        return x + attention.drop(y, self.dropout if self.training else 0.0)
 
 
 class GPT(nn.Module):
@@ -200,7 +200,7 @@ class GPT(nn.Module):
         continues the text they hold. The loss is None without targets, and never holds `penalty`.
         """
         x, rotation = self.embed(idx, caches[0].length if caches else 0)
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = attention.drop(x, self.config.dropout if self.training else 0.0)
         for n, layer in enumerate(self.layers):
             x = layer(x, rotation, lengths, caches[n] if caches else None)
         x = self.norm(x)
@@ -350,7 +350,8 @@ def load(path, device="cpu", **changes):
     """
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-        model = GPT(GPTConfig(**{**checkpoint["model_config"], **changes}))
+        with torch.random.fork_rng(devices=[]):  # the run's random stream is not for weights that are replaced
+            model = GPT(GPTConfig(**{**checkpoint["model_config"], **changes}))
         model.load_state_dict(checkpoint["model"])
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}; train one first: python train.py --out_dir={Path(path).parent}")

@@ -264,6 +264,19 @@ def test_dropout(name):
     assert largest_error([layer.attend(q, k, v)], [reference(layer)(q, k, v)]) < 1e-10
 
 
+def test_dropout_mask():
+    """Zeros at the rate asked for in every place of the 64-bit draws, and a mean of one."""
+    for p in (0.1, 0.5, 0.9):
+        mask = attention.dropout_mask(torch.empty(4001, 7), p, torch.Generator().manual_seed(0))
+        assert mask.mean().item() == pytest.approx(1, abs=0.05)
+        assert mask.unique().tolist() == pytest.approx([0, 1 / (1 - p)], rel=1e-3)
+        for lane in range(4):
+            assert (mask.flatten()[lane::4] == 0).float().mean().item() == pytest.approx(p, abs=0.02)
+    neighbours = mask.flatten()[:-1] * mask.flatten()[1:]
+    assert neighbours.mean().item() == pytest.approx(1, abs=0.2)  # independent
+    assert attention.drop(mask, 0.0) is mask
+
+
 def test_reweigh_needs_complete_rows():
     class Both(EvenOdd):
         reweigh = Reweigh.reweigh

@@ -308,8 +308,8 @@ def test_scores_by_hand():
     assert scores([0.5], [0])["accuracy"] == 1  # as argmax: a tie is class 0
 
 
-@given(strategies.lists(strategies.tuples(strategies.sampled_from([0.0, 0.1, 0.25, 0.5, 0.7, 1.0]), strategies.integers(0, 1)),
-                        min_size=1, max_size=30))
+@given(strategies.lists(min_size=1, max_size=30, elements=strategies.tuples(
+    strategies.sampled_from([0.0, 0.1, 0.25, 0.5, 0.7, 1.0]), strategies.integers(0, 1))))
 @settings(max_examples=150, deadline=None)
 def test_scores_against_counting(rows):
     p, labels = map(list, zip(*rows))

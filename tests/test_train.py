@@ -279,7 +279,8 @@ def test_a_loss_that_is_not_finite(text, tmp_path, monkeypatch, at_batch, refuse
         monkeypatch.setattr(train, "GPT", lambda config: made.append(new(config)) or made[-1])
         at_batch(7, lambda: made[0].embedding.weight.register_hook(lambda grad: grad * math.inf))
     line = refused(train, f"--out_dir={tmp_path}", f"--dataset={text}", *SMALL, *arguments)
-    assert re.search(r"(loss|gradient) is (nan|inf) at step \d+: stopped; .* try a lower learning_rate", line)
+    assert "the norm of the gradient is" in line if poison == "gradient" else "the training loss is" in line
+    assert re.search(r" is (nan|inf) at step \d+: stopped; .* try a lower learning_rate", line)
     for name in ("ckpt.pt", "best.pt"):
         for tensor in load(tmp_path / name)[1]["model"].values():
             assert tensor.isfinite().all()
@@ -306,7 +307,8 @@ def evaluate_again(out, data, split):
     with torch.no_grad():
         for x, y, lengths in batches(data, split, 4, 16).in_order():
             logits, _ = model(x, y, lengths)
-            each = torch.nn.functional.cross_entropy(logits.flatten(0, -2), y.flatten(), ignore_index=-1, reduction="sum")
+            flat = logits.flatten(0, -2), y.flatten()
+            each = torch.nn.functional.cross_entropy(*flat, ignore_index=-1, reduction="sum")
             total, seen = total + each.item(), seen + (y != -1).sum().item()
             if data.kind == "classify":
                 p.append(logits.softmax(-1)[:, 1])
@@ -389,7 +391,8 @@ def test_the_folder_of_a_run(folder, tmp_path):
     extra = {"accuracy", "f1", "precision", "recall", "auc"} if "reviews" in str(folder) else {"bits_per_byte"}
     for record in log:
         assert math.isfinite(record["loss"])
-        assert record.keys() - {"whole"} == {"step", "split", "loss"} | ({"lr", "grad_norm"} if record["split"] == "train" else extra)
+        more = {"lr", "grad_norm"} if record["split"] == "train" else extra
+        assert record.keys() - {"whole"} == {"step", "split", "loss"} | more
     raw = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert all(record["tokens_per_second"] > 0 and record["seconds"] > 0 for record in raw if record["split"] == "train")
 
@@ -532,7 +535,8 @@ def test_accumulated_gradients(text, tmp_path, monkeypatch):
     assert not fit(tmp_path / "halves", text, "--max_iters=5", "--batch_size=8", "--gradient_accumulation_steps=2")
     whole, halves = log_of(tmp_path / "whole", "train"), log_of(tmp_path / "halves", "train")
     for one, other in zip(whole, halves):
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5) and one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
 def test_dropout_is_on_in_training_and_off_in_evaluation(text, tmp_path):
@@ -548,14 +552,16 @@ def test_seeds(text, tmp_path):
     assert log_of(tmp_path / "a") == log_of(tmp_path / "b") != log_of(tmp_path / "c")
 
 
-@pytest.mark.skipif(not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="needs a C++ compiler")
 def test_compiled(toy, tmp_path, monkeypatch):
     """What torch.compile wraps leaves no trace in the checkpoint, and changes losses by rounding only."""
-    monkeypatch.setattr(torch, "compile", lambda model: torch._dynamo.optimize("eager")(model))  # no C++: seconds less
+    asked, eager = [], torch._dynamo.optimize("eager")  # wraps like "inductor", without the minutes of a C++ compiler
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setattr(torch, "compile", lambda model: asked.append(model) or eager(model))
     small = ("--max_iters=3", "--n_layer=1", "--block_size=8")
     assert not fit(tmp_path / "compiled", toy, *small, "--compile=True")
-    assert not fit(tmp_path / "plain", toy, *small)
-    assert torch.load(tmp_path / "compiled" / "ckpt.pt")["model"].keys() == torch.load(tmp_path / "plain" / "ckpt.pt")["model"].keys()
+    assert len(asked) == 1 and not fit(tmp_path / "plain", toy, *small)
+    one, other = (torch.load(tmp_path / name / "ckpt.pt")["model"].keys() for name in ("compiled", "plain"))
+    assert one == other
     for one, other in zip(log_of(tmp_path / "compiled"), log_of(tmp_path / "plain")):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
