@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import attention
+import engine
 from attention import Attention, Block, Cache
 from model import GPTConfig
 
@@ -267,14 +268,14 @@ def test_dropout(name):
 def test_dropout_mask():
     """Zeros at the rate asked for in every place of the 64-bit draws, and a mean of one."""
     for p in (0.1, 0.5, 0.9):
-        mask = attention.dropout_mask(torch.empty(4001, 7), p, torch.Generator().manual_seed(0))
+        mask = engine.dropout_mask(torch.empty(4001, 7), p, torch.Generator().manual_seed(0))
         assert mask.mean().item() == pytest.approx(1, abs=0.05)
         assert mask.unique().tolist() == pytest.approx([0, 1 / (1 - p)], rel=1e-3)
         for lane in range(4):
             assert (mask.flatten()[lane::4] == 0).float().mean().item() == pytest.approx(p, abs=0.02)
     neighbours = mask.flatten()[:-1] * mask.flatten()[1:]
     assert neighbours.mean().item() == pytest.approx(1, abs=0.2)  # independent
-    assert attention.drop(mask, 0.0) is mask
+    assert engine.drop(mask, 0.0) is mask
 
 
 def test_reweigh_needs_complete_rows():
@@ -304,7 +305,7 @@ def test_kernels():
 def test_engine_builds_no_square(monkeypatch):
     """No tensor of the engine has T x T elements: memory is linear in T."""
     layer, T, largest = make("dense", block_size=2048, dtype=torch.float32), 2048, 0
-    monkeypatch.setattr(attention, "TILE", 2**16)
+    monkeypatch.setattr(engine, "TILE", 2**16)
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):

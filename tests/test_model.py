@@ -55,7 +55,7 @@ def test_past_the_block_size_absolute_positions_start_again(pos):
     """At the end of the block the text goes on from its latest half block, at position 0."""
     model = make(pos=pos)
     text = model.generate(torch.randint(50, (2, 5)), 40, temperature=0)
-    first, seen = 0, 5  # what the model has in view is text[first:seen]
+    first = 0  # what the model has in view begins here
     with torch.no_grad():
         for at in range(5, 45):
             if at - first > 16:
@@ -207,7 +207,7 @@ def test_a_file_dropped_beside_is_a_mechanism(monkeypatch, tmp_path):
     import sys
     import model as room
 
-    for name in ("model.py", "attention.py"):
+    for name in ("model.py", "attention.py", "engine.py"):
         (tmp_path / name).write_text((room.Path(room.__file__).parent / name).read_text("utf-8"), "utf-8")
     (tmp_path / "my_attention.py").write_text(MECHANISM, "utf-8")
     monkeypatch.setattr(room, "__file__", str(tmp_path / "model.py"))

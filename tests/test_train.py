@@ -14,7 +14,6 @@ import pytest
 import torch
 from conftest import ROOT, call, write_bytes
 
-import dataset
 import hardware
 import model as model_file
 import runs
