@@ -11,7 +11,7 @@ dropout = 0.3
 
 learning_rate = 5e-4
 min_lr = 1e-5
-max_iters = 3520  # ten passes
+max_iters = 2109  # six passes
 warmup_iters = 300
 weight_decay = 0.1
 eval_interval = 352
