@@ -27,8 +27,8 @@ init_from = "scratch"  # or 'resume': go on from out_dir/ckpt.pt
 seed = 1337  # of weights, dropout and the order of the data
 eval_only = False  # evaluate out_dir's best.pt and leave
 eval_test = False  # after training, open the test split, once, with the best weights
-eval_interval = 125  # steps between evaluations, each with a checkpoint
-eval_iters = 10  # batches of an evaluation while training, spread over the split; 0: the whole split
+eval_interval = 200  # steps between evaluations, each with a checkpoint
+eval_iters = 20  # batches of an evaluation while training, spread over the split; 0: the whole split
 patience = 0  # stop after so many evaluations without a better one; 0: never
 log_interval = 10
 wandb_log = False
@@ -38,7 +38,7 @@ wandb_run_name = ""  # default: out_dir
 # the data
 dataset = "stdlib"  # a folder, or NAME for data/NAME
 task = ""  # 'lm': read a set of reviews as running text
-batch_size = 16  # texts of one forward pass; a CPU is as busy with 4,096 tokens as with more
+batch_size = 8  # texts of one forward pass
 gradient_accumulation_steps = 1  # forward passes of one step
 
 # the model: see GPTConfig in model.py
@@ -58,8 +58,8 @@ kernel = "auto"
 # the optimiser: AdamW
 learning_rate = 2e-3  # small models bear more than nanoGPT's 6e-4
 min_lr = 2e-4
-max_iters = 250
-warmup_iters = 25
+max_iters = 400
+warmup_iters = 40
 decay_lr = True
 lr_schedule = "cosine"  # or 'linear'
 lr_decay_iters = 0  # steps until min_lr; 0: max_iters
