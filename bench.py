@@ -50,9 +50,9 @@ def bench_attention(options):
             B, H, T = map(int, shape.split("x"))
         except ValueError:
             raise UserError(f"shapes: expected BATCHxHEADSxTIME like 16x6x256, got {shape!r}")
-        config = GPTConfig(n_head=H, n_embd=H * head_size, block_size=T, n_class=0 if causal else 2,
+        config = GPTConfig(n_layer=1, n_head=H, n_embd=H * head_size, block_size=T, n_class=0 if causal else 2,
                            attention=attention, kernel="engine" if kernel == "auto" else kernel, options=dict(options))
-        layer = mechanism(attention)[0](config).to(device)
+        layer = GPT(config).layers[0].attention.to(device)
         q, k, v, g = torch.randn(4, B, H, T, head_size, device=device, dtype=hardware.DTYPES[dtype]).unbind(0)
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
 
@@ -184,6 +184,9 @@ def main():
     mode = arguments.pop(0) if arguments and arguments[0][0] != "-" else ("" if "--help" not in arguments else "step")
     choose("benchmark", mode, modes)
     _, options = configure(globals(), arguments, more=lambda settings: mechanism(settings["attention"])[1])
+    for key in ("repeat", "tokens", "batch_size", "block_size", "vocab_size", "head_size"):
+        if globals()[key] < 1:
+            raise UserError(f"{key} must be at least 1, got {globals()[key]}")
     hardware.keep_freed_memory()
     torch.manual_seed(0)
     device = hardware.pick_device(device)
