@@ -21,6 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from configurator import UserError
 from engine import FLOOR, Block, drop, engine
 
 KERNELS = ("auto", "engine", "sdpa", "reference")
@@ -129,11 +130,11 @@ class Attention(nn.Module):
     def choose_kernel(self, device):
         """'engine', 'sdpa' or 'reference': the configured one, or by 'auto' the faster for `device`.
 
-        Raises ValueError where PyTorch's fused kernel is asked for and cannot hold the mechanism.
+        Raises UserError where PyTorch's fused call is asked for and cannot hold the mechanism.
         """
         dense = type(self).bias is Attention.bias and not self.reweighs
         if self.kernel == "sdpa" and not dense:
-            raise ValueError("kernel=sdpa computes dense attention only; use engine or reference")
+            raise UserError("kernel=sdpa computes dense attention only; for this mechanism use engine or reference")
         if self.kernel == "auto":
             return "sdpa" if dense and torch.device(device).type != "cpu" else "engine"
         return self.kernel
@@ -245,20 +246,21 @@ class Cache:
         if start == 0:
             self.k, self.v = (x.new_empty(*x.shape[:2], self.size, x.size(3)) for x in (k, v))
             self.positions = torch.empty(self.size, dtype=torch.long, device=k.device)
-        held = min(start, self.size)
-        every = [self.k[:, :, :held], self.v[:, :, :held], self.positions[:held]]
         if T > 1:  # together before the ring is written: the first new token may need what the last displaces
-            every = [torch.cat([every[0], k], 2), torch.cat([every[1], v], 2), torch.cat([every[2], new])]
+            every = [torch.cat([old, x], dim) for old, x, dim in zip(self.held(), (k, v, new), (2, 2, 0))]
         first = max(0, T - self.size)  # of the new ones, the first that stays
         while first < T:
             slot = (start + first) % self.size
             last = min(T, first + self.size - slot)
-            self.k[:, :, slot : slot + last - first] = k[:, :, first:last]
-            self.v[:, :, slot : slot + last - first] = v[:, :, first:last]
-            self.positions[slot : slot + last - first] = new[first:last]
+            there = slice(slot, slot + last - first)
+            self.k[:, :, there], self.v[:, :, there] = k[:, :, first:last], v[:, :, first:last]
+            self.positions[there] = new[first:last]
             first = last
         self.length += T
-        if T > 1:
-            return every
-        held = min(self.length, self.size)
-        return self.k[:, :, :held], self.v[:, :, :held], self.positions[:held]
+        return every if T > 1 else self.held()
+
+    def held(self):
+        """(keys, values, positions) of the slots that are filled."""
+        if self.length >= self.size:
+            return self.k, self.v, self.positions
+        return self.k[:, :, : self.length], self.v[:, :, : self.length], self.positions[: self.length]

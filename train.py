@@ -71,7 +71,7 @@ grad_clip = 1.0  # largest norm of the gradient; 0: no limit
 # the machine
 device = "auto"
 dtype = "auto"  # of products: 'float32', 'bfloat16' or 'float16'
-compile = False  # torch.compile: needs a C++ compiler on a CPU, and minutes to start
+compile = False  # torch.compile: needs a C++ compiler on a CPU, and a while to start
 
 
 def rate(step):

@@ -13,6 +13,7 @@ import torch
 import attention
 import engine
 from attention import Attention, Block, Cache
+from configurator import UserError
 from model import GPTConfig
 
 
@@ -295,7 +296,7 @@ def test_kernels():
         inputs = random_qkv(T)
         found = outputs_and_gradients(layer, lambda *x: layer.attend(*x, lengths), inputs, lengths)
         assert largest_error(found, outputs_and_gradients(layer, reference(layer, lengths), inputs, lengths)) < 1e-10
-    with pytest.raises(ValueError, match="dense attention only"):
+    with pytest.raises(UserError, match="dense attention only"):
         make("span", kernel="sdpa").attend(*random_qkv(8))
     assert make("dense", kernel="auto").choose_kernel("cpu") == "engine"
     assert make("dense", kernel="auto").choose_kernel("cuda") == "sdpa"

@@ -1,11 +1,14 @@
 """The model: cached decoding equals the full pass, padding and batches change nothing, counts are true."""
 
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import model as model_file
 from configurator import UserError
 from model import GPT, GPTConfig, Normalize, draw, load, mechanism, save
 
@@ -187,36 +190,24 @@ def test_wrong_settings_are_refused(wrong, says):
         GPT(GPTConfig(**{**SMALL, **wrong}))
 
 
-MECHANISM = '''
-"""Every second key."""
-import math
-import torch
-import attention
-
-every = 2  # keys kept: those at a distance that is a multiple of this
-
-class Attention(attention.Attention):
-    def bias(self, i, j):
-        far = (i[:, None] - j[None]) % self.options.every != 0
-        return super().bias(i, j).masked_fill(far, -math.inf)
-'''
-
-
 def test_a_file_dropped_beside_is_a_mechanism(monkeypatch, tmp_path):
-    """A stranger's file works by its name, with its options, and travels in a checkpoint."""
-    import sys
-    import model as room
-
+    """The mechanism that the README shows works by its name, with its options, and travels in a checkpoint."""
+    root = Path(model_file.__file__).parent
+    source = (root / "README.md").read_text("utf-8").split('"""my_attention.py')[1].split("```")[0]
     for name in ("model.py", "attention.py", "engine.py"):
-        (tmp_path / name).write_text((room.Path(room.__file__).parent / name).read_text("utf-8"), "utf-8")
-    (tmp_path / "my_attention.py").write_text(MECHANISM, "utf-8")
-    monkeypatch.setattr(room, "__file__", str(tmp_path / "model.py"))
+        (tmp_path / name).write_text((root / name).read_text("utf-8"), "utf-8")
+    (tmp_path / "my_attention.py").write_text('"""' + source, "utf-8")
+    monkeypatch.setattr(model_file, "__file__", str(tmp_path / "model.py"))
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert mechanism("my_attention")[1] == {"every": 2}
-    model = make(attention="my_attention", options={"every": 3})
-    assert "my_attention" in type(model.layers[0].attention).__module__
-    weights = model.layers[0].attention.weights(*torch.randn(2, 1, 2, 9, 8, dtype=torch.float64))
-    assert (weights[0, 0, 8] > 0).nonzero().flatten().tolist() == [2, 5, 8]
+    assert mechanism("my_attention")[1] == {"window": 128}
+    model = make(attention="my_attention", options={"window": 3}, block_size=300)
+    layer = model.layers[0].attention
+    assert type(layer).__module__ == "my_attention" and model.new_caches()[0].size == 3
+    q, k, v = torch.randn(3, 1, 2, 300, 8, dtype=torch.float64)
+    weights = layer.weights(q, k)
+    assert (weights[0, 0, 8] > 0).nonzero().flatten().tolist() == [6, 7, 8]
+    torch.testing.assert_close(layer.attend(q, k, v), weights @ v)
+    assert layer.pairs(300) < 300 * (128 + 3)
     save(tmp_path / "ckpt.pt", {"model": model.float().state_dict(), "model_config": vars(model.config)})
     again, _ = load(tmp_path / "ckpt.pt")
     idx = torch.randint(50, (1, 16))
