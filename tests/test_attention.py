@@ -185,9 +185,9 @@ def test_alone(name):
         assert (together[n, :length] - other[n, :length]).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("chunk", [1, 7])
+@pytest.mark.parametrize("prompt, chunk", [(40, 1), (40, 7), (3, 1), (1, 5)])
 @pytest.mark.parametrize("name", MECHANISMS)
-def test_incremental(name, chunk):
+def test_incremental(name, prompt, chunk):
     """Decoding through the cache equals the full pass, also far past the block size."""
     layer = make(name, block_size=32)
     rotation = attention.rotations(torch.arange(150), 8)
@@ -195,8 +195,8 @@ def test_incremental(name, chunk):
     with torch.no_grad():
         whole = layer(x, rotation)
         cache = Cache(layer.reach() + 1)
-        pieces = [layer(x[:, :40], rotation[:, :40], cache=cache)]  # a prompt longer than the cache
-        for a in range(40, 150, chunk):
+        pieces = [layer(x[:, :prompt], rotation[:, :prompt], cache=cache)]  # also one longer than the cache
+        for a in range(prompt, 150, chunk):
             pieces.append(layer(x[:, a : a + chunk], rotation[:, a : a + chunk], cache=cache))
     assert (torch.cat(pieces, 1) - whole).abs().max() < 1e-12
     assert cache.k.size(2) == layer.reach() + 1
@@ -277,6 +277,7 @@ def test_dropout_mask():
     neighbours = mask.flatten()[:-1] * mask.flatten()[1:]
     assert neighbours.mean().item() == pytest.approx(1, abs=0.2)  # independent
     assert engine.drop(mask, 0.0) is mask
+    assert (engine.drop(torch.ones(10000), 0.3) == 0).float().mean().item() == pytest.approx(0.3, abs=0.03)
 
 
 def test_reweigh_needs_complete_rows():
@@ -339,3 +340,6 @@ def test_rotations():
     torch.testing.assert_close(found[0].flatten(), turned(q, 7))
     torch.testing.assert_close(found[1].flatten(), turned(k, 7))
     torch.testing.assert_close(found[2].flatten(), k)
+    several = torch.randn(3, 2, 2, 5, 8, dtype=torch.float64, requires_grad=True)
+    rotation = attention.rotations(torch.arange(5), 8)
+    assert torch.autograd.gradcheck(lambda x: torch.stack(attention.split_heads(x, rotation)), several)

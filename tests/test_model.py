@@ -83,6 +83,18 @@ def test_padding_and_batch_change_nothing(pos, pool):
     assert (model(garbage, lengths=lengths)[0] - logits).abs().max() < 1e-12
 
 
+def test_dropout_is_everywhere_while_training_and_nowhere_else(monkeypatch):
+    """After the embedding, and after attention and MLP of each layer; attention's own is in its tests."""
+    import attention
+
+    rates = []
+    monkeypatch.setattr(attention, "drop", lambda x, p: rates.append(p) or x)
+    model, idx = make(dropout=0.3), torch.randint(50, (1, 16))
+    model.train()(idx)
+    model.eval()(idx)
+    assert rates == [0.3] * 5 + [0.0] * 5
+
+
 def test_a_later_token_changes_no_earlier_output():
     model = make()
     idx = torch.randint(50, (1, 16))
