@@ -119,7 +119,7 @@ def bench_step(options):
 
     runs = [(f"here, {dtype}", model, model.optimizer(1e-3, 0.1, (0.9, 0.99)), dtype)]
     if compile:
-        runs.append((f"here, {dtype}, compiled", torch.compile(model), runs[0][2], dtype))
+        runs.append((f"here, {dtype}, compiled", model.compiled(), runs[0][2], dtype))
     if peer:
         other = nanogpt(block_size)
         with contextlib.redirect_stdout(None):

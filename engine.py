@@ -56,7 +56,6 @@ def drop(x, p):
     return x * dropout_mask(x, p) if x.device.type == "cpu" else F.dropout(x, p)
 
 
-@torch.compiler.disable
 def engine(layer, q, k, v, lengths=None, dropout=0.0, reweigh=None):
     """Attention by `layer`'s bias and plan; equals `layer.weights(q, k) @ v`.
 

@@ -9,6 +9,7 @@ Letters: B batch, T time, C channels, V vocabulary.
 import importlib
 import math
 import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -266,6 +267,19 @@ class GPT(nn.Module):
         others = [p for p in self.parameters() if p.dim() < 2]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+
+    def compiled(self):
+        """This model through torch.compile. The engine's loops, which it would unroll, stay outside.
+
+        Raises UserError on a CPU without a C++ compiler.
+        """
+        device = self.embedding.weight.device.type
+        if device == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
+            raise UserError("compile=True needs a C++ compiler on a CPU and found none; install g++, or leave it False")
+        for layer in self.layers:
+            if layer.attention.choose_kernel(device) == "engine":
+                layer.attention.attend = torch.compiler.disable(layer.attention.attend)
+        return torch.compile(self)
 
     # ---- sampling --------------------------------------------------------------------------
 

@@ -6,7 +6,6 @@ A run is a folder: config.json, log.jsonl (one object a line), ckpt.pt (the last
 
 import json
 import math
-import shutil
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -249,7 +248,7 @@ def main():
             save(folder / "best.pt", snapshot())
         save_all()
 
-    forward = compiled(model) if compile else model
+    forward = model.compiled() if compile else model
     model.train()
     listen()
     began, since, tokens, work, total = time.perf_counter() - state["seconds"], time.perf_counter(), 0, 0.0, 0.0
@@ -323,13 +322,6 @@ def finish(data, folder, log, state):
         log({"step": state["best_step"], "split": split, "whole": True, **result},
             f"best weights (step {state['best_step']}), whole {split} split: {say(result)}", keep=True)
     print(f"{clock(state['seconds'])} in all; sample with: python sample.py --out_dir={folder}")
-
-
-def compiled(model):
-    """The model through torch.compile; on a CPU that needs a C++ compiler."""
-    if device == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
-        raise UserError("compile=True needs a C++ compiler on a CPU and found none; install g++, or leave it False")
-    return torch.compile(model)
 
 
 if __name__ == "__main__":
