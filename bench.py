@@ -62,12 +62,7 @@ def bench_attention(options):
         def fused():
             torch.autograd.grad(F.scaled_dot_product_attention(*inputs, is_causal=causal), inputs, g)
 
-        memory = []
-        for call in (ours, fused):
-            hardware.reset_peak_memory(device)
-            before = hardware.peak_memory(device)
-            call()
-            memory.append((hardware.peak_memory(device) - before) / 2**20)
+        memory = [mebibytes(call) for call in (ours, fused)]
         seconds, peer_seconds = hardware.side_by_side([ours, fused], device, repeat)
         kept = layer.kept(T)
         rows.append({
@@ -77,6 +72,14 @@ def bench_attention(options):
             **work(12 * head_size * kept * B * H, seconds), "MiB more": memory[0], "fused, MiB more": memory[1],
         })
     return rows
+
+
+def mebibytes(call):
+    """The most memory that a call takes beyond what was held before it."""
+    hardware.reset_peak_memory(device)
+    before = hardware.peak_memory(device)
+    call()
+    return (hardware.peak_memory(device) - before) / 2**20
 
 
 def work(operations, seconds):
@@ -126,13 +129,9 @@ def bench_step(options):
             optimizer = other.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device)
         precisions = ["float32"] + [dtype] * (dtype != "float32")  # on a CPU it trains in float32
         runs += [(f"nanoGPT, {precision}", other, optimizer, precision) for precision in precisions]
-    memory = []
-    for _, *how in runs:
-        hardware.reset_peak_memory(device)
-        before = hardware.peak_memory(device)
-        step(*how)
-        memory.append((hardware.peak_memory(device) - before) / 2**20)
-    seconds = hardware.side_by_side([lambda how=how: step(*how) for _, *how in runs], device, repeat)
+    calls = [lambda how=how: step(*how) for _, *how in runs]
+    memory = [mebibytes(call) for call in calls]
+    seconds = hardware.side_by_side(calls, device, repeat)
     slowest = seconds[[name for name, *_ in runs].index("nanoGPT, float32")] if peer else None
     return [{"step": name, "ms": 1e3 * s, "tokens/s": x.numel() / s, **work(costs, s), "MiB more": m,
              **({"times nanoGPT as it is": slowest / s} if peer else {})} for (name, *_), s, m in zip(runs, seconds, memory)]

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import math
 import platform
 import statistics
 import time
@@ -111,7 +112,7 @@ def reset_peak_memory(device="cpu"):
 
 
 def peak_memory(device="cpu"):
-    """Bytes: the most that tensors on a CUDA device, or the process (CPU), held; None where unknown."""
+    """Bytes: the most that tensors on a CUDA device, or the process (CPU), held; nan where unknown."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     with contextlib.suppress(OSError, StopIteration):
@@ -120,7 +121,7 @@ def peak_memory(device="cpu"):
     try:
         import resource  # not on Windows
     except ImportError:
-        return None
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
 

@@ -8,7 +8,6 @@ Letters: B batch, T time, C channels, V vocabulary.
 
 import importlib
 import math
-import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,8 @@ import torch.nn.functional as F
 
 import attention
 from configurator import UserError, choose, nearest
+from engine import wide
+from runs import write_whole
 
 
 @dataclass
@@ -79,7 +80,7 @@ EPSILON = 1e-6  # in RMSNorm: next to the mean square
 
 def normalize(x):
     """(x / rms(x) over the last dimension, 1 / rms(x)): F.rms_norm without a gain, in fewer operations."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide(x))
     scale = (length.square_() / x.size(-1)).add_(EPSILON).rsqrt_()
     return (x * scale).to(x.dtype), scale
 
@@ -108,6 +109,11 @@ class RMSNorm(nn.Module):
         return Normalize.apply(x) if torch.is_grad_enabled() else normalize(x)[0]
 
 
+def new_norm(config):
+    """A normalisation of the configured kind."""
+    return RMSNorm() if config.norm == "rmsnorm" else nn.LayerNorm(config.n_embd, bias=config.bias)
+
+
 class PackedLinear(nn.Module):
     """A linear layer for inference with its weight in oneDNN's own order, which a plain one is
     brought into at every call: on one token that takes as long again as the product."""
@@ -126,8 +132,7 @@ class Layer(nn.Module):
     def __init__(self, config, layer, attention_class):
         super().__init__()
         C = config.n_embd
-        norm = RMSNorm if config.norm == "rmsnorm" else lambda: nn.LayerNorm(C, bias=config.bias)
-        self.norm1, self.norm2 = norm(), norm()
+        self.norm1, self.norm2 = new_norm(config), new_norm(config)
         self.attention = attention_class(config, layer)
         self.up = nn.Linear(C, 4 * C, bias=config.bias)
         self.down = nn.Linear(4 * C, C, bias=config.bias)
@@ -154,7 +159,7 @@ class GPT(nn.Module):
         if config.pos == "learned":
             self.positions = nn.Embedding(config.block_size, C)
         self.layers = nn.ModuleList(Layer(config, n, attention_class) for n in range(config.n_layer))
-        self.norm = RMSNorm() if config.norm == "rmsnorm" else nn.LayerNorm(C, bias=config.bias)
+        self.norm = new_norm(config)
         self.head = nn.Linear(C, config.n_class or config.vocab_size, bias=not config.causal)
         self.register_buffer("angles", torch.empty(0), persistent=False)
         self.apply(self.initialise)
@@ -348,17 +353,7 @@ def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 
 def save(path, checkpoint):
     """Write tensors and plain values so that `path` is at every moment whole: old or new."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".part")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"could not write {path}: {error.strerror}; what was there before is unchanged")
+    write_whole(Path(path), lambda file: torch.save(checkpoint, file))
 
 
 def load(path, device="cpu", **changes):

@@ -6,6 +6,8 @@ import shutil
 import signal
 import sys
 
+from configurator import UserError
+
 
 def prepare_folder(folder):
     """Make out_dir for a new run; an earlier run there is moved aside, not overwritten."""
@@ -31,11 +33,22 @@ def mend_log(path, step):
     write_text(path, "".join(kept))
 
 
-def write_text(path, text):
-    """Write a file that is at every moment whole: old or new."""
+def write_whole(path, write):
+    """Write a file that is at every moment whole, old or new: `write` gets it open for bytes."""
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, "utf-8")
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"could not write {path}: {error.strerror}; what was there before is unchanged")
+
+
+def write_text(path, text):
+    write_whole(path, lambda file: file.write(text.encode("utf-8")))
 
 
 class Log:

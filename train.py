@@ -7,6 +7,7 @@ A run is a folder: config.json, log.jsonl (one object a line), ckpt.pt (the last
 import json
 import math
 import time
+from collections import Counter
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -251,7 +252,7 @@ def main():
     forward = model.compiled() if compile else model
     model.train()
     listen()
-    began, since, tokens, work, total = time.perf_counter() - state["seconds"], time.perf_counter(), 0, 0.0, 0.0
+    began, since, tokens, positions, total = time.perf_counter() - state["seconds"], time.perf_counter(), 0, Counter(), 0.0
     try:
         while True:
             leave_if_asked()
@@ -276,7 +277,7 @@ def main():
                 total = total + loss.detach() / gradient_accumulation_steps
                 scaler.scale((loss + model.penalty()) / gradient_accumulation_steps).backward()
                 tokens += x.numel() if lengths is None else int(batch[2].sum())
-                work += x.numel() * model.work_per_token(x.size(1))
+                positions[x.size(1)] += x.numel()
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
             if step % log_interval == 0 or device == "cpu":  # elsewhere a look at each step would make the device wait
@@ -289,8 +290,9 @@ def main():
             state["step"] = step + 1
             if step % log_interval == 0:
                 now = time.perf_counter()
+                work = sum(n * model.work_per_token(T) for T, n in positions.items())
                 speed, share = tokens / (now - since), work / (now - since) / peak
-                since, tokens, work, state["seconds"] = now, 0, 0.0, now - began
+                since, tokens, positions, state["seconds"] = now, 0, Counter(), now - began
                 left = state["seconds"] / (step + 1) * (max_iters - step - 1)
                 record = {"step": step, "split": "train", "loss": float(total), "lr": rate(step), "grad_norm": float(norm),
                           "tokens_per_second": speed, "matmul_share": share, "seconds": state["seconds"]}
