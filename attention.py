@@ -4,7 +4,7 @@ A mechanism is a subclass named `Attention` in a file of its own that overrides 
 
     bias(i, j)   the mask in log space: 0 keeps a pair, -inf drops it, between is soft
     plan(T)      where the bias is not -inf, as blocks to be multiplied densely
-    reweigh(p)   what happens to a complete row of softmax weights
+    reweigh(p, keys)   what happens to a complete row of softmax weights
 
 The class here is the dense mechanism and derives everything else from these three:
 `weights` is the reference, `attend` the engine, `forward` the layer with its cache.
@@ -63,24 +63,30 @@ class Attention(nn.Module):
         holds all its keys; several parts are joined by log-sum-exp.
         """
         n = 64 if T <= 256 else 128 if T <= 1024 else 256  # small enough to skip most of the future
-        part = []
-        for a in range(0, T, n):
-            b = min(a + n, T)
-            keys = range(max(0, a - self.reach()), b) if self.causal else range(T)
-            part.append(Block(range(self.n_head), range(a, b), keys))
-        return [part]
+        pairs = self.windows(range(T), n, self.reach() if self.causal else T)
+        return [[Block(range(self.n_head), queries, keys) for queries, keys in pairs]]
 
-    def reweigh(self, p):
-        """What happens to complete rows of softmax weights (..., n, m); here nothing."""
+    def reweigh(self, p, keys, statistic=None):
+        """What happens to complete rows of softmax weights (..., n, m); here nothing.
+
+        keys: (..., n, 1), how many keys each row is about: not masked, no padding; where p has more,
+        their weight is 0. statistic: in the engine the rows' part of what `statistic` returned.
+        """
         return p
+
+    def statistic(self, q, k, lengths):
+        """What `reweigh` must know of each row beforehand, (B, H, T, 1), or None. In the reference,
+        where p is the whole matrix, it is not asked."""
+        return None
 
     def penalty(self):
         """A term of the loss (a scalar tensor), or 0."""
         return 0.0
 
     def stats(self):
-        """Plain numbers for the log and the plots, by name."""
-        return {}
+        """Plain numbers, or lists of one for each head, for the log and the plots, by name."""
+        T = self.block_size
+        return {"kept_share": self.kept(T) / (T * (T + 1) / 2 if self.causal else T * T)}
 
     def reach(self):
         """The farthest distance a query can need: how long the cache must be."""
@@ -89,12 +95,30 @@ class Attention(nn.Module):
     # ---- derived: nothing below is written again by a mechanism ----------------------------
 
     @property
+    def dense(self):
+        """Whether this is dense attention and nothing else, which PyTorch's fused call computes too."""
+        return type(self).bias is Attention.bias and not self.reweighs
+
+    @property
     def reweighs(self):
         return type(self).reweigh is not Attention.reweigh
 
     def mask_parameters(self):
         """The parameters that `bias` depends on: all but the projections'."""
         return [p for name, p in self.named_parameters() if name.split(".")[0] not in ("qkv", "proj")]
+
+    def windows(self, positions, n, reach, edge=0):
+        """Yield (queries, keys), n of the `positions` (a range) at a time, with every key among them
+        that lies within `reach` places; causal: no later one.
+
+        edge: how many at a time while the window is cut off at the start, where every block has a
+        shape of its own (0: n as well).
+        """
+        a = 0
+        while a < len(positions):
+            b = a + (edge or n if a < reach else n)
+            yield positions[a:b], positions[max(0, a - reach) : b + (0 if self.causal else reach)]
+            a = b
 
     def weights(self, q, k, i=None, j=None, lengths=None):
         """The reference: reweigh(softmax(q k^T / sqrt(D) + bias)), dense, slow, obvious.
@@ -105,10 +129,13 @@ class Attention(nn.Module):
         """
         i = torch.arange(q.size(2), device=q.device) if i is None else i
         j = torch.arange(k.size(2), device=q.device) if j is None else j
-        scores = q @ k.transpose(2, 3) / math.sqrt(q.size(3)) + self.bias(i, j).to(q.dtype)
+        bias = self.bias(i, j)
+        seen = (bias > -math.inf)[None]
+        scores = q @ k.transpose(2, 3) / math.sqrt(q.size(3)) + bias.to(q.dtype)
         if lengths is not None:
-            scores = scores.masked_fill(j >= lengths[:, None, None, None], FLOOR)  # finite: padding may see only padding
-        return self.reweigh(torch.softmax(scores, -1, dtype=q.dtype))
+            there = j < lengths[:, None, None, None]
+            scores, seen = scores.masked_fill(~there, FLOOR), seen & there  # finite: padding may see only padding
+        return self.reweigh(torch.softmax(scores, -1, dtype=q.dtype), seen.sum(-1, keepdim=True))
 
     def attend(self, q, k, v, lengths=None):
         """Attention over whole texts: q, k, v (B, H, T, D) -> (B, H, T, D), in O(T) memory."""
@@ -125,18 +152,17 @@ class Attention(nn.Module):
             return F.scaled_dot_product_attention(
                 q, k, v, mask, dropout, is_causal=self.causal and mask is None
             )
-        return engine(self, q, k, v, lengths, dropout, self.reweigh if self.reweighs else None)
+        return engine(self, q, k, v, lengths, dropout, self.statistic(q, k, lengths))
 
     def choose_kernel(self, device):
         """'engine', 'sdpa' or 'reference': the configured one, or by 'auto' the faster for `device`.
 
         Raises UserError where PyTorch's fused call is asked for and cannot hold the mechanism.
         """
-        dense = type(self).bias is Attention.bias and not self.reweighs
-        if self.kernel == "sdpa" and not dense:
+        if self.kernel == "sdpa" and not self.dense:
             raise UserError("kernel=sdpa computes dense attention only; for this mechanism use engine or reference")
         if self.kernel == "auto":
-            return "sdpa" if dense and torch.device(device).type != "cpu" else "engine"
+            return "sdpa" if self.dense and torch.device(device).type != "cpu" else "engine"
         return self.kernel
 
     def forward(self, x, rotation=None, lengths=None, cache=None):
@@ -153,22 +179,70 @@ class Attention(nn.Module):
                 cache.extend(k, v)
             with torch.autocast(x.device.type, enabled=False):
                 y = self.attend(q, k, v, lengths)
+        elif T == 1:
+            cache.extend(k, v)
+            y = self.decode(q, cache)
         else:
             i = torch.arange(cache.length, cache.length + T, device=x.device)
             keys, values, j = cache.extend(k, v)
             y = self.weights(q, keys, i, j) @ values
         return drop(self.proj(y.transpose(1, 2).reshape(B, T, C)), self.dropout if self.training else 0.0)
 
+    def decode(self, q, cache):
+        """Outputs (B, H, 1, D) of the newest token of a cache, reading only the keys its query keeps."""
+        (k, v, j), i = cache.held(), torch.tensor([cache.length - 1], device=q.device)
+        if self.reweighs:
+            return self.weights(q, k, i, j) @ v
+        if not self.relative:
+            bias = self.bias(i, j)
+            slots = (bias > -math.inf).any(0)[0].nonzero()[:, 0]
+            k, v, bias = k[:, :, slots], v[:, :, slots], bias[:, :, slots]
+        else:
+            if cache.kept is None:
+                cache.kept = self.kept_by_distance(cache.size, q.device)
+            heads, distances, bias = cache.kept
+            if distances is None:
+                bias = bias[:, :, i - j]
+            else:
+                if cache.length < cache.size:
+                    near = distances <= i
+                    heads, distances, bias = heads[near[: len(heads)]], distances[near], bias[:, :, near]
+                slots = (i - distances) % cache.size
+                k, v = (x[:, heads, slots][:, None] if len(heads) else x[:, :, slots] for x in (k, v))
+        return torch.softmax(q @ k.mT / math.sqrt(q.size(3)) + bias.to(q.dtype), -1) @ v
+
+    def kept_by_distance(self, size, device):
+        """What a query keeps of the `size` latest positions: (heads, distances, bias).
+
+        All of them: distances is None, bias (H or 1, 1, size) by distance. The same in each head:
+        distances (m,), bias (H or 1, 1, m). Else all heads' distances in one row, heads (m,) saying
+        whose they are, and bias (H, 1, m) that keeps every head from the others'.
+        """
+        bias = self.bias(torch.tensor([size - 1], device=device), torch.arange(size - 1, -1, -1, device=device))
+        kept = bias[:, 0] > -math.inf
+        if kept.all():
+            return None, None, bias
+        if (kept == kept[0]).all():
+            distances = kept[0].nonzero()[:, 0]
+            return distances[:0], distances, bias[:, :, distances]
+        heads, distances = kept.nonzero().unbind(1)
+        own = heads == torch.arange(len(kept), device=device)[:, None, None]
+        return heads, distances, bias[:, :, distances].where(own, FLOOR)
+
     def pairs(self, T):
         """Query-key pairs per head that the plan multiplies for a text of T tokens."""
-        blocks = [block for part in self.plan(T) for block in part]
-        return sum(math.prod(map(len, block)) for block in blocks) / self.n_head
+        return sum(block.pairs for part in self.plan(T) for block in part) / self.n_head
 
     @torch.no_grad()
     def kept(self, T):
         """Query-key pairs per head whose bias is not -inf, for a text of T tokens."""
-        total, j = 0, torch.arange(T)
-        for i in torch.arange(T).split(256):
+        device = self.proj.weight.device
+        if self.relative:
+            j = torch.arange(2 * T - 1, device=device)
+            kept = self.bias(j[T - 1 : T], j) > -math.inf  # (H or 1, 1, offsets from 1 - T to T - 1)
+            return (kept * (T - (j - T + 1).abs())).sum().item() / kept.size(0)
+        total, j = 0, torch.arange(T, device=device)
+        for i in j.split(256):
             bias = self.bias(i, j)
             total += (bias > -math.inf).sum().item() / bias.size(0)
         return total
@@ -234,6 +308,7 @@ class Cache:
 
     def __init__(self, size):
         self.size, self.length = size, 0  # length: tokens seen so far, kept or not
+        self.kept = None  # `Attention.kept_by_distance`, once it is known
 
     def extend(self, k, v):
         """Append k, v (B, H, T, D), from position `length` on.
@@ -246,8 +321,9 @@ class Cache:
         if start == 0:
             self.k, self.v = (x.new_empty(*x.shape[:2], self.size, x.size(3)) for x in (k, v))
             self.positions = torch.empty(self.size, dtype=torch.long, device=k.device)
-        if T > 1:  # together before the ring is written: the first new token may need what the last displaces
-            every = [torch.cat([old, x], dim) for old, x, dim in zip(self.held(), (k, v, new), (2, 2, 0))]
+        every = k, v, new
+        if T > 1 and start:  # together before the ring is written: the first new token may need what the last displaces
+            every = [torch.cat([old, x], dim) for old, x, dim in zip(self.held(), every, (2, 2, 0))]
         first = max(0, T - self.size)  # of the new ones, the first that stays
         while first < T:
             slot = (start + first) % self.size

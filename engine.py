@@ -4,11 +4,12 @@ A mechanism never needs this file: it states its bias and its plan (`attention.p
 engine multiplies what the plan names, a tile of scores at a time, adds the bias, takes the
 softmax, and computes all of it again in the backward pass instead of keeping it.
 
-Letters: B batch, T time, H heads, D head size; a tile holds h heads, b examples, n queries, m keys.
+Letters: B batch, T time, H heads, D head size, S blocks of one shape in a stack; a tile holds h
+heads, b examples and s blocks of n queries and m keys.
 """
 
 import math
-from typing import NamedTuple, Union
+from typing import NamedTuple, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -26,15 +27,58 @@ TILE = 2**21
 class Block(NamedTuple):
     """Every pair of `queries` x `keys`, multiplied densely for each of `heads`.
 
-    heads: a range of neighbouring heads; queries, keys: a range or a LongTensor of positions.
+    heads: a range of neighbouring heads. queries: a range of positions. keys: a range, or a tuple
+    of ranges that share no position. distances: the range of |i - j| that the block answers for,
+    where another part of the plan answers for the rest; None: all.
     """
 
     heads: range
-    queries: Union[range, torch.Tensor]
-    keys: Union[range, torch.Tensor]
+    queries: range
+    keys: Union[range, tuple]
+    distances: Optional[range] = None
 
-    def to(self, device):
-        return self._replace(**{name: x.to(device) for name, x in self._asdict().items() if isinstance(x, torch.Tensor)})
+    @property
+    def runs(self):
+        """`keys` as a tuple of ranges, none of them empty."""
+        return tuple(run for run in (self.keys if isinstance(self.keys, tuple) else (self.keys,)) if run)
+
+    @property
+    def pairs(self):
+        return len(self.heads) * len(self.queries) * sum(map(len, self.runs))
+
+    def geometry(self):
+        """What blocks have in common that differ by a shift alone."""
+        first = self.queries.start
+        runs = tuple((run.start - first, len(run), run.step) for run in self.runs)
+        return self.heads, len(self.queries), self.queries.step, runs, self.distances
+
+
+class Stack(NamedTuple):
+    """`count` blocks, the first of them `block`, each `shift` positions after the one before."""
+
+    block: Block
+    count: int
+    shift: int
+
+
+def stacks(blocks, relative):
+    """The blocks in order, neighbours of one geometry as one stack. Only a bias that depends on
+    i - j alone (`relative`) is the same for all blocks of a stack."""
+    found, before = [], None
+    for block in blocks:
+        geometry = block.geometry() if relative else None
+        if geometry and geometry == before:
+            first, count, shift = found[-1]
+            ahead = block.queries.start - first.queries.start
+            shift = shift or ahead
+            # keys of different residues must not meet: `Tile.add` takes turns only where they are of one
+            apart = all(shift % run.step == 0 or ahead < run.step for run in block.runs)
+            if ahead == count * shift > 0 and apart:
+                found[-1] = Stack(first, count + 1, shift)
+                continue
+        found.append(Stack(block, 1, 0))
+        before = geometry
+    return found
 
 
 def dropout_mask(x, p, generator=None):
@@ -56,89 +100,109 @@ def drop(x, p):
     return x * dropout_mask(x, p) if x.device.type == "cpu" else F.dropout(x, p)
 
 
-def engine(layer, q, k, v, lengths=None, dropout=0.0, reweigh=None):
-    """Attention by `layer`'s bias and plan; equals `layer.weights(q, k) @ v`.
+def folded(layer, q, lengths, *others):
+    """(plan, lengths, q, *others) in the engine's order, (H, B, T, E) and contiguous.
 
-    q, k, v: (B, H, T, D). lengths: (B,) or None. reweigh: what the mechanism does to complete rows
-    of weights, or None. First derivatives only. Raises ValueError where reweigh meets a plan of
-    several parts, none of which holds complete rows.
+    Heads that share everything become more examples, (1, B H, T, E): no copy into another order.
     """
     parts, (B, H) = layer.plan(q.size(2)), q.shape[:2]
-    if reweigh and len(parts) > 1:
-        raise ValueError(f"reweigh needs complete rows, a plan of one part; this plan has {len(parts)}")
     first = torch.zeros(1, dtype=torch.long, device=q.device)
     if layer.bias(first, first).size(0) == 1 and all(len(block.heads) == H for part in parts for block in part):
-        # Heads that share everything are only more examples: no copy into another order.
         parts = [[block._replace(heads=range(1)) for block in part] for part in parts]
         lengths = lengths.repeat_interleave(H) if lengths is not None else None
-        q, k, v = (x.contiguous().view(1, B * H, *x.shape[2:]) for x in (q, k, v))
+        moved = [x.contiguous().view(1, B * H, *x.shape[2:]) for x in (q, *others)]
     else:
-        q, k, v = (x.transpose(0, 1).contiguous() for x in (q, k, v))
+        moved = [x.transpose(0, 1).contiguous() for x in (q, *others)]
+    return parts, lengths, *moved
+
+
+def unfolded(x, B, H):
+    """`folded`, back to (B, H, T, E)."""
+    return x.view(B, H, *x.shape[2:]) if x.size(1) == B * H else x.transpose(0, 1)
+
+
+def engine(layer, q, k, v, lengths=None, dropout=0.0, statistic=None):
+    """Attention by `layer`'s bias and plan; equals `layer.weights(q, k) @ v`.
+
+    q, k, v: (B, H, T, D). lengths: (B,) or None. statistic: (B, H, T, 1), what `layer.reweigh` is
+    to know of each row, or None. First derivatives only. Raises ValueError where the layer
+    reweighs and its plan has several parts, none of which holds complete rows.
+    """
+    B, H = q.shape[:2]
+    extra = [] if statistic is None else [statistic]
+    parts, lengths, q, k, v, *extra = folded(layer, q, lengths, k, v, *extra)
+    if layer.reweighs and len(parts) > 1:
+        raise ValueError(f"reweigh needs complete rows, a plan of one part; this plan has {len(parts)}")
     seed = int(torch.randint(2**62, ())) if dropout else 0  # of the global stream: resume repeats it
     parameters = [p for p in layer.mask_parameters() if p.requires_grad]
-    y = Engine.apply(layer, parts, reweigh, dropout, seed, lengths, q, k, v, *parameters)
-    return y.view(B, H, *y.shape[2:]) if y.size(1) == B * H else y.transpose(0, 1)
+    found = []
+    for n, part in enumerate(parts):
+        how = stacks(part, layer.relative), lengths, dropout, seed + n, extra[0] if extra else None, len(parts) > 1
+        found.append(Engine.apply(layer, how, q, k, v, *parameters))
+    y, lse = found[0]
+    for other, its in found[1:]:  # softmax over all keys: a part weighs as much as the sum of its exponentials
+        y, lse = torch.lerp(y, other, torch.sigmoid(its - lse).to(y.dtype)), torch.logaddexp(lse, its)
+    return unfolded(y, B, H)
+
+
+@torch.no_grad()
+def row_squares(layer, q, k, lengths=None):
+    """The sum of squares of each query's softmax weights, (B, H, T, 1), before `reweigh`: for a
+    mechanism's `statistic`. The plan must have one part."""
+    B, H = q.shape[:2]
+    (part,), lengths, q, k = folded(layer, q, lengths, k)
+    squares = q.new_empty(*q.shape[:3], 1, dtype=wide(q))
+    for tile in Walk(layer, stacks(part, layer.relative), lengths, q=q).tiles():
+        p = torch.softmax(tile.scores(tile.take(q, tile.queries), tile.take(k, *tile.keys)), -1)
+        tile.put(squares, tile.queries, torch.linalg.vector_norm(p, dim=-1, keepdim=True, dtype=squares.dtype).square_())
+    return unfolded(squares, B, H)
 
 
 class Engine(torch.autograd.Function):
-    """Here q, k, v are (H, B, T, D); a tile takes (h b, n, D) and (h b, m, D) out of them."""
+    """One part of a plan: its output (H, B, T, D) and, where it is to be joined with others, the
+    logarithm of each row's sum of exponentials (H, B, T, 1)."""
 
     @staticmethod
-    def forward(ctx, layer, parts, reweigh, dropout, seed, lengths, q, k, v, *parameters):
-        walk = Walk(layer, parts, dropout, seed, lengths, q)
-        out = torch.zeros_like(v, dtype=wide(v)) if walk.joined else torch.empty_like(v)
-        lse = out.new_full((*q.shape[:3], 1), -math.inf) if walk.joined else None
-        for tile in walk:
-            s, values = tile.scores(tile.take(q, tile.queries), tile.take(k, tile.keys)), tile.take(v, tile.keys)
-            if not walk.joined:
-                p = torch.softmax(s, -1, out=s)
-                tile.put_product(out, tile.queries, tile.drop(reweigh(p) if reweigh else p), values)
-                continue
-            # A query's other keys stand in other parts: weigh what was there against what came.
-            here = s.to(lse.dtype).logsumexp(-1, keepdim=True)
-            y = torch.bmm(tile.drop((s - here).exp().to(s.dtype)), values)
-            before = tile.take(lse, tile.queries)
-            total = torch.logaddexp(before, here)
-            y = tile.take(out, tile.queries) * (before - total).exp() + y * (here - total).exp()
-            tile.put(out, tile.queries, y)
-            tile.put(lse, tile.queries, total)
-        out = out.to(v.dtype)
-        ctx.save_for_backward(q, k, v, lengths, lse, out if walk.joined else None, *parameters)
-        ctx.layer, ctx.reweigh, ctx.how = layer, reweigh, (parts, dropout, seed)
-        return out
+    def forward(ctx, layer, how, q, k, v, *parameters):
+        walk = Walk(layer, *how, q)
+        out = torch.zeros_like(v) if walk.joined else torch.empty_like(v)
+        lse = v.new_full((*v.shape[:3], 1), -math.inf, dtype=wide(v)) if walk.joined else None
+        for tile in walk.tiles():
+            s = tile.scores(tile.take(q, tile.queries), tile.take(k, *tile.keys))
+            largest = s.amax(-1, keepdim=True).to(lse.dtype) if walk.joined else None
+            p = torch.softmax(s, -1, out=s)
+            if walk.joined:  # whose weight is exp(largest - lse)
+                tile.put(lse, tile.queries, largest - p.amax(-1, keepdim=True).to(lse.dtype).log_())
+            tile.put(out, tile.queries, torch.bmm(tile.drop(tile.reweigh(p)), tile.take(v, *tile.keys)))
+        ctx.save_for_backward(q, k, v, *parameters)
+        ctx.layer, ctx.how = layer, how
+        return out, lse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
-        q, k, v, lengths, lse, out, *parameters = ctx.saved_tensors
-        grad, scale = grad.contiguous(), q.size(-1) ** -0.5
-        walk = Walk(ctx.layer, *ctx.how, lengths, q, parameters)
-        dq, dk, dv = (torch.zeros_like if walk.joined else torch.empty_like)(q), torch.zeros_like(k), torch.zeros_like(v)
-        if walk.joined:  # sum of p dp over a whole row, which no tile sees
-            delta = (grad.to(lse.dtype) * out).sum(-1, keepdim=True)
-        for tile in walk:
-            queries, keys, g = tile.take(q, tile.queries), tile.take(k, tile.keys), tile.take(grad, tile.queries)
+    def backward(ctx, grad, grad_lse):
+        q, k, v, *parameters = ctx.saved_tensors
+        walk, grad, scale = Walk(ctx.layer, *ctx.how, q, parameters), grad.contiguous(), q.size(-1) ** -0.5
+        dq = (torch.zeros_like if walk.joined else torch.empty_like)(q)
+        dk, dv = (torch.zeros_like(x, dtype=wide(x)) for x in (k, v))  # sums over many blocks
+        for tile in walk.tiles():
+            queries, keys, g = tile.take(q, tile.queries), tile.take(k, *tile.keys), tile.take(grad, tile.queries)
             s = tile.scores(queries, keys)
-            if walk.joined:
-                p = (s - tile.take(lse, tile.queries)).exp().to(s.dtype)
-            else:
-                p = torch.softmax(s, -1, out=s)
-            used, dp = p, tile.drop(torch.bmm(g, tile.take(v, tile.keys).mT))
-            if ctx.reweigh:
+            p = torch.softmax(s, -1, out=s)
+            used, dp = p, tile.drop(torch.bmm(g, tile.take(v, *tile.keys).mT))
+            if walk.layer.reweighs:
                 with torch.enable_grad():
-                    used = ctx.reweigh(p.requires_grad_())
+                    used = tile.reweigh(p.requires_grad_())
                 (dp,) = torch.autograd.grad(used, p, dp)
                 p, used = p.detach(), used.detach()
-            tile.put_product(dv, tile.keys, tile.drop(used).mT, g, add=True)
+            tile.add(dv, tile.keys, torch.bmm(tile.drop(used).mT, g))
+            ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
             if walk.joined:
-                ds = (dp - tile.take(delta, tile.queries)).to(p.dtype) * p
-            else:
-                ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
-            tile.put_product(dq, tile.queries, ds, keys, scale, add=walk.joined)
-            tile.put_product(dk, tile.keys, ds.mT, queries, scale, add=True)
+                ds.addcmul_(p, tile.take(grad_lse, tile.queries).to(p.dtype))
+            tile.put(dq, tile.queries, product(ds, keys, scale))
+            tile.add(dk, tile.keys, product(ds.mT, queries, scale))
             tile.add_bias_gradient(ds)
-        walk.finish()
-        return None, None, None, None, None, None, dq, dk, dv, *walk.gradients
+        return None, None, dq, dk.to(k.dtype), dv.to(v.dtype), *walk.gradients
 
 
 def wide(x):
@@ -146,84 +210,73 @@ def wide(x):
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def places(x, positions):
-    """x (b, T, E) at some positions: of a range a view, of a LongTensor a copy."""
-    return x[:, positions.start : positions.stop : positions.step] if isinstance(positions, range) else x[:, positions]
+def product(a, b, scale):
+    """scale * a @ b for batches of matrices."""
+    return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
 
 
 class Walk:
-    """The tiles of a plan in order, each with its slice of a bias and its dropout."""
+    """The tiles of one part of a plan in order, with what all of them need.
 
-    def __init__(self, layer, parts, dropout, seed, lengths, q, parameters=()):
-        self.layer, self.q, self.parameters, self.dropout = layer, q, parameters, dropout
-        self.joined, self.blocks = len(parts) > 1, [block.to(q.device) for part in parts for block in part]
+    Walks of one seed draw the same dropout. After the last tile `gradients` are those of
+    `parameters`, on which the bias depends.
+    """
+
+    def __init__(self, layer, stacks, lengths=None, dropout=0.0, seed=0, statistic=None, joined=False, q=None, parameters=()):
+        self.layer, self.stacks, self.statistic, self.joined = layer, stacks, statistic, joined
+        self.q, self.parameters, self.dropout = q, parameters, dropout
+        self.random = torch.Generator(q.device).manual_seed(seed) if dropout else None
+        self.gradients = [torch.zeros_like(p) for p in parameters]
         self.padding = None
         if lengths is not None:
             padded = torch.arange(q.size(2), device=q.device) >= lengths[:, None]
-            self.padding = q.new_zeros(padded.shape).masked_fill_(padded, FLOOR)[..., None]  # (B, T, 1)
-        self.gradients = [torch.zeros_like(p) for p in parameters]
-        self.random = torch.Generator(q.device).manual_seed(seed) if dropout else None
-        extents = {}  # of the offsets of keys from queries: one strip holds those of all its blocks
-        for block in filter(self.shares, self.blocks):
-            key, first = self.geometry(block)
-            n, low, high = extents.get(key, (0, first, first))
-            last = first + len(block.keys) * block.keys.step
-            extents[key] = max(n, len(block.queries)), min(low, first), max(high, last)
-        self.strips = {
-            key: Strip(self, key[0], range(0, n * key[1], key[1]), range(low, high, key[2]))
-            for key, (n, low, high) in extents.items()
-        }
+            self.padding = q.new_zeros(padded.shape).masked_fill_(padded, FLOOR)[None, ..., None]  # (1, B, T, 1)
 
-    def shares(self, block):
-        return self.layer.relative and isinstance(block.queries, range) and isinstance(block.keys, range)
-
-    @staticmethod
-    def geometry(block):
-        """(what blocks of one strip have in common, the first key's offset from the first query)."""
-        first = block.keys.start - block.queries.start
-        return (block.heads, block.queries.step, block.keys.step, first % block.keys.step), first
-
-    def __iter__(self):
-        H, B = self.q.shape[:2]
-        for block in self.blocks:
-            heads, queries, keys = block
-            if self.shares(block):
-                key, first = self.geometry(block)
-                strip = self.strips[key]
-                start = (first - strip.low) // keys.step
-                where = slice(len(queries)), slice(start, start + len(keys))
-            else:
-                strip, where = Strip(self, heads, queries, keys), (slice(None), slice(None))
-            rows = max(1, (TILE if self.q.device.type == "cpu" else 128 * TILE) // (len(queries) * len(keys)))
-            n_heads, n_batch = (rows // B, B) if rows >= B else (1, rows)
-            for h in range(heads.start, heads.stop, n_heads):
-                for b in range(0, B, n_batch):
-                    hs, bs = slice(h, min(h + n_heads, heads.stop)), slice(b, min(b + n_batch, B))
-                    yield Tile(self, strip, where, hs, bs, queries, keys)
-            if not self.shares(block):
-                strip.finish()
-
-    def finish(self):
-        """Complete `gradients`, those of `parameters`, after the last tile."""
-        for strip in self.strips.values():
-            strip.finish()
+    def tiles(self):
+        H, B, T = self.q.shape[:3]
+        # a bias of i - j alone: one row of it, with the offsets of keys from 1 - T to T - 1
+        row = Bias(self, range(T - 1, T), [range(2 * T - 1)]) if self.layer.relative else None
+        for stack in self.stacks:
+            block = stack.block
+            bias = Spread(row, block, T) if row else Bias(self, block.queries, block.runs, block)
+            room = TILE if self.q.device.type == "cpu" else 128 * TILE
+            room = max(1, room // (len(block.queries) * sum(map(len, block.runs))))
+            n_blocks = min(room, stack.count)
+            n_batch = min(room // n_blocks, B)
+            n_heads = room // (n_blocks * n_batch)
+            for heads in pieces(block.heads, n_heads):
+                for batch in pieces(range(B), n_batch):
+                    for blocks in pieces(range(stack.count), n_blocks):
+                        yield Tile(self, stack, bias, heads, batch, blocks)
+            bias.finish()
+        if row:
+            row.finish()
 
 
-class Strip:
-    """A bias at some positions, in the engine's precision, and the gradient its tiles add up."""
+def pieces(whole, size):
+    """A range in ranges of at most `size`."""
+    return (whole[a : a + size] for a in range(0, len(whole), size))
 
-    def __init__(self, walk, heads, i, j):
-        self.walk, self.first_head, self.low = walk, heads.start, j[0]
-        i, j = (torch.as_tensor(x, device=walk.q.device) for x in (i, j))
+
+class Bias:
+    """The layer's bias at some queries and keys, (h or 1, n, m): `value` in the engine's precision,
+    and the `gradient` that its tiles add up."""
+
+    def __init__(self, walk, queries, runs, block=None):
+        self.walk, device = walk, walk.q.device
+        i, *j = (torch.arange(x.start, x.stop, x.step, device=device) for x in (queries, *runs))
+        j = torch.cat(j)
         with torch.set_grad_enabled(len(walk.parameters) > 0):
             self.live = walk.layer.bias(i, j)
-            if self.live.size(0) > 1:
-                self.live = self.live[heads.start : heads.stop]
-        self.value = self.live.detach().clamp(min=FLOOR).to(walk.q.dtype)
-        self.gradient = torch.zeros_like(self.value, dtype=wide(self.value)) if walk.parameters else None
+            if block and self.live.size(0) > 1:
+                self.live = self.live[block.heads.start : block.heads.stop]
+        value = self.live.detach().clamp(min=FLOOR).to(walk.q.dtype)
+        self.value = answered(value, (j - i[:, None]).abs(), block.distances) if block else value
+        self.gradient = torch.zeros_like(self.value, dtype=wide(self.value)) if self.live.requires_grad else None
 
     def finish(self):
-        if self.gradient is None or not self.live.requires_grad:
+        """Carry `gradient` on to the parameters."""
+        if self.gradient is None:
             return
         found = torch.autograd.grad(self.live, self.walk.parameters, self.gradient.to(self.live.dtype), allow_unused=True)
         for total, part in zip(self.walk.gradients, found):
@@ -231,55 +284,110 @@ class Strip:
                 total += part
 
 
+def answered(value, distance, distances):
+    """`value` where the distance is one that a block answers for, else the floor."""
+    if distances is None:
+        return value
+    return value.masked_fill((distance < distances.start) | (distance >= distances.stop), FLOOR)
+
+
+class Spread:
+    """A `Bias` of one row with all offsets, spread over the pairs of a block: (h or 1, n, m)."""
+
+    def __init__(self, row, block, T):
+        self.row, self.block, self.T = row, block, T
+        self.heads = slice(block.heads.start, block.heads.stop) if row.value.size(0) > 1 else slice(None)
+        offsets = torch.arange(1 - T, T, device=row.value.device)
+        self.value = self.spread(answered(row.value[self.heads, 0], offsets.abs(), block.distances))
+        self.gradient = torch.zeros_like(self.value, dtype=row.gradient.dtype) if row.gradient is not None else None
+
+    def spread(self, x):
+        """x (h, 2 T - 1) by offset -> (h, n, m), each pair's own."""
+        queries, n = self.block.queries, len(self.block.queries)
+        parts = []
+        for run in self.block.runs:  # from the last query up, since strides cannot be negative
+            first = run.start - queries[-1] + self.T - 1
+            size, stride = (x.size(0), n, len(run)), (x.stride(0), queries.step, run.step)
+            parts.append(x.as_strided(size, stride, x.storage_offset() + first))
+        return torch.cat(parts, 2).flip(1)
+
+    def finish(self):
+        if self.gradient is not None:
+            where = self.spread(torch.arange(2 * self.T - 1, device=self.value.device)[None])
+            self.row.gradient[self.heads, 0].index_add_(1, where.flatten(), self.gradient.flatten(1))
+
+
 class Tile:
-    """Some heads (slice) and examples (slice) of a block: what is multiplied in one piece."""
+    """Some heads, examples and blocks (ranges) of a stack: what is multiplied in one piece."""
 
-    def __init__(self, walk, strip, where, heads, batch, queries, keys):
-        self.walk, self.heads, self.batch, self.queries, self.keys = walk, heads, batch, queries, keys
+    def __init__(self, walk, stack, bias, heads, batch, blocks):
+        self.walk, self.stack, self.heads, self.batch, self.blocks = walk, stack, heads, batch, blocks
+        self.queries, self.keys = stack.block.queries, stack.block.runs
+        first = heads.start - stack.block.heads.start
+        own = slice(first, first + len(heads)) if bias.value.size(0) > 1 else slice(None)
+        self.bias = bias.value[own]
+        self.bias_gradient = bias.gradient[own] if bias.gradient is not None else None
+        self.shape = len(heads), len(batch), len(blocks), *self.bias.shape[1:]
         self.dropout_mask = None
-        own = slice(None)
-        if strip.value.size(0) > 1:
-            own = slice(heads.start - strip.first_head, heads.stop - strip.first_head)
-        self.bias = strip.value[(own, *where)]
-        self.bias_gradient = strip.gradient[(own, *where)] if strip.gradient is not None else None
-        self.shape = heads.stop - heads.start, batch.stop - batch.start, len(queries), len(keys)
 
-    def at(self, x, positions):
-        """x (H, B, T, E) at this tile's heads and examples and at `positions`: (h b, n, E), of a
-        range a view."""
-        return places(x[self.heads, self.batch].flatten(0, 1), positions)
+    def at(self, x, run):
+        """The view of x (H, B, T, E) at this tile's heads and examples and, in each of its blocks, at
+        the positions `run` (as in the first block): (h, b, s, n, E)."""
+        heads, (_, B, T, E) = self.heads if x.size(0) > 1 else range(1), x.shape
+        start = (heads.start * B + self.batch.start) * T + run.start + self.blocks.start * self.stack.shift
+        size = len(heads), len(self.batch), len(self.blocks), len(run), E
+        return x.as_strided(size, (B * T * E, T * E, self.stack.shift * E, run.step * E, 1), x.storage_offset() + start * E)
 
-    def take(self, x, positions):
-        """`at`, contiguous: a product would copy a strided operand each time it is used."""
-        return self.at(x, positions).contiguous()
+    def take(self, x, *runs):
+        """`at`, copied: (h b s, n, E). A product would copy a strided operand each time it is used."""
+        views = [self.at(x, run) for run in runs]
+        return (views[0] if len(views) == 1 else torch.cat(views, 3)).flatten(0, 2).contiguous()
 
-    def put(self, x, positions, y):
-        """Write y (h b, n, E) at the places of `at`."""
-        if isinstance(positions, range):
-            self.at(x, positions).copy_(y)
-        else:
-            x[self.heads, self.batch].flatten(0, 1).index_copy_(1, positions, y.to(x.dtype))
+    def put(self, x, run, y):
+        """Write y (h b s, n, E) at the places of `at`."""
+        view = self.at(x, run)
+        view.copy_(y.view(view.shape))
 
-    def put_product(self, x, positions, a, b, scale=1.0, add=False):
-        """Write scale * a @ b at the places of `at`, or add it to what is there."""
-        if isinstance(positions, range):
-            self.at(x, positions).baddbmm_(a, b, alpha=scale, beta=float(add))
-        elif add:
-            x[self.heads, self.batch].flatten(0, 1).index_add_(1, positions, torch.bmm(a, b), alpha=scale)
-        else:
-            self.put(x, positions, scale * torch.bmm(a, b))
+    def add(self, x, runs, y):
+        """Add y (h b s, m, E) to the places of `at`. Blocks of a stack may share keys: then in turns,
+        each as long as the way from one block to the next."""
+        start, shift, y = 0, self.stack.shift, y.to(x.dtype)  # adding what is of another type takes twice as long
+        for run in runs:
+            turn = shift // run.step if len(self.blocks) > 1 and shift % run.step == 0 else len(run)
+            for some in pieces(run, turn):
+                view = self.at(x, some)
+                view.add_(y[:, start : start + len(some)].view(view.shape))
+                start += len(some)
 
     def scores(self, queries, keys):
-        """queries keys^T / sqrt(D) + bias, (h b, n, m)."""
-        h, b, n, m = self.shape
-        bias = self.bias[:, None].expand(h, b, n, m).reshape(h * b, n, m)
+        """queries keys^T / sqrt(D) + bias, (h b s, n, m)."""
+        bias = self.bias[:, None, None].expand(self.shape).flatten(0, 2)
         s = torch.baddbmm(bias, queries, keys.mT, alpha=queries.size(-1) ** -0.5)
         if self.walk.padding is not None:
-            s.view(self.shape).add_(places(self.walk.padding[self.batch], self.keys).mT)
+            s.view(self.shape).add_(self.padding().mT)
         return s
 
+    def padding(self):
+        """0 for keys that are there, the floor for padding: (1, b, s, m, 1)."""
+        return torch.cat([self.at(self.walk.padding, run) for run in self.keys], 3)
+
+    def reweigh(self, p):
+        """The layer's `reweigh` of this tile's rows, told how many keys each of them sees."""
+        if not self.walk.layer.reweighs:
+            return p
+        kept = (self.bias > FLOOR / 2).to(wide(p))  # (h or 1, n, m)
+        if self.walk.padding is None:
+            keys = kept.sum(-1)[:, None, None]
+        else:
+            there = (self.padding() == 0).to(kept.dtype)[0, ..., 0]
+            keys = torch.einsum("hnm,bsm->hbsn", kept, there)
+        keys = keys.long()[..., None].expand(*self.shape[:4], 1).reshape(*p.shape[:2], 1)
+        if self.walk.statistic is None:
+            return self.walk.layer.reweigh(p, keys)
+        return self.walk.layer.reweigh(p, keys, self.take(self.walk.statistic, self.queries))
+
     def drop(self, p):
-        """Dropout of weights p, or of their gradient. Walks of one seed draw the same masks."""
+        """Dropout of weights p, or of their gradient."""
         if self.walk.random is None:
             return p
         if self.dropout_mask is None:
@@ -289,5 +397,5 @@ class Tile:
     def add_bias_gradient(self, ds):
         if self.bias_gradient is not None:
             h = self.bias_gradient.size(0)
-            total = ds.view(self.shape).sum(1, dtype=self.bias_gradient.dtype)
-            self.bias_gradient.add_(total if h > 1 else total.sum(0, keepdim=True))
+            ds = ds.view(self.shape).flatten(1, 2) if h > 1 else ds.view(1, -1, *ds.shape[1:])
+            self.bias_gradient.add_(ds.sum(1))

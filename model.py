@@ -291,7 +291,11 @@ class GPT(nn.Module):
     def for_sampling(self, dtype):
         """Make this model the fastest there is for `stream`, for good: weights in `dtype`, packed
         where that helps (bfloat16 on a CPU). Returns it."""
+        masks = [p for layer in self.layers for p in layer.attention.mask_parameters()]
+        exact = [p.data for p in masks]
         self.to(dtype).eval().requires_grad_(False)
+        for p, data in zip(masks, exact):  # a span rounded to bfloat16 is another mask
+            p.data = data
         if dtype == torch.bfloat16 and self.embedding.weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
             for parent in list(self.modules()):
                 for name, child in parent.named_children():

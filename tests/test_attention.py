@@ -14,7 +14,7 @@ import attention
 import engine
 from attention import Attention, Block, Cache
 from configurator import UserError
-from model import GPTConfig
+from model import GPTConfig, mechanism
 
 
 class Span(Attention):
@@ -44,8 +44,8 @@ class Span(Attention):
 
 
 class EvenOdd(Attention):
-    """Every key, at a learned price of distance, in two parts: the even keys as ranges with a step,
-    the odd ones as tensors."""
+    """Every key, at a learned price of distance, in two parts: the even keys, and the odd ones in two
+    ranges."""
 
     def __init__(self, config, layer=0):
         super().__init__(config, layer)
@@ -63,15 +63,15 @@ class EvenOdd(Attention):
             end = b if self.causal else T
             parts[0].append(Block(range(self.n_head), range(a, b), range(0, end, 2)))
             if end > 1:
-                parts[1].append(Block(range(self.n_head), range(a, b), torch.arange(1, end, 2)))
+                parts[1].append(Block(range(self.n_head), range(a, b), (range(1, end, 4), range(3, end, 4))))
         return parts if T > 1 else parts[:1]
 
 
 class Reweigh(Attention):
     """Weights squared and scaled to sum to one."""
 
-    def reweigh(self, p):
-        p = p.square()
+    def reweigh(self, p, keys, statistic=None):
+        p = p.square() * keys.clamp(min=1)
         return p / p.sum(-1, keepdim=True)
 
 
@@ -89,14 +89,42 @@ class Anchored(Attention):
         return super().bias(i, j) + bonus
 
 
-MECHANISMS = {"dense": Attention, "span": Span, "even_odd": EvenOdd, "reweigh": Reweigh, "anchored": Anchored}
+SPANS = {"span_init": [2.0, 9.5, 40.0], "softness_span_mask": 4, "max_span": 64}
+PERIODIC = {**SPANS, "span_init": [2.0, 15.0, 60.0], "use_triangle_wave_masking": True}
+MECHANISMS = {
+    "dense": ("dense", {}),
+    "local": ("sparse", {"sparse_pattern": "local", "window": 9}),
+    "strided": ("sparse", {"sparse_pattern": "strided", "stride": 7}),
+    "fixed": ("sparse", {"sparse_pattern": "fixed", "stride": 7, "fixed_columns": 2}),
+    "log": ("sparse", {"sparse_pattern": "log", "window": 3}),
+    "local, global": ("sparse", {"sparse_pattern": "local", "window": 9, "global_tokens": 3}),
+    "strided, global": ("sparse", {"sparse_pattern": "strided", "stride": 5, "global_tokens": 2}),
+    "fixed, global": ("sparse", {"sparse_pattern": "fixed", "stride": 5, "global_tokens": 3}),
+    "log, global": ("sparse", {"sparse_pattern": "log", "window": 4, "global_tokens": 1}),
+    "sparse, dense": ("sparse", {"sparse_pattern": "dense"}),
+    "adaptive": ("adaptive_attention_span", SPANS),
+    "periodic": ("adaptive_attention_span", PERIODIC),
+    "periodic, exact": ("adaptive_attention_span", {**PERIODIC, "triangle_wave_harmonics": 0}),
+    "snapped": ("adaptive_attention_span", {**PERIODIC, "snap_periods": True}),
+    "snapped, exact": ("adaptive_attention_span", {**PERIODIC, "snap_periods": True, "triangle_wave_harmonics": 0}),
+    "span": (Span, {}), "even_odd": (EvenOdd, {}), "reweigh": (Reweigh, {}), "anchored": (Anchored, {}),
+}
 LENGTHS = (1, 2, 5, 23, 64, 65, 130)  # odd sizes: one token, shorter than a block, no multiple of one
 
 
 def make(name, causal=True, block_size=64, dropout=0.0, kernel="engine", dtype=torch.float64):
     torch.manual_seed(0)
-    config = GPTConfig(n_head=3, n_embd=24, block_size=block_size, n_class=0 if causal else 2, dropout=dropout, kernel=kernel)
-    return MECHANISMS[name](config).to(dtype)
+    kind, options = MECHANISMS[name]
+    if isinstance(kind, str):
+        kind, defaults = mechanism(kind)
+        options = {**defaults, **options}
+    config = GPTConfig(n_head=3, n_embd=24, block_size=block_size, n_class=0 if causal else 2, dropout=dropout,
+                       kernel=kernel, options=options)
+    layer = kind(config).to(dtype)
+    if "ratio" in dict(layer.named_parameters()):  # as training may leave them: most keys dropped, and few
+        layer.period.data = torch.tensor([-1.0, 0.1, 2.0], dtype=dtype)
+        layer.ratio.data = torch.tensor([1.0, -4.0, -1.0], dtype=dtype)
+    return layer
 
 
 def random_qkv(T, B=2, H=3, D=8, dtype=torch.float64):
@@ -143,7 +171,7 @@ def test_exact_in_low_precision(name, dtype):
     the error against float64 over several draws, for each output and gradient."""
     exact, low = make(name, block_size=300), make(name, block_size=300, dtype=torch.float32)  # masks stay float32
     ours, theirs = [], []
-    for draw in range(5):
+    for draw in range(8):
         torch.manual_seed(draw)
         inputs = [torch.randn(2, 3, 300, 8).to(dtype).requires_grad_() for _ in range(3)]
         same = [x.detach().double().requires_grad_() for x in inputs]
@@ -210,14 +238,24 @@ def test_complete(name, causal):
     for T in LENGTHS:
         i = torch.arange(T)
         wanted = (layer.bias(i, i) > -math.inf).expand(3, T, T)
-        covered = torch.zeros(3, T, T, dtype=torch.long)
-        for block in (block for part in layer.plan(T) for block in part):
-            heads, queries, keys = (torch.as_tensor(x) for x in block)
-            covered[heads[:, None, None], queries[:, None], keys[None]] += 1
+        covered, multiplied = torch.zeros(3, T, T, dtype=torch.long), 0
+        for part in layer.plan(T):
+            rows = torch.zeros(3, T, dtype=torch.long)
+            for block in part:
+                heads, queries = torch.as_tensor(block.heads), torch.as_tensor(block.queries)
+                keys = torch.cat([torch.as_tensor(run) for run in block.runs])
+                distance = (queries[:, None] - keys).abs()
+                answers = torch.ones_like(distance, dtype=torch.bool)
+                if block.distances is not None:
+                    answers = (distance >= block.distances.start) & (distance < block.distances.stop)
+                covered[heads[:, None, None], queries[:, None], keys[None]] += answers
+                rows[heads[:, None], queries] += 1
+                multiplied += len(heads) * distance.numel()
+            assert rows.max() == 1, T  # a query of a head stands in one block of a part
         assert (covered[wanted] == 1).all(), T
         assert covered.max() == 1, T
-        assert layer.kept(T) == wanted.sum().item() / 3
-        assert layer.pairs(T) == covered.sum().item() / 3
+        assert layer.kept(T) == pytest.approx(wanted.sum().item() / 3, rel=1e-15)
+        assert layer.pairs(T) == multiplied / 3
 
 
 def test_cheap():

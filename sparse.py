@@ -1,0 +1,124 @@
+"""Sparse attention: fixed patterns of which keys a query sees. python sparse.py draws them.
+
+    local    the `window` nearest positions                                          n w pairs
+    strided  the `stride` nearest, and every `stride`-th before them                 n sqrt(n)
+    fixed    the query's own block of `stride`, and the last `fixed_columns`
+             positions of every block                                                n sqrt(n)
+    log      the `window` nearest, and the distances 1, 2, 4, 8, ...                 n log(n)
+    dense    all
+
+strided and fixed: Child et al. 2019, section 4.2, both of their heads' keys in one; log: Li et al.
+2019, section 4.2. Causal, or the same in both directions with |i - j|.
+"""
+
+import math
+
+import torch
+
+import attention
+from attention import Block
+from configurator import UserError, choose
+
+# One pattern, or one for each layer, used again from the first where they run out: names with commas
+# between ("local,local,local,dense") or letters ("LLLD": Dense, Local, Strided, Fixed, loG).
+sparse_pattern = "local"
+window = 128  # nearest positions that `local` and `log` see, the query's own among them
+stride = 0  # length of a block; 0: near the square root of block_size, where both of its halves cost the same
+fixed_columns = 4  # summary positions at each block's end: few, since every query reads all of them
+global_tokens = 0  # first positions that see and are seen by all, like a classifier's [CLS]
+
+LETTERS = {"D": "dense", "L": "local", "S": "strided", "F": "fixed", "G": "log"}
+
+
+class Attention(attention.Attention):
+    def __init__(self, config, layer=0):
+        super().__init__(config, layer)
+        patterns = self.options.sparse_pattern.replace(" ", "").split(",")
+        if len(patterns) == 1 and patterns[0] and set(patterns[0]) <= LETTERS.keys():
+            patterns = [LETTERS[letter] for letter in patterns[0]]
+        for pattern in patterns:
+            choose("sparse_pattern", pattern, LETTERS.values())
+        for name, least in (("window", 1), ("stride", 0), ("fixed_columns", 1), ("global_tokens", 0)):
+            if getattr(self.options, name) < least:
+                raise UserError(f"{name} must be at least {least}, got {getattr(self.options, name)}")
+        self.pattern = patterns[layer % len(patterns)]
+        self.window, self.globals = self.options.window, self.options.global_tokens
+        self.stride = self.options.stride or round(math.sqrt(self.block_size))
+        self.columns = min(self.options.fixed_columns, self.stride)
+        self.relative = self.pattern != "fixed" and not self.globals
+
+    @property
+    def dense(self):
+        return self.pattern == "dense"
+
+    def bias(self, i, j):
+        i, j = i[:, None], j[None]
+        distance = (i - j).abs()
+        if self.pattern == "dense":
+            kept = distance >= 0
+        elif self.pattern == "local":
+            kept = distance < self.window
+        elif self.pattern == "strided":
+            kept = (distance < self.stride) | (distance % self.stride == 0)
+        elif self.pattern == "fixed":
+            kept = (i // self.stride == j // self.stride) | (j % self.stride >= self.stride - self.columns)
+        else:
+            kept = (distance < self.window) | (distance & (distance - 1) == 0)
+        if self.globals:
+            kept = kept | (i < self.globals) | (j < self.globals)
+        if self.causal:
+            kept = kept & (j <= i) & (distance < self.block_size)
+        return torch.where(kept, 0.0, -math.inf)[None]
+
+    def plan(self, T):
+        if self.pattern == "dense":
+            return super().plan(T)
+        heads, g = range(self.n_head), min(self.globals, T)
+        rest = range(g, T)  # the pattern's own positions; what the first g see and are seen by comes beside
+        if self.pattern == "local":
+            parts = [self.near(rest, self.window)]
+        elif self.pattern == "strided":
+            parts = [self.near(rest, self.stride, range(self.stride)),
+                     self.classes(rest, self.stride, T, range(self.stride, T))]
+        elif self.pattern == "fixed":
+            parts = [self.blocks(rest)]
+        else:
+            # The powers of two beyond the window: among the positions that are equal modulo a power of
+            # two they are again 1, 2, 4, ... places away, so that few keys cover seven of them.
+            step = 2 ** math.ceil(math.log2(self.window))
+            parts = [self.near(rest, self.window, range(step))]
+            while step < T:
+                parts.append(self.classes(rest, step, 64, range(step, 128 * step)))
+                step *= 128
+        if g:
+            parts[0] = [Block(heads, range(g), range(g if self.causal else T)), *parts[0]]
+            parts.append([Block(heads, queries, range(g)) for queries, _ in self.windows(rest, 256, 0)])
+        return [part for part in parts if part]
+
+    def near(self, positions, window, distances=None):
+        """Blocks of the keys nearer than `window`."""
+        reach = 32 * math.ceil((window - 1) / 32)  # products like round sizes
+        n = 96 if window <= 512 else 128
+        return [Block(range(self.n_head), *pair, distances) for pair in self.windows(positions, n, reach)]
+
+    def classes(self, positions, step, reach, distances):
+        """Blocks of the keys whose distance is a multiple of `step`, up to `reach` times."""
+        pairs = [list(self.windows(positions[first::step], 64, reach)) for first in range(min(step, len(positions)))]
+        # all classes' first blocks, then all second ones, ...: neighbours that differ by a shift of one
+        return [Block(range(self.n_head), *pair[n], distances)
+                for n in range(max(map(len, pairs), default=0)) for pair in pairs if n < len(pair)]
+
+    def blocks(self, positions):
+        """`fixed`: some blocks of `stride` at a time, with their own keys and all blocks' summary columns."""
+        part, l, T = [], self.stride, positions.stop
+        columns = [range(first, T, l)[len(range(first, positions.start, l)) :] for first in range(l - self.columns, l)]
+        n = l * max(1, round(128 / l))
+        for start in range(positions.start // l * l, T, n):
+            own = range(max(start, positions.start), min(start + n, T))
+            before = [range(column.start, start, l) for column in columns]
+            after = [] if self.causal else [column[len(range(column.start, start + n, l)) :] for column in columns]
+            part.append(Block(range(self.n_head), own, (own, *before, *after)))
+        return [block for block in part if block.queries]
+
+    def reach(self):
+        return self.window - 1 if self.pattern == "local" and not self.globals else self.block_size - 1
