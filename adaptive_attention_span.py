@@ -41,6 +41,8 @@ def triangle_wave(x, harmonics=0):
 
 
 class Attention(attention.Attention):
+    copy = None  # see `extents`
+
     def __init__(self, config, layer=0):
         super().__init__(config, layer)
         options = self.options
@@ -50,7 +52,7 @@ class Attention(attention.Attention):
             raise UserError(f"max_span must be at least 0 and softness_span_mask at least 1, got {self.longest}, {self.softness}")
         if not 1 <= low <= high:
             raise UserError(f"expected 1 <= period_min_triangle_wave_masking <= period_max_..., got {low} and {high}")
-        choose("triangle_wave_harmonics", options.triangle_wave_harmonics, (0, 1, 3, 5))
+        choose("triangle_wave_harmonics", str(options.triangle_wave_harmonics), ("0", "1", "3", "5"))
         spans = [options.span_init[h % len(options.span_init)] if options.span_init else self.longest / 2 for h in range(self.n_head)]
         share = torch.tensor(spans, dtype=torch.float32) / self.longest
         if not ((share > 0) & (share < 1)).all():
@@ -70,11 +72,12 @@ class Attention(attention.Attention):
         p = low + (high - low) * torch.sigmoid(self.period)
         return p.round() if self.options.snap_periods else p, (torch.sigmoid(self.ratio) - 0.5) / 2
 
-    def wave(self, d):
+    def wave(self, d, clamped=True):
         """w at distances d (any shape): (H, *d.shape)."""
         p, r = (x.view(-1, *[1] * d.dim()) for x in self.waves())
         x = torch.remainder(d, p) / p  # not d / p, whose fraction is lost far away
-        return (p / 4 * triangle_wave(x, self.options.triangle_wave_harmonics) + p * r + 0.5).clamp(0, 1)
+        w = p / 4 * triangle_wave(x, self.options.triangle_wave_harmonics) + p * r + 0.5
+        return w.clamp(0, 1) if clamped else w
 
     def bias(self, i, j):
         distance = i[:, None] - j[None]
@@ -89,19 +92,44 @@ class Attention(attention.Attention):
         return torch.where(kept, torch.where(kept, mask, 1).log(), -math.inf)
 
     @torch.no_grad()
-    def reaches(self):
-        """The farthest kept distance of each head, a list."""
-        farthest = (self.softness + self.spans()).double().ceil() - 1
-        return [min(int(r), self.block_size - 1) if self.causal else int(r) for r in farthest.tolist()]
+    def extents(self):
+        """What the plan goes by: of each head (farthest distance with m > 0, period, the distances modulo
+        the period with w > 0); without snapped periods the last two are 1 and [0], every distance.
+
+        A GPU in training is not waited for: it tells what held at the call before, and there is room
+        for what one step of AdamW can change up to a learning rate of 1 / 32.
+        """
+        rows, room = [self.softness + self.spans()], 0
+        if self.options.use_triangle_wave_masking and self.options.snap_periods:
+            residues = torch.arange(math.ceil(self.options.period_max_triangle_wave_masking), device=self.span.device)
+            rows += [self.waves()[0], *self.wave(residues.to(self.span.dtype), clamped=False).T]
+        rows = torch.stack(rows, 1)
+        if self.training and rows.is_cuda:
+            room = 1 / 128
+            copy = rows.to("cpu", non_blocking=True), torch.cuda.current_stream().record_event()
+            (rows, event), self.copy = self.copy or copy, copy
+            event.synchronize()
+        found = []
+        for end, *wave in rows.tolist():
+            p = round(wave[0]) if wave else 1
+            w = [x > -room for x in wave[1 : p + 1]] or [True]
+            farthest = math.ceil(end + room * self.longest) - 1
+            found.append((min(farthest, self.block_size - 1) if self.causal else farthest, p,
+                          [c for c in range(p) if w[c] or w[-c % p]]))
+        return found
+
+    def train(self, mode=True):
+        self.copy = None  # of the spans, from before they may have been changed otherwise
+        return super().train(mode)
 
     def reach(self):
-        return max(self.reaches())
+        return max(farthest for farthest, *_ in self.extents())
 
     def plan(self, T):
         """Windows as long as each head's span, rounded up: products like round sizes, and while the
         spans move the shapes stay few."""
         part, first = [], 0
-        alike = ((32 * math.ceil(min(reach, T) / 32), *kept) for reach, kept in zip(self.reaches(), self.kept_residues()))
+        alike = ((32 * math.ceil(min(farthest, T) / 32), *wave) for farthest, *wave in self.extents())
         for (reach, p, residues), group in itertools.groupby(alike):
             heads = range(first, first := first + len(list(group)))
             n = 64 if reach <= 512 else 128
@@ -111,15 +139,6 @@ class Attention(attention.Attention):
                 edge = n * max(1, round(reach / n / 4))
                 part += [Block(heads, *pair) for pair in self.windows(range(T), n, reach, edge)]
         return [part]
-
-    @torch.no_grad()
-    def kept_residues(self):
-        """Of each head (p, the distances modulo p with w > 0); (1, [0]), all, but with snapped periods."""
-        if not (self.options.use_triangle_wave_masking and self.options.snap_periods):
-            return self.n_head * [(1, [0])]
-        periods = [int(p) for p in self.waves()[0].tolist()]
-        kept = self.wave(torch.arange(max(periods), device=self.span.device).to(self.span.dtype)) > 0
-        return [(p, [c for c in range(p) if row[c] or row[-c % p]]) for p, row in zip(periods, kept.tolist())]
 
     def snapped(self, heads, T, n, reach, p, residues):
         """Blocks of `heads` for a whole period p: queries that are equal modulo p, with the keys of those
@@ -159,4 +178,4 @@ class Attention(attention.Attention):
 if __name__ == "__main__":
     import plot
 
-    plot.show_pattern("adaptive_attention_span", span_init=[4.0, 12.0, 24.0, 40.0], softness_span_mask=8, n_head=4)
+    plot.show_pattern("adaptive_attention_span", span_init=[2.0, 6.0, 12.0, 20.0], softness_span_mask=8, n_head=4)

@@ -340,3 +340,9 @@ class Cache:
         if self.length >= self.size:
             return self.k, self.v, self.positions
         return self.k[:, :, : self.length], self.v[:, :, : self.length], self.positions[: self.length]
+
+
+if __name__ == "__main__":
+    import plot
+
+    plot.show_pattern("dense")

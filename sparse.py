@@ -98,7 +98,7 @@ class Attention(attention.Attention):
     def near(self, positions, window, distances=None):
         """Blocks of the keys nearer than `window`."""
         reach = 32 * math.ceil((window - 1) / 32)  # products like round sizes
-        n = 96 if window <= 512 else 128
+        n = 64 if window <= 128 else 96 if window <= 512 else 128
         return [Block(range(self.n_head), *pair, distances) for pair in self.windows(positions, n, reach)]
 
     def classes(self, positions, step, reach, distances):
@@ -122,3 +122,9 @@ class Attention(attention.Attention):
 
     def reach(self):
         return self.window - 1 if self.pattern == "local" and not self.globals else self.block_size - 1
+
+
+if __name__ == "__main__":
+    import plot
+
+    plot.show_pattern("sparse", sparse_pattern="local,strided,fixed,log", n_layer=4, window=8)
