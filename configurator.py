@@ -15,6 +15,7 @@ import types
 from pathlib import Path
 
 PLAIN = (bool, int, float, str, list)
+ALIASES = {"use_adaptive_attention": ("attention", "adaptive_attention_span")}  # KEY=True means this key and value
 
 
 class UserError(Exception):
@@ -57,6 +58,12 @@ def choose(key, value, names):
         raise UserError(f"unknown {key} {value!r}{nearest(str(value), names)}")
 
 
+def mechanisms_with(option):
+    """The attention mechanisms beside this file that have an option of this name; by their text, none is imported."""
+    files = {file.stem: file.read_text("utf-8", "replace") for file in sorted(Path(__file__).parent.glob("*.py"))}
+    return [name for name, text in files.items() if "\nclass Attention(" in text and f"\n{option} = " in text]
+
+
 def configure(script, arguments=None, more=None):
     """Set the globals `script` from the command line.
 
@@ -67,14 +74,19 @@ def configure(script, arguments=None, more=None):
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     defaults = {key: value for key, value in script.items() if key.islower() and key[0] != "_" and type(value) in PLAIN}
+    aliases = {key: meaning for key, meaning in ALIASES.items() if meaning[0] in defaults}
     if "--help" in arguments or "-h" in arguments:
         print(f"{(script.get('__doc__') or '').strip()}\n\nsettings (--key=value) and their defaults:")
         print("\n".join(f"  {key} = {value!r}" for key, value in defaults.items()))
+        print("".join(f"  {key}=True means {meant}={value}\n" for key, (meant, value) in aliases.items()), end="")
         sys.exit(0)
     assigned = []  # (key, value, where), in the order of the line
     settings = dict(defaults)
 
     def assign(key, value, where):
+        if key in aliases:  # False takes back an earlier True, and leaves any other choice
+            on, (key, meant) = typed(key, value, False, where), aliases[key]
+            value = meant if on else defaults[key] if settings[key] == meant else settings[key]
         assigned.append((key, value, where))
         if key in defaults:
             settings[key] = typed(key, value, defaults[key], where)
@@ -94,7 +106,9 @@ def configure(script, arguments=None, more=None):
         if key in further:
             options[key] = typed(key, value, further[key], where)
         elif key not in defaults:
-            raise UserError(f"{where}: unknown key {key!r}{nearest(key, [*defaults, *further])}")
+            if more and (owners := mechanisms_with(key)):
+                raise UserError(f"{where}: unknown key {key!r}; it belongs to --attention={' or '.join(owners)}")
+            raise UserError(f"{where}: unknown key {key!r}{nearest(key, [*defaults, *aliases, *further])}")
     script.update(settings)
     return settings, options
 
@@ -126,7 +140,7 @@ def read(path, settings):
 
 
 def typed(key, value, default, where):
-    """`value` as the type of `default`; an int serves for a float."""
+    """`value` as the type of `default`; an int serves for a float, a list of texts for one with commas."""
     expected = type(default)
     if isinstance(value, Text):
         value = str(value)
@@ -139,6 +153,8 @@ def typed(key, value, default, where):
                 pass  # the text itself is what came
     if expected is float and type(value) is int and abs(value) < 2**1023:
         value = float(value)
+    if expected is str and type(value) is list and all(type(part) is str for part in value):
+        value = ",".join(value)
     if type(value) is not expected:
         came = f"{type(value).__name__} {shown(value)}"
         raise UserError(f"{where}: {key} expects {expected.__name__} (like {default!r}), got {came}")

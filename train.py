@@ -133,6 +133,23 @@ def say(result):
     return ", ".join(f"{name.replace('_', ' ')} {units.get(name, '{:.4f}').format(value)}" for name, value in result.items())
 
 
+def health(model):
+    """What a record of an evaluation says of the mechanisms: each layer's stats, and FLOP to train on a token."""
+    stats = [layer.attention.stats() for layer in model.layers]
+    return {"stats": stats, "work_per_token": model.work_per_token(model.config.block_size)}
+
+
+def say_stats(stats):
+    """The mean over layers and heads of each of the mechanisms' numbers, in words that go on after the scores."""
+    found = {}
+    for layer in stats:
+        for name, value in layer.items():
+            values = value if isinstance(value, list) else [value]
+            found.setdefault(name, []).extend(x for x in values if isinstance(x, (int, float)))
+    means = {name.replace("_", " "): sum(values) / len(values) for name, values in found.items() if values}
+    return "".join(f", {name} {mean:,.0f}" if abs(mean) >= 100 else f", {name} {mean:.3g}" for name, mean in means.items())
+
+
 def clock(seconds):
     minutes, seconds = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
@@ -212,6 +229,7 @@ def main():
         if device.startswith("cuda") and "cuda_random" in checkpoint:
             torch.cuda.set_rng_state(checkpoint["cuda_random"].cpu())
         print(f"resume: from step {state['step']} of {max_iters}")
+    options = model.config.options  # those of the checkpoint, where there is one
     wandb = start_wandb(settings | options)
     mend_log(folder / "log.jsonl", state["step"]) if checkpoint else prepare_folder(folder)
     write_text(folder / "config.json", json.dumps({
@@ -242,9 +260,8 @@ def main():
         better = score < state["best"]
         state.update({"best": score, "best_step": state["step"], "worse": 0} if better else {"worse": state["worse"] + 1})
         state["evaluated"] = state["step"]
-        health = [layer.attention.stats() for layer in model.layers]
-        record = {"step": state["step"], "split": "val", **result} | ({"stats": health} if any(health) else {})
-        log(record, f"step {state['step']}: val {say(result)}{' *' if better else ''}", keep=True)
+        record = {"step": state["step"], "split": "val", **result, **health(model)}
+        log(record, f"step {state['step']}: val {say(result)}{say_stats(record['stats'])}{' *' if better else ''}", keep=True)
         if better:
             save(folder / "best.pt", snapshot())
         save_all()
@@ -321,7 +338,7 @@ def finish(data, folder, log, state):
     best, _ = load(folder / "best.pt", device)
     for split in ["val"] + ["test"] * eval_test:
         result = evaluate(best, data, split)
-        log({"step": state["best_step"], "split": split, "whole": True, **result},
+        log({"step": state["best_step"], "split": split, "whole": True, **result, **health(best)},
             f"best weights (step {state['best_step']}), whole {split} split: {say(result)}", keep=True)
     print(f"{clock(state['seconds'])} in all; sample with: python sample.py --out_dir={folder}")
 

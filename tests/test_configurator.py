@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings, strategies
 
+import configurator
 from configurator import UserError, choose, configure, run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,7 +21,8 @@ def script(**more):
 
 def options_of(settings):
     """A mechanism's options, by the mechanism chosen."""
-    return {"dense": {}, "sparse": {"window": 32, "soft": 1.0, "pattern": "local"}}[settings["attention"]]
+    return {"dense": {}, "adaptive_attention_span": {"soft": 2.0},
+            "sparse": {"window": 32, "soft": 1.0, "pattern": "local", "spread": []}}[settings["attention"]]
 
 
 def settle(*line, **more):
@@ -112,7 +114,7 @@ def test_values(argument, key, value):
     ("--layers=(1, 2)", "--layers: layers expects list (like [1, 2]), got tuple (1, 2)"),
     ("--batch_siz=3", "--batch_siz: unknown key 'batch_siz'; did you mean batch_size?"),
     ("--batch-size=3", "--batch-size: unknown key 'batch-size'; did you mean batch_size?"),
-    ("--zzz=3", "--zzz: unknown key 'zzz'; there are attention, batch_size, compile, layers, learning_rate, out_dir"),
+    ("--zzz=3", "--zzz: unknown key 'zzz'; there are attention, batch_size, compile, layers, learning_rate, out_dir, use_"),
     ("--LIMIT=3", "--LIMIT: unknown key 'LIMIT'"), ("--_own=3", "--_own: unknown key '_own'"),
     ("--nothing=3", "--nothing: unknown key 'nothing'"),
     ("--batch_size", "expected --key=value or a config file, got '--batch_size'"),
@@ -149,17 +151,86 @@ def test_missing_files(tmp_path):
 
 def test_options_of_the_mechanism(config):
     file = config("attention = 'sparse'\nwindow = 64")
-    assert settle("--attention=sparse")[1] == {"window": 32, "soft": 1.0, "pattern": "local"}
+    defaults = {"window": 32, "soft": 1.0, "pattern": "local", "spread": []}
+    assert settle("--attention=sparse")[1] == defaults
     assert settle("--window=8", "--attention=sparse")[1]["window"] == 8
     assert settle("--attention=sparse", "--window=8")[1]["window"] == 8
-    assert settle(file)[1]["window"] == 64 and settle("--window=8", file)[1]["window"] == 64
-    assert settle(file, "--soft=2")[1]["soft"] == 2.0
+    assert settle(file)[1] == {**defaults, "window": 64} and settle("--window=8", file)[1]["window"] == 64
+    assert settle(file, "--window=8")[1]["window"] == 8 and settle(file, "--soft=2")[1]["soft"] == 2.0
     assert "window" not in settle(file)[0]
-    assert refusal("--window=8").startswith("--window: unknown key 'window'")
-    assert refusal(file, "--attention=dense") == f"{file}: unknown key 'window'; there are attention, batch_size, " \
-                                                 "compile, layers, learning_rate, out_dir"
     assert "did you mean window?" in refusal(file, "--windo=3")
     assert "expects int (like 32), got str 'x'" in refusal(file, "--window=x")
+
+
+@pytest.mark.parametrize("option, value", [("window", 8), ("soft", 0.5), ("pattern", "a,b"), ("spread", [1, 2.5])])
+def test_an_option_in_a_file_is_the_option_on_the_line(config, option, value):
+    on_the_line = f"--{option}={value}"
+    for file in (config(f"attention = 'sparse'\n{option} = {value!r}"), config(f"{option} = {value!r}\nattention = 'sparse'")):
+        assert settle(file)[1] == settle("--attention=sparse", on_the_line)[1] != settle("--attention=sparse")[1]
+
+
+def test_a_list_serves_where_a_text_with_commas_is_expected(config):
+    assert settle(config("attention = 'sparse'\npattern = ['local', 'dense']"))[1]["pattern"] == "local,dense"
+    assert settle(config("out_dir = ['a']"))[0]["out_dir"] == "a"
+    assert settle("--attention=sparse", "--pattern=['local']")[1]["pattern"] == "['local']"  # on the line it is text already
+    assert "out_dir expects str (like 'out'), got list ['a', 1]" in refusal(config("out_dir = ['a', 1]"))
+    assert "layers expects list (like [1, 2]), got str 'a,b'" in refusal("--layers=a,b")
+
+
+def test_an_option_without_its_mechanism(config, tmp_path, monkeypatch):
+    """Is refused with the mechanisms whose files have it. The files are read, not imported: none of these could be."""
+    for name, text in {"sparse": "window = 3\n\nclass Attention(Base):\n", "wide": "window = 3\nclass Attention(Base):\n",
+                       "span": "length = 3\nclass Attention(Base):\n    window = 3\n", "other": "window = 3\n"}.items():
+        (tmp_path / f"{name}.py").write_text('"""A file."""\n' + text)
+    (tmp_path / "latin.py").write_bytes(b"# caf\xe9\nlength = 3\nclass Attention(Base):\n")
+    monkeypatch.setattr(configurator, "__file__", str(tmp_path / "configurator.py"))
+    belongs, file = "unknown key 'window'; it belongs to --attention=sparse or wide", config("attention = 'sparse'\nwindow = 64")
+    assert refusal("--window=8") == f"--window: {belongs}" and refusal(file, "--attention=dense") == f"{file}: {belongs}"
+    assert refusal("--length=8") == "--length: unknown key 'length'; it belongs to --attention=latin or span"
+    for key in ("windo", "class", '"""A', "", "*"):
+        assert "belongs" not in refusal(f"--{key}=8")
+    with pytest.raises(UserError, match="unknown key 'window'; there are"):  # a script that takes no mechanism's options
+        configure(script(), ["--window=8"])
+
+
+@pytest.mark.parametrize("keys, chosen", [
+    ([True], "adaptive_attention_span"), ([False], "dense"), (["sparse", False], "sparse"), ([False, "sparse"], "sparse"),
+    (["sparse", True], "adaptive_attention_span"), ([True, "sparse"], "sparse"), ([True, False], "dense"),
+    ([False, True], "adaptive_attention_span"), ([True, "sparse", False], "sparse"),
+])
+def test_use_adaptive_attention(config, keys, chosen):
+    """The public flag is the mechanism's name, on the line and in files, and no setting of its own."""
+    pairs = [("use_adaptive_attention" if type(key) is bool else "attention", key) for key in keys]
+    files = [config(f"{key} = {value!r}", f"{n}.py") for n, (key, value) in enumerate(pairs)]
+    for arguments in ([f"--{key}={value}" for key, value in pairs], files):
+        own, options = settle(*arguments)
+        assert own["attention"] == chosen and own.keys() == settle()[0].keys() and options == options_of(own)
+
+
+def test_use_adaptive_attention_brings_its_options(config):
+    assert settle("--soft=3", "--use_adaptive_attention=True")[1] == {"soft": 3.0}
+    assert settle(config("use_adaptive_attention = True\nsoft = 3"))[1] == {"soft": 3.0}
+    assert settle("--use_adaptive_attention=True", config("out_dir = 'out-' + attention"))[0]["out_dir"] == \
+        "out-adaptive_attention_span"  # a file sees it as chosen
+
+
+@pytest.mark.parametrize("value, came", [("1", "int 1"), ("yes", "str 'yes'"), ("", "str ''"), ("None", "NoneType None")])
+def test_use_adaptive_attention_is_true_or_false(config, value, came):
+    said = f"use_adaptive_attention expects bool (like False), got {came}"
+    assert refusal(f"--use_adaptive_attention={value}") == f"--use_adaptive_attention: {said}"
+    file = config(f"use_adaptive_attention = {value if value in ('1', 'None') else repr(value)}")
+    assert refusal(file) == f"{file}: {said}"
+
+
+def test_use_adaptive_attention_where_there_is_no_attention(capsys):
+    names = script()
+    del names["attention"]
+    with pytest.raises(UserError, match="unknown key 'use_adaptive_attention'; there are batch_size"):
+        configure(names, ["--use_adaptive_attention=True"])
+    with pytest.raises(SystemExit):
+        configure(names, ["--help"])
+    assert "adaptive" not in capsys.readouterr().out
+    assert refusal("--use_adaptive_atention=True").endswith("; did you mean use_adaptive_attention?")
 
 
 def test_help(capsys):
@@ -167,6 +238,7 @@ def test_help(capsys):
         settle("--help")
     shown = capsys.readouterr().out
     assert not left.value.code and "A script." in shown and "  learning_rate = 0.001" in shown and "_own" not in shown
+    assert shown.endswith("  use_adaptive_attention=True means attention=adaptive_attention_span\n")
 
 
 @given(strategies.lists(

@@ -109,6 +109,27 @@ def test_an_empty_prompt(tmp_path, shown, refused, meta, start):
         assert len(samples(shown(*common))) == 1
 
 
+MECHANISMS = [(file.stem, {}) for file in ROOT.glob("*.py") if "\nclass Attention(" in file.read_text("utf-8")]
+MECHANISMS += [("adaptive_attention_span", {"use_triangle_wave_masking": True}),
+               ("adaptive_attention_span", {"use_triangle_wave_masking": True, "snap_periods": True}),
+               ("sparse", {"sparse_pattern": "strided,log", "window": 4}), ("sparse", {"sparse_pattern": "fixed"})]
+
+
+@pytest.mark.parametrize("attention, options", MECHANISMS)
+def test_in_bfloat16_every_mechanism_keeps_its_mask(tmp_path, shown, attention, options):
+    """Distances and learned spans are exact whatever the weights are in, and text comes out."""
+    name = attention if attention != "attention" else "dense"
+    out = write_checkpoint(tmp_path / "out", CHARS, attention=name, options=options, block_size=1024)
+    model, _ = load(out / "best.pt")
+    j = torch.arange(1024)
+    before = [layer.attention.bias(j[-1:], j) for layer in model.layers]
+    model.for_sampling(torch.bfloat16)
+    for layer, bias in zip(model.layers, before):
+        torch.testing.assert_close(layer.attention.bias(j[-1:], j), bias, rtol=0, atol=0)
+    common = (f"--out_dir={out}", "--start=" + "abc" * 340, "--num_samples=1", "--max_new_tokens=20", "--dtype=bfloat16")
+    assert re.fullmatch("(abc){340}[abc]{20}", *samples(shown(*common)))
+
+
 @pytest.mark.parametrize("pos", ["rope", "learned", "sinusoidal"])
 def test_far_past_the_block(tmp_path, shown, pos):
     out = write_checkpoint(tmp_path / "out", CHARS, pos=pos, block_size=8)
