@@ -360,16 +360,23 @@ def save(path, checkpoint):
     write_whole(Path(path), lambda file: torch.save(checkpoint, file))
 
 
-def load(path, device="cpu", **changes):
+def load(path, device="cpu", options=None, **changes):
     """(model in evaluation mode, checkpoint) from a file that `train.py` wrote.
 
-    changes: fields of GPTConfig to set otherwise (kernel, dropout). Raises UserError where the
-    file is missing, damaged or none of ours.
+    changes: fields of GPTConfig to set otherwise (kernel, dropout); options: of its mechanism's, likewise.
+    Raises UserError where the file is missing, damaged or none of ours, or its weights do not fit.
     """
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
+        config = {**checkpoint["model_config"], **changes}
+        given = {key: value for key, value in (options or {}).items() if config["options"].get(key, value) != value}
+        config["options"] = {**config["options"], **given}
         with torch.random.fork_rng(devices=[]):  # the run's random stream is not for weights that are replaced
-            model = GPT(GPTConfig(**{**checkpoint["model_config"], **changes}))
+            model = GPT(GPTConfig(**config))
+        unlike = model.state_dict().keys() ^ checkpoint["model"].keys()
+        if given and unlike:
+            raise UserError(f"the weights in {path} are of another model than {given} makes (they differ in {sorted(unlike)[0]}); "
+                            "such an option is chosen before training")
         model.load_state_dict(checkpoint["model"])
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}; train one first: python train.py --out_dir={Path(path).parent}")

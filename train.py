@@ -177,11 +177,13 @@ def build(data, settings, options):
         shape = {f.name: settings[f.name] for f in fields(GPTConfig) if f.name in settings}
         config = GPTConfig(**shape, vocab_size=data.vocab_size, n_class=len(data.classes), options=options)
         return GPT(config).to(device), None
-    free = {"kernel": kernel, "dropout": dropout}  # what changes no weight's shape follows the command line
-    model, checkpoint = load(Path(out_dir) / ("best.pt" if eval_only else "ckpt.pt"), device, **free)
-    for key, value in {**settings, **options}.items():
-        fixed = key not in free and (key in checkpoint["model_config"] or key in options)
-        before = {**checkpoint["settings"], **checkpoint["model_config"], **model.config.options}.get(key, value)
+    # what changes no weight's shape follows the command line: of options, those that are not at their default
+    free = {"kernel": kernel, "dropout": dropout}
+    given = {key: value for key, value in options.items() if value != mechanism(attention)[1][key]}
+    model, checkpoint = load(Path(out_dir) / ("best.pt" if eval_only else "ckpt.pt"), device, given, **free)
+    for key, value in {**settings, **given}.items():
+        fixed = key not in free and key in checkpoint["model_config"]
+        before = {**checkpoint["settings"], **checkpoint["model_config"], **checkpoint["model_config"]["options"]}.get(key, value)
         if before != value and key not in ("init_from", "eval_only", "eval_test", "out_dir"):
             print(f"checkpoint: {key} {'stays' if fixed else 'was'} {before!r}, {'not' if fixed else 'is now'} {value!r}")
     same = model.config.vocab_size == data.vocab_size and model.config.n_class == len(data.classes)

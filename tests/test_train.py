@@ -20,7 +20,7 @@ import model as model_file
 import runs
 import sample
 import train
-from configurator import run
+from configurator import UserError, run
 from dataset import Dataset, TextBatches, batches, scores
 from model import load
 
@@ -742,7 +742,7 @@ def test_a_file_dropped_beside_the_scripts(text, tmp_path):
     common = ("--out_dir=out", "--device=cpu", "--dtype=float32")
     training = (*SMALL, f"--dataset={text}", *common)
     lines = [("train.py", "mine.py", "--price=0.5", "--flat=True", "--max_iters=2", *training),
-             ("train.py", "--max_iters=4", "--init_from=resume", "--attention=my_attention", *training),
+             ("train.py", "--max_iters=4", "--init_from=resume", "--attention=my_attention", "--width=4", *training),
              ("sample.py", "--start=the prompt", "--num_samples=1", "--max_new_tokens=20", *common),
              ("train.py", "mine.py", "--widht=3", *training)]
     program = f"""
@@ -756,14 +756,28 @@ for sys.argv in map(list, {lines!r}):
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     first, resumed, sampled, refused = re.split(r"\.py left with ", done.stdout)[:-1]
     assert "my_attention attention by engine" in first and re.search("step 0: val .*, slopes 0.55 ", first), done.stderr
-    assert "resume: from step 2 of 4" in resumed and "checkpoint: width stays 5, not 3" in resumed
+    assert "resume: from step 2 of 4" in resumed and "checkpoint: width was 5, is now 4" in resumed
     assert sampled.startswith("None\nthe prompt") and refused == "None\ntrain" and done.stdout.endswith(" 2\n")
     assert done.stderr.endswith("train.py: --widht: unknown key 'widht'; did you mean width?\n")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["options"] == {"width": 5, "price": 0.5, "start": [0.1, 1], "name": "a,b", "flat": True}
+    assert config["options"] == {"width": 4, "price": 0.5, "start": [0.1, 1], "name": "a,b", "flat": True}
     slopes = [record["stats"][0]["slopes"] for record in log_of(tmp_path / "out", "val") if "whole" not in record]
     assert len(slopes) == 3 and slopes[0] == pytest.approx([0.1, 1.0])
     assert slopes[0][0] > slopes[1][0] > slopes[2][0]  # flat: no part of the loss but the penalty moves them, across the resume
+
+
+def test_options_follow_the_line_where_the_weights_allow(text, tmp_path, capsys):
+    """Periods are snapped on a checkpoint for fine-tuning and evaluation; a wave that was not trained is refused."""
+    adaptive = "--attention=adaptive_attention_span"
+    assert not fit(tmp_path / "out", text, adaptive, "--use_triangle_wave_masking=True", "--max_iters=1")
+    for how in ("--eval_only=True", "--init_from=resume"):
+        assert not fit(tmp_path / "out", text, adaptive, "--snap_periods=True", "--max_iters=2", how)
+        assert "checkpoint: snap_periods was False, is now True" in capsys.readouterr().out
+    options = json.loads((tmp_path / "out" / "config.json").read_text())["options"]
+    assert options["snap_periods"] and options["use_triangle_wave_masking"]
+    assert not fit(tmp_path / "plain", text, adaptive, "--max_iters=1")
+    with pytest.raises(UserError, match="such an option is chosen before training"):
+        fit(tmp_path / "plain", text, adaptive, "--use_triangle_wave_masking=True", "--init_from=resume")
 
 
 def test_the_penalty_is_in_the_gradient_and_not_in_the_logged_loss(text, tmp_path, beside):
