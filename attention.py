@@ -37,6 +37,7 @@ class Attention(nn.Module):
     """
 
     relative = True  # bias depends on i - j only: evaluated once for all blocks of a shape
+    rescales = False  # reweigh gives p f / sum(p f) with factors f that are constants to the gradient
 
     def __init__(self, config, layer=0):
         super().__init__()

@@ -9,6 +9,7 @@ heads, b examples and s blocks of n queries and m keys.
 """
 
 import math
+from functools import cached_property
 from typing import NamedTuple, Optional, Union
 
 import torch
@@ -190,7 +191,9 @@ class Engine(torch.autograd.Function):
             s = tile.scores(queries, keys)
             p = torch.softmax(s, -1, out=s)
             used, dp = p, tile.drop(torch.bmm(g, tile.take(v, *tile.keys).mT))
-            if walk.layer.reweighs:
+            if walk.layer.rescales:  # p f / sum(p f) is softmax(s + log f)
+                p = used = tile.reweigh(p)
+            elif walk.layer.reweighs:
                 with torch.enable_grad():
                     used = tile.reweigh(p.requires_grad_())
                 (dp,) = torch.autograd.grad(used, p, dp)
@@ -258,9 +261,18 @@ def pieces(whole, size):
     return (whole[a : a + size] for a in range(0, len(whole), size))
 
 
-class Bias:
-    """The layer's bias at some queries and keys, (h or 1, n, m): `value` in the engine's precision,
-    and the `gradient` that its tiles add up."""
+class Strip:
+    """A bias at some queries and keys, (h or 1, n, m): `value` in the engine's precision, and the
+    `gradient` that its tiles add up, or None."""
+
+    @cached_property
+    def kept(self):
+        """1.0 where a pair is kept, else 0.0."""
+        return (self.value > FLOOR / 2).to(wide(self.value))
+
+
+class Bias(Strip):
+    """What the layer says the bias is, at any queries and keys."""
 
     def __init__(self, walk, queries, runs, block=None):
         self.walk, device = walk, walk.q.device
@@ -291,8 +303,8 @@ def answered(value, distance, distances):
     return value.masked_fill((distance < distances.start) | (distance >= distances.stop), FLOOR)
 
 
-class Spread:
-    """A `Bias` of one row with all offsets, spread over the pairs of a block: (h or 1, n, m)."""
+class Spread(Strip):
+    """A `Bias` of one row with all offsets, spread over the pairs of a block."""
 
     def __init__(self, row, block, T):
         self.row, self.block, self.T = row, block, T
@@ -327,6 +339,7 @@ class Tile:
         own = slice(first, first + len(heads)) if bias.value.size(0) > 1 else slice(None)
         self.bias = bias.value[own]
         self.bias_gradient = bias.gradient[own] if bias.gradient is not None else None
+        self.kept = bias.kept[own] if walk.layer.reweighs else None
         self.shape = len(heads), len(batch), len(blocks), *self.bias.shape[1:]
         self.dropout_mask = None
 
@@ -375,12 +388,11 @@ class Tile:
         """The layer's `reweigh` of this tile's rows, told how many keys each of them sees."""
         if not self.walk.layer.reweighs:
             return p
-        kept = (self.bias > FLOOR / 2).to(wide(p))  # (h or 1, n, m)
         if self.walk.padding is None:
-            keys = kept.sum(-1)[:, None, None]
+            keys = self.kept.sum(-1)[:, None, None]
         else:
-            there = (self.padding() == 0).to(kept.dtype)[0, ..., 0]
-            keys = torch.einsum("hnm,bsm->hbsn", kept, there)
+            there = (self.padding() == 0).to(self.kept.dtype)[0, ..., 0]
+            keys = torch.einsum("hnm,bsm->hbsn", self.kept, there)
         keys = keys.long()[..., None].expand(*self.shape[:4], 1).reshape(*p.shape[:2], 1)
         if self.walk.statistic is None:
             return self.walk.layer.reweigh(p, keys)
