@@ -1,33 +1,44 @@
-"""Speed, memory and work, beside a peer in the same run: python bench.py attention|step|sample [--key=value]
+"""Speed, memory and work, beside a peer in the same run: python bench.py attention|layer|step|sample [--key=value]
 
-attention  forward and backward of attention alone, against PyTorch's fused call
+attention  forward and backward of attention alone, against PyTorch's fused call, and how each grows with T
+layer      a whole attention layer, training and forward pass, against the masked T x T form of adaptive span
 step       whole training steps, against nanoGPT's where --peer=FOLDER holds a clone of it
 sample     single tokens drawn at a full context, against nanoGPT's `generate` likewise
 
-Every time is a median of calls that alternate with the peer's, and every rate stands beside the
-machine's rate for one large matrix product, measured in the same run.
+What is measured is one row each: --mechanisms='["dense", "sparse window=128", "adaptive span"]', where
+a text is a mechanism's name and its options, or one of this script's short names; `kernel=NAME` may
+stand among the options. --attention=NAME --key=value measures one alone. Every time is a median of
+calls that alternate with all others, and every rate stands beside the machine's rate for one large
+matrix product, measured in the same run.
 """
 
 import contextlib
 import importlib.util
 import json
+import math
+import re
+import statistics
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 import hardware
-from configurator import UserError, choose, configure, run
+from attention import split_heads
+from configurator import Text, UserError, choose, configure, run, typed
 from model import GPT, GPTConfig, mechanism
 
-repeat = 7  # times each call is measured
+mechanisms = []  # what is measured, see above; empty: the mode's own list (ROWS)
+attention = ""  # one mechanism instead
+kernel = "auto"
+repeat = 11  # times each call is measured
+budget = 30.0  # seconds for that: calls that take long are measured less often, at least 3 times
 peer = ""  # the folder of a nanoGPT clone
 results = ""  # a file for the figures as JSON
-attention = "dense"
-kernel = "auto"
 causal = True
-shapes = ["16x6x256", "4x6x1024", "1x8x4096"]  # batch x heads x time, for `attention`
+shapes = []  # "BATCHxHEADSxTIME", for `attention` and `layer`; empty: the mode's own (SHAPES)
 head_size = 64
 n_layer = 6  # the model of `step` and `sample`
 n_head = 6
@@ -35,57 +46,193 @@ n_embd = 384
 vocab_size = 256
 batch_size = 16
 block_size = 256
-contexts = [256, 1024]  # for `sample`
+contexts = [256, 1024, 8192]  # for `sample`
 tokens = 64  # drawn in one measured call of `sample`; the peer draws a sixteenth of them
 compile = False
 device = "auto"
 dtype = "auto"
 
-
-def bench_attention(options):
-    """Rows of forward + backward for each shape: this repository's engine against the fused call."""
-    rows = []
-    for shape in shapes:
-        try:
-            B, H, T = map(int, shape.split("x"))
-        except ValueError:
-            raise UserError(f"shapes: expected BATCHxHEADSxTIME like 16x6x256, got {shape!r}")
-        config = GPTConfig(n_layer=1, n_head=H, n_embd=H * head_size, block_size=T, n_class=0 if causal else 2,
-                           attention=attention, kernel="engine" if kernel == "auto" else kernel, options=dict(options))
-        layer = GPT(config).layers[0].attention.to(device)
-        q, k, v, g = torch.randn(4, B, H, T, head_size, device=device, dtype=hardware.DTYPES[dtype]).unbind(0)
-        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-
-        def ours():
-            torch.autograd.grad(layer.attend(*inputs), inputs, g)
-
-        def fused():
-            torch.autograd.grad(F.scaled_dot_product_attention(*inputs, is_causal=causal), inputs, g)
-
-        memory = [mebibytes(call) for call in (ours, fused)]
-        seconds, peer_seconds = hardware.side_by_side([ours, fused], device, repeat)
-        kept = layer.kept(T)
-        rows.append({
-            "attention": attention, "batch x heads x time": shape, "ms": 1e3 * seconds, "fused call, ms": 1e3 * peer_seconds,
-            "times as fast": peer_seconds / seconds, "pairs kept": kept / T**2, "pairs multiplied": layer.pairs(T) / T**2,
-            # two products forward and four backward; what is computed again does not count as work
-            **work(12 * head_size * kept * B * H, seconds), "MiB more": memory[0], "fused, MiB more": memory[1],
-        })
-    return rows
+# Most heads near the ramp's 32 tokens and a few long, as Sukhbaatar et al. 2019 found them: of 8 heads the mean is 256.
+# The long ones come first: a model of fewer heads has those.
+SPANS = "adaptive_attention_span max_span=8192 span_init=[1304,512,64,40,32,32,32,32]"
+WAVE = f"{SPANS} use_triangle_wave_masking=True"
+FOUR = f"{WAVE} period_min_triangle_wave_masking=4 period_max_triangle_wave_masking=4"
+NAMES = {  # short names, with a space in them: none can hide a mechanism's file
+    "sparse local": "sparse sparse_pattern=local window=256",
+    "sparse strided": "sparse sparse_pattern=strided",
+    "sparse fixed": "sparse sparse_pattern=fixed",
+    "sparse log": "sparse sparse_pattern=log window=256",
+    "adaptive span": SPANS,
+    "adaptive span, wave": WAVE,
+    "dense, fused call": "dense kernel=sdpa",
+    "adaptive span, wave, reference": f"{WAVE} kernel=reference",
+    "adaptive span, period 4": FOUR,
+    "adaptive span, period 4, snapped": f"{FOUR} snap_periods=True",
+}
+ALL = ["dense", "sparse local", "sparse strided", "sparse fixed", "sparse log", "adaptive span", "adaptive span, wave", "atrt"]
+LAYER = ["dense", "dense, fused call", "adaptive span, wave", "adaptive span, wave, reference", "adaptive span, period 4",
+         "adaptive span, period 4, snapped"]
+ROWS = {"attention": ALL, "layer": LAYER, "step": ["dense"], "sample": ALL}
+SHAPES = {"attention": [f"1x8x{1024 << n}" for n in range(6)], "layer": ["2x8x2048"]}
 
 
-def mebibytes(call):
-    """The most memory that a call takes beyond what was held before it."""
-    hardware.reset_peak_memory(device)
-    before = hardware.peak_memory(device)
-    call()
-    return (hardware.peak_memory(device) - before) / 2**20
+class Row(NamedTuple):
+    """A mechanism to be measured."""
+
+    label: str
+    attention: str
+    kernel: str
+    options: dict
+
+    def model(self, default="auto", **config):
+        """A model of it; `default` is the kernel where none was asked for."""
+        kernel = default if self.kernel == "auto" else self.kernel
+        torch.manual_seed(0)  # the same first periods at every size
+        return GPT(GPTConfig(attention=self.attention, kernel=kernel, options=dict(self.options), **config)).to(device)
+
+
+def parse(text):
+    """The `Row` of a text like 'sparse window=128 kernel=engine' or one of NAMES."""
+    text = str(text).strip()
+    name, *settings = re.split(r"\s+(?=\w+=)", NAMES.get(text, text))
+    if " " in name:
+        choose("mechanism", name, NAMES)
+    defaults = {**mechanism(name)[1], "kernel": kernel}
+    options = {"kernel": kernel}
+    for setting in settings:
+        key, value = setting.split("=", 1)
+        choose(f"option of {name}", key, defaults)
+        options[key] = typed(key, Text(value), defaults[key], f"mechanisms, {name}")
+    return Row(text, name, options.pop("kernel"), options)
+
+
+def shape_of(text):
+    """(B, H, T) of a text like 16x6x256."""
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", str(text)):
+        raise UserError(f"shapes: expected BATCHxHEADSxTIME like 16x6x256, got {text!r}")
+    return tuple(map(int, text.split("x")))
+
+
+def side_by_side(calls):
+    return hardware.side_by_side(calls, device, repeat, budget)
+
+
+def mebibytes(count):
+    return None if math.isnan(count) else count / 2**20
 
 
 def work(operations, seconds):
     """The columns for work done in some seconds."""
     rate = operations / seconds
     return {"GFLOP/s": rate / 1e9, "of matmul rate": rate / hardware.matmul_rate(device, dtype)}
+
+
+# ---- attention alone -------------------------------------------------------------------------
+
+
+def bench_attention(rows, B, H, T):
+    """Forward + backward of attention."""
+    q, k, v, g = torch.randn(4, B, H, T, head_size, device=device, dtype=hardware.DTYPES[dtype]).unbind(0)
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    shared = dict(n_layer=1, n_head=H, n_embd=H * head_size, block_size=T, n_class=0 if causal else 2)
+    layers = [row.model("engine", **shared).layers[0].attention for row in rows]
+
+    def ours(layer):
+        torch.autograd.grad(layer.attend(*inputs), inputs + layer.mask_parameters(), g)
+
+    def fused():
+        torch.autograd.grad(F.scaled_dot_product_attention(*inputs, is_causal=causal), inputs, g)
+
+    *costs, peers = side_by_side([lambda layer=layer: ours(layer) for layer in layers] + [fused])
+    found = []
+    for row, layer, cost in zip(rows, layers, costs):
+        kept = layer.kept(T)
+        found.append({
+            "attention": row.label, "batch x heads x time": f"{B}x{H}x{T}", "ms": 1e3 * cost.seconds,
+            "fused call, ms": 1e3 * peers.seconds, "times as fast": peers.seconds / cost.seconds,
+            "pairs kept": kept / T**2, "pairs multiplied": layer.pairs(T) / T**2,
+            # two products forward and four backward; what is computed again does not count as work
+            **work(12 * head_size * kept * B * H, cost.seconds), "MiB more": mebibytes(cost.memory),
+            "fused, MiB more": mebibytes(peers.memory), "repeats": cost.rounds,
+        })
+    return found
+
+
+def growth(found):
+    """Rows of exponents fitted over T on log axes, where one batch and heads has three T or more."""
+    lines = {}  # {(batch x heads, label): {T: what grows}}
+    for row in found:
+        group, T = row["batch x heads x time"].rsplit("x", 1)
+        pairs = [row[f"pairs {how}"] * int(T) ** 2 for how in ("kept", "multiplied")]
+        lines.setdefault((group, row["attention"]), {})[int(T)] = row["ms"], *pairs, row["MiB more"]
+        lines.setdefault((group, "fused call"), {})[int(T)] = row["fused call, ms"], None, None, row["fused, MiB more"]
+    columns = ["time ~ T^", "pairs kept ~ T^", "pairs multiplied ~ T^", "memory ~ T^"]
+    return [
+        {"growth": label, "batch x heads": group, **{name: slope(line, n) for n, name in enumerate(columns)}}
+        for (group, label), line in sorted(lines.items(), key=lambda item: item[0][1] == "fused call") if len(line) >= 3
+    ]
+
+
+def slope(line, n):
+    """The exponent with which the n-th number of a line {T: numbers} grows; None where one is missing or 0."""
+    if not all(numbers[n] and numbers[n] > 0 for numbers in line.values()):
+        return None
+    return statistics.linear_regression([math.log(T) for T in line], [math.log(numbers[n]) for numbers in line.values()]).slope
+
+
+# ---- a layer ---------------------------------------------------------------------------------
+
+
+def masked(layer, x, rotation):
+    """An adaptive span layer with periodic masking, written plainly: the softmax over the whole T x T, times
+    the mask of every pair, over its new sum (Sukhbaatar et al. 2019, section 2), all of it under autograd.
+
+    x: (B, T, C) -> (B, T, C). The same function of the same parameters as layer(x, rotation).
+    """
+    B, T, C = x.shape
+    qkv = layer.qkv(x).view(B, T, 3, layer.n_head, layer.head_size).permute(2, 0, 3, 1, 4)
+    q, k, v = split_heads(qkv, rotation)  # (B, H, T, D)
+    distance = torch.arange(T, device=x.device)[:, None] - torch.arange(T, device=x.device)
+    future, distance = distance < 0, distance.to(x.dtype)
+    span, period, ratio = (x[:, None, None] for x in (layer.spans(), *layer.waves()))  # (H, 1, 1)
+    softness = layer.options.softness_span_mask
+    mask = ((softness + span - distance) / softness).clamp(0, 1)
+    wave = sum(8 / (math.pi * n) ** 2 * torch.cos(2 * math.pi * n * distance / period) for n in (1, 3, 5))
+    mask = mask * (period / 4 * wave + period * ratio + 0.5).clamp(0, 1)  # (H, T, T)
+    p = torch.softmax((q @ k.mT / math.sqrt(q.size(3))).masked_fill(future, -math.inf), -1) * mask
+    p = p / p.sum(-1, keepdim=True)
+    return layer.proj((p @ v).transpose(1, 2).reshape(B, T, C))
+
+
+def bench_layer(rows, B, H, T):
+    """An attention layer with its projections: forward + backward, and forward alone as for a prompt."""
+    x, g = torch.randn(2, B, T, H * head_size, device=device).unbind(0)
+    x = x.clone().requires_grad_()
+    models = [row.model("engine", n_layer=1, n_head=H, n_embd=H * head_size, block_size=T) for row in [*rows, parse(WAVE)]]
+    layers, rotation = [model.layers[0].attention for model in models], models[0].table(T)
+    calls = [(layer, layer, dtype) for layer in layers[:-1]]
+    calls.append((lambda x, rotation: masked(layers[-1], x, rotation), layers[-1], "float32"))
+
+    def forward(function, layer, precision):
+        with hardware.autocast(device, precision):
+            return function(x, rotation)
+
+    def train(function, layer, precision):
+        y = forward(function, layer, precision)
+        torch.autograd.grad(y, [x, *layer.parameters()], g.to(y.dtype))
+
+    costs = side_by_side([lambda call=call: train(*call) for call in calls]
+                         + [lambda call=call: torch.no_grad()(forward)(*call) for call in calls])
+    pairs = list(zip([row.label for row in rows] + ["masked T x T, float32"], costs, costs[len(calls) :]))
+    *_, (_, slow, slow_forward) = pairs
+    return [{
+        "layer": label, "batch x heads x time": f"{B}x{H}x{T}", "ms": 1e3 * both.seconds,
+        "times masked": slow.seconds / both.seconds, "MiB more": mebibytes(both.memory), "forward, ms": 1e3 * once.seconds,
+        "forward, times masked": slow_forward.seconds / once.seconds, "repeats": both.rounds,
+    } for label, both, once in pairs]
+
+
+# ---- a step and a sampler --------------------------------------------------------------------
 
 
 def nanogpt(context):
@@ -101,72 +248,100 @@ def nanogpt(context):
                                            n_embd=n_embd, dropout=0.0, bias=False)).to(device)
 
 
-def ours(context, options):
-    return GPT(GPTConfig(block_size=context, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
-                         attention=attention, kernel=kernel, options=dict(options))).to(device)
+def ours(row, context):
+    return row.model(block_size=context, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
 
 
-def bench_step(options):
-    """Rows of training steps, each of batch_size texts of block_size tokens."""
-    x, y = torch.randint(vocab_size, (2, batch_size, block_size), device=device).unbind(0)
-    model = ours(block_size, options)
-    costs = model.work_per_token(block_size) * x.numel()
+def add_ratios(table, *peers):
+    """Add to each row how many times as fast it is as those named `peers`, where they are there."""
+    speeds = {next(iter(row.values())): row["tokens/s"] for row in table}
+    for row in table:
+        row |= {f"times {name}": row["tokens/s"] / speeds[name] for name in peers if name in speeds}
+    return table
 
-    def step(model, optimizer, precision):
+
+def bench_step(rows, T):
+    """Training steps, each of batch_size texts of T tokens."""
+    x, y = torch.randint(vocab_size, (2, batch_size, T), device=device).unbind(0)
+    runs = {}  # {name: (FLOP for a token, what `step` takes)}
+
+    def step(model, penalty, optimizer, precision):
         with hardware.autocast(device, precision):
             loss = model(x, y)[1]
-        loss.backward()
+        (loss + penalty()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    runs = [(f"here, {dtype}", model, model.optimizer(1e-3, 0.1, (0.9, 0.99)), dtype)]
-    if compile:
-        runs.append((f"here, {dtype}, compiled", model.compiled(), runs[0][2], dtype))
+    for row in rows:
+        model = ours(row, T)
+        how = model.penalty, model.optimizer(1e-3, 0.1, (0.9, 0.99)), dtype
+        runs[row.label] = model.work_per_token(T), model, *how
+        if compile:
+            runs[f"{row.label}, compiled"] = runs[row.label][0], model.compiled(), *how
     if peer:
-        other = nanogpt(block_size)
+        other, cost = nanogpt(T), ours(parse("dense"), T).work_per_token(T)
         with contextlib.redirect_stdout(None):
             optimizer = other.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device)
-        precisions = ["float32"] + [dtype] * (dtype != "float32")  # on a CPU it trains in float32
-        runs += [(f"nanoGPT, {precision}", other, optimizer, precision) for precision in precisions]
-    calls = [lambda how=how: step(*how) for _, *how in runs]
-    memory = [mebibytes(call) for call in calls]
-    seconds = hardware.side_by_side(calls, device, repeat)
-    slowest = seconds[[name for name, *_ in runs].index("nanoGPT, float32")] if peer else None
-    return [{"step": name, "ms": 1e3 * s, "tokens/s": x.numel() / s, **work(costs, s), "MiB more": m,
-             **({"times nanoGPT as it is": slowest / s} if peer else {})} for (name, *_), s, m in zip(runs, seconds, memory)]
+        for precision in ["float32"] + [dtype] * (dtype != "float32"):  # on a CPU it trains in float32
+            runs[f"nanoGPT, {precision}"] = cost, other, lambda: 0.0, optimizer, precision
+    costs = side_by_side([lambda how=how: step(*how) for _, *how in runs.values()])
+    return add_ratios([{
+        "step": name, "ms": 1e3 * cost.seconds, "tokens/s": x.numel() / cost.seconds,
+        **work(operations * x.numel(), cost.seconds), "MiB more": mebibytes(cost.memory), "repeats": cost.rounds,
+    } for (name, (operations, *_)), cost in zip(runs.items(), costs)], "dense", "nanoGPT, float32")
 
 
-def bench_sample(options):
-    """Rows of single-token decoding, batch 1, at a full context."""
-    rows = []
-    for context in contexts:
-        prompt = torch.randint(vocab_size, (1, context), device=device)
-        model = ours(context, options)
-        costs = model.work_per_token(context) / 3  # the forward pass alone
+def cache_bytes(cache):
+    """Bytes of all tensors that a cache holds."""
+    values = [x for value in vars(cache).values() for x in (value if isinstance(value, tuple) else [value])]
+    return sum(x.untyped_storage().nbytes() for x in values if torch.is_tensor(x))
+
+
+@torch.no_grad()
+def keys_of_last(layer, T):
+    """Keys that the last query of T sees, the mean over heads."""
+    bias = layer.bias(torch.tensor([T - 1], device=device), torch.arange(T, device=device))
+    return (bias > -math.inf).sum().item() / bias.size(0)
+
+
+def bench_sample(rows, context):
+    """Single-token decoding, batch 1, at a full context."""
+    prompt, few = torch.randint(vocab_size, (1, context), device=device), max(1, tokens // 16)
+    calls, known = [], []
+    for row in rows:
+        model = ours(row, context)
+        read = sum(keys_of_last(layer.attention, context) for layer in model.layers) / n_layer
         model.for_sampling(hardware.DTYPES[dtype])
+        caches = model.new_caches()
+        model.new_caches = lambda caches=caches: caches  # so that they can be weighed
         stream = model.stream(prompt, 10**9, temperature=0.8, top_k=200)
         next(stream)  # the prompt
-        calls = [lambda: [next(stream) for _ in range(tokens)]]
-        names, counts = [f"here, {dtype}"], [tokens]
-        if peer:
-            other = nanogpt(context).eval()
-            calls.append(lambda: other.generate(prompt, max(1, tokens // 16), temperature=0.8, top_k=200))
-            names.append("nanoGPT")
-            counts.append(max(1, tokens // 16))
-        hardware.reset_peak_memory(device)
-        speeds = [n / s for n, s in zip(counts, hardware.side_by_side(calls, device, repeat))]
-        for name, speed in zip(names, speeds):
-            rows.append({"sample": name, "context": context, "tokens/s": speed, **work(costs, 1 / speed),
-                         "process, MiB": hardware.peak_memory(device) / 2**20, **({"times nanoGPT": speed / speeds[-1]} if peer else {})})
-    return rows
+        calls.append(lambda stream=stream: [next(stream) for _ in range(tokens)])
+        known.append((row.label, tokens, caches, read))
+    if peer:
+        other = nanogpt(context).eval()
+        calls.append(lambda: other.generate(prompt, few, temperature=0.8, top_k=200))
+        known.append(("nanoGPT", few, [], None))
+    costs = side_by_side(calls)
+    return add_ratios([{
+        "sample": name, "context": context, "tokens/s": count / cost.seconds,
+        "cache, MiB": sum(map(cache_bytes, caches)) / 2**20 or None, "keys read": read, "repeats": cost.rounds,
+    } for (name, count, caches, read), cost in zip(known, costs)], "dense", "nanoGPT")
+
+
+# ---- the script ------------------------------------------------------------------------------
 
 
 def show(rows):
     """Print rows as a Markdown table."""
     def cell(name, value):
+        if value is None:
+            return "-"
         if isinstance(value, float):
-            return f"{value:.0%}" if name.startswith(("pairs", "of ")) else f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+            if name.endswith("^"):
+                return f"{value:.2f}"
+            return f"{value:.1%}" if name.startswith(("pairs", "of ")) else f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
         return str(value)
 
     table = [list(rows[0])] + [[cell(*item) for item in row.items()] for row in rows]
@@ -178,14 +353,23 @@ def show(rows):
 
 def main():
     global device, dtype
-    modes = {"attention": bench_attention, "step": bench_step, "sample": bench_sample}
+    modes = {"attention": bench_attention, "layer": bench_layer, "step": bench_step, "sample": bench_sample}
     arguments = sys.argv[1:]
     mode = arguments.pop(0) if arguments and arguments[0][0] != "-" else ("" if "--help" not in arguments else "step")
     choose("benchmark", mode, modes)
-    _, options = configure(globals(), arguments, more=lambda settings: mechanism(settings["attention"])[1])
+    _, options = configure(globals(), arguments, more=lambda chosen: mechanism(chosen["attention"] or "dense")[1])
     for key in ("repeat", "tokens", "batch_size", "block_size", "vocab_size", "head_size"):
         if globals()[key] < 1:
             raise UserError(f"{key} must be at least 1, got {globals()[key]}")
+    if attention and mechanisms:
+        raise UserError(f"give --attention={attention} with its options, or --mechanisms, not both")
+    rows = [Row(attention, attention, kernel, options)] if attention else [parse(text) for text in mechanisms or ROWS[mode]]
+    if len({row.label for row in rows}) < len(rows):
+        raise UserError(f"mechanisms: expected each once, got {mechanisms}")
+    if not all(type(context) is int and context > 0 for context in contexts):
+        raise UserError(f"contexts: expected numbers of tokens like [256, 1024], got {contexts}")
+    places = {"step": [(block_size,)], "sample": [(context,) for context in contexts]}.get(mode)
+    places = places or [shape_of(shape) for shape in shapes or SHAPES[mode]]
     hardware.keep_freed_memory()
     torch.manual_seed(0)
     device = hardware.pick_device(device)
@@ -193,11 +377,20 @@ def main():
     machine = hardware.describe()
     rate = hardware.matmul_rate(device, dtype)
     print(f"{machine['gpu'] or machine['processor']}, {machine['threads']} threads, torch {machine['torch']}; "
-          f"matrix products in {dtype}: {rate / 1e9:,.0f} GFLOP/s; medians of {repeat}\n")
-    rows = modes[mode](options)
-    show(rows)
+          f"matrix products in {dtype}: {rate / 1e9:,.0f} GFLOP/s")
+    found = []
+    for place in places:
+        if sys.stderr.isatty():  # some take minutes
+            print(mode, *place, end=" ...\r", file=sys.stderr, flush=True)
+        found += modes[mode](rows, *place)
+    tables = {"rows": found, "growth": growth(found) if mode == "attention" else []}
+    for table in filter(None, tables.values()):
+        print()
+        show(table)
     if results:
-        Path(results).write_text(json.dumps({"machine": machine, "dtype": dtype, "matmul_gflops": rate / 1e9, "rows": rows}, indent=1), "utf-8")
+        measured = {row.label: {"attention": row.attention, "kernel": row.kernel, **row.options} for row in rows}
+        saved = {"machine": machine, "dtype": dtype, "matmul_gflops": rate / 1e9, "mechanisms": measured, **tables}
+        Path(results).write_text(json.dumps(saved, indent=1), "utf-8")
 
 
 if __name__ == "__main__":

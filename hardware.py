@@ -8,6 +8,7 @@ import statistics
 import time
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -51,7 +52,7 @@ def matmul_rate(device, dtype):
     """Floating-point operations a second of one large matrix product, the median of several."""
     n = 8192 if device.startswith("cuda") else 1024  # in a CPU's cache, and quick where bfloat16 is emulated
     a, b = (torch.rand(n, n, device=device, generator=torch.Generator(device)).to(DTYPES[dtype]) for _ in range(2))
-    return 2 * n**3 / side_by_side([lambda: a @ b], device, 9)[0]
+    return 2 * n**3 / side_by_side([lambda: a @ b], device, 9)[0].seconds
 
 
 def synchronize(device):
@@ -62,18 +63,37 @@ def synchronize(device):
         torch.mps.synchronize()
 
 
-def side_by_side(calls, device="cpu", times=5):
-    """The median seconds of each of `calls`, run in turn `times` times after one that is not counted,
-    so that what else the machine does falls on all of them."""
+class Cost(NamedTuple):
+    """What one of the calls of `side_by_side` takes."""
+
+    seconds: float  # the median
+    memory: float  # the most bytes beyond what was held before; nan where unknown
+    rounds: int  # that the median is of
+
+
+def side_by_side(calls, device="cpu", times=5, budget=math.inf):
+    """The `Cost` of each of `calls`, run in turn so that what else the machine does falls on all of them.
+
+    `times` rounds, or as many as begin within `budget` seconds but at least 3. Two rounds before
+    them (one where it takes longer than the budget) are not timed: in the second the memory is
+    taken, when what the first had to load and to compile is there.
+    """
     taken = [[] for _ in calls]
-    for _ in range(times + 1):
+    for _ in range(2):
+        began = time.perf_counter()
+        memory = [memory_of(call, device) for call in calls]
+        if time.perf_counter() - began > budget:
+            break
+    began, rounds = time.perf_counter(), 0
+    while rounds < times and (rounds < 3 or time.perf_counter() - began < budget):
         for call, seconds in zip(calls, taken):
             synchronize(device)
             start = time.perf_counter()
             call()
             synchronize(device)
             seconds.append(time.perf_counter() - start)
-    return [statistics.median(seconds[1:]) for seconds in taken]
+        rounds += 1
+    return [Cost(statistics.median(seconds), most, rounds) for seconds, most in zip(taken, memory)]
 
 
 def autocast(device, dtype):
@@ -123,6 +143,15 @@ def peak_memory(device="cpu"):
     except ImportError:
         return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+
+
+def memory_of(call, device="cpu"):
+    """Bytes: the most that a call holds beyond what was held before it; nan where unknown."""
+    reset_peak_memory(device)
+    before = peak_memory(device)
+    call()
+    synchronize(device)
+    return peak_memory(device) - before
 
 
 def describe():
