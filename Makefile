@@ -16,6 +16,7 @@ test: .venv/installed-test
 
 bench: .venv/installed
 	$(RUN) bench.py attention
+	$(RUN) bench.py layer
 	$(RUN) bench.py step
 	$(RUN) bench.py sample
 

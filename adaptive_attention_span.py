@@ -29,6 +29,7 @@ span_init = []  # first spans in positions, one for each head, used again where 
 use_triangle_wave_masking = False
 period_min_triangle_wave_masking = 2.0  # positions: below 2 there is nothing between two keys to leave out
 period_max_triangle_wave_masking = 8.0
+ratio_init_triangle_wave_masking = 0.0  # first r of every head, between -1/4 and 1/4: below 0 it drops more keys
 triangle_wave_harmonics = 5  # tri as its Fourier series up to here, smoother in p; 0: the exact wave
 snap_periods = False  # whole periods, fixed: then keys where w = 0 cost nothing in training and prefill either
 
@@ -52,15 +53,19 @@ class Attention(attention.Attention):
             raise UserError(f"max_span must be at least 0 and softness_span_mask at least 1, got {self.longest}, {self.softness}")
         if not 1 <= low <= high:
             raise UserError(f"expected 1 <= period_min_triangle_wave_masking <= period_max_..., got {low} and {high}")
+        ratio = options.ratio_init_triangle_wave_masking
+        if not -0.25 < ratio < 0.25:
+            raise UserError(f"ratio_init_triangle_wave_masking must be above -1/4 and below 1/4, got {ratio}")
         choose("triangle_wave_harmonics", str(options.triangle_wave_harmonics), ("0", "1", "3", "5"))
-        spans = [options.span_init[h % len(options.span_init)] if options.span_init else self.longest / 2 for h in range(self.n_head)]
+        first = options.span_init or [self.longest / 2]
+        spans = [first[h % len(first)] for h in range(self.n_head)]
         share = torch.tensor(spans, dtype=torch.float32) / self.longest
         if not ((share > 0) & (share < 1)).all():
             raise UserError(f"span_init: expected spans above 0 and below {self.longest} (max_span), got {options.span_init}")
         self.span = nn.Parameter(torch.logit(share))
         if options.use_triangle_wave_masking:
             self.period = nn.Parameter(torch.logit(torch.rand(self.n_head), eps=0.01))
-            self.ratio = nn.Parameter(torch.zeros(self.n_head))
+            self.ratio = nn.Parameter(torch.logit(torch.full((self.n_head,), 2 * ratio + 0.5)))
 
     def spans(self):
         """z of each head, (H,), in positions."""

@@ -37,12 +37,13 @@ repeat = 11  # times each call is measured
 budget = 30.0  # seconds for that: calls that take long are measured less often, at least 3 times
 peer = ""  # the folder of a nanoGPT clone
 results = ""  # a file for the figures as JSON
-causal = True
+causal = True  # False: both directions; `step` then trains a classifier
 shapes = []  # "BATCHxHEADSxTIME", for `attention` and `layer`; empty: the mode's own (SHAPES)
 head_size = 64
 n_layer = 6  # the model of `step` and `sample`
 n_head = 6
 n_embd = 384
+dropout = 0.0  # in `step`
 vocab_size = 256
 batch_size = 16
 block_size = 256
@@ -68,10 +69,13 @@ NAMES = {  # short names, with a space in them: none can hide a mechanism's file
     "adaptive span, wave, reference": f"{WAVE} kernel=reference",
     "adaptive span, period 4": FOUR,
     "adaptive span, period 4, snapped": f"{FOUR} snap_periods=True",
+    "adaptive span, period 4, 1 key in 4": f"{FOUR} ratio_init_triangle_wave_masking=-0.15",
+    "adaptive span, period 4, 1 key in 4, snapped": f"{FOUR} ratio_init_triangle_wave_masking=-0.15 snap_periods=True",
 }
 ALL = ["dense", "sparse local", "sparse strided", "sparse fixed", "sparse log", "adaptive span", "adaptive span, wave", "atrt"]
 LAYER = ["dense", "dense, fused call", "adaptive span, wave", "adaptive span, wave, reference", "adaptive span, period 4",
-         "adaptive span, period 4, snapped"]
+         "adaptive span, period 4, snapped", "adaptive span, period 4, 1 key in 4",
+         "adaptive span, period 4, 1 key in 4, snapped"]
 ROWS = {"attention": ALL, "layer": LAYER, "step": ["dense"], "sample": ALL}
 SHAPES = {"attention": [f"1x8x{1024 << n}" for n in range(6)], "layer": ["2x8x2048"]}
 
@@ -249,7 +253,8 @@ def nanogpt(context):
 
 
 def ours(row, context):
-    return row.model(block_size=context, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+    return row.model(block_size=context, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
+                     dropout=dropout, n_class=0 if causal else 2)
 
 
 def add_ratios(table, *peers):
@@ -261,8 +266,9 @@ def add_ratios(table, *peers):
 
 
 def bench_step(rows, T):
-    """Training steps, each of batch_size texts of T tokens."""
-    x, y = torch.randint(vocab_size, (2, batch_size, T), device=device).unbind(0)
+    """Training steps, each of batch_size texts of T tokens; of a classifier where causal is False."""
+    x = torch.randint(vocab_size, (batch_size, T), device=device)
+    y = torch.randint(vocab_size, x.shape, device=device) if causal else torch.randint(2, (batch_size,), device=device)
     runs = {}  # {name: (FLOP for a token, what `step` takes)}
 
     def step(model, penalty, optimizer, precision):

@@ -375,8 +375,8 @@ def load(path, device="cpu", options=None, **changes):
             model = GPT(GPTConfig(**config))
         unlike = model.state_dict().keys() ^ checkpoint["model"].keys()
         if given and unlike:
-            raise UserError(f"the weights in {path} are of another model than {given} makes (they differ in {sorted(unlike)[0]}); "
-                            "such an option is chosen before training")
+            raise UserError(f"the weights in {path} are of another model than {given} makes (they differ in "
+                            f"{sorted(unlike)[0]}); such an option is chosen before training")
         model.load_state_dict(checkpoint["model"])
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}; train one first: python train.py --out_dir={Path(path).parent}")

@@ -127,4 +127,4 @@ class Attention(attention.Attention):
 if __name__ == "__main__":
     import plot
 
-    plot.show_pattern("sparse", sparse_pattern="local,strided,fixed,log", n_layer=4, window=8)
+    plot.show_pattern("sparse", sparse_pattern="local,strided,fixed,log", n_layer=4, window=8, fixed_columns=1)

@@ -111,7 +111,8 @@ def test_penalty():
     assert made.penalty().item() == pytest.approx(0.01 * (42 * 0.5 + 62 * (1 / 7 + 0.4)) / 2, rel=1e-6)
     made.penalty().backward()
     assert (made.span.grad > 0).all() and (made.ratio.grad > 0).all() and (made.period.grad < 0).all()
-    model = GPT(GPTConfig(n_layer=3, n_head=2, n_embd=16, block_size=40, attention="adaptive_attention_span", options={"span_reg": 0.5}))
+    model = GPT(GPTConfig(n_layer=3, n_head=2, n_embd=16, block_size=40, attention="adaptive_attention_span",
+                          options={"span_reg": 0.5}))
     assert model.penalty().item() == pytest.approx(3 * 0.5 * 20)
 
 
@@ -121,6 +122,8 @@ def test_first_values():
     assert layer(max_span=100).spans().tolist() == pytest.approx([50] * 3)
     made = layer(n_head=64, use_triangle_wave_masking=True)
     periods, ratios = made.waves()
+    made_sparse = layer(use_triangle_wave_masking=True, ratio_init_triangle_wave_masking=-0.15)
+    assert made_sparse.waves()[1].tolist() == pytest.approx([-0.15] * 3)
     assert ratios.abs().max() == 0 and 2 <= periods.min() < 3 and 7 < periods.max() <= 8
 
 
@@ -184,6 +187,7 @@ def test_a_gpu_is_not_waited_for(monkeypatch):
     ({"softness_span_mask": 0}, "softness_span_mask at least 1"),
     ({"period_min_triangle_wave_masking": 9.0}, "got 9.0 and 8.0"),
     ({"period_min_triangle_wave_masking": 0.5}, "got 0.5 and 8.0"),
+    ({"ratio_init_triangle_wave_masking": -0.25}, "above -1/4 and below 1/4, got -0.25"),
     ({"triangle_wave_harmonics": 2}, "unknown triangle_wave_harmonics '2'"),
 ])
 def test_refused(options, said):

@@ -101,7 +101,8 @@ def test_two_keys():
         p = torch.cat([p, 1 - p], 1)
         factors = made.reweigh(p, torch.full((500, 1), 2)) / p
         expected = factor(torch.tensor([1.0], dtype=torch.float64), task).item() if wanted is None else wanted
-        torch.testing.assert_close(factors, torch.tensor([[1.0, expected]], dtype=torch.float64).expand(500, 2), rtol=1e-6, atol=0)
+        wanted = torch.tensor([[1.0, expected]], dtype=torch.float64).expand(500, 2)
+        torch.testing.assert_close(factors, wanted, rtol=1e-6, atol=0)
 
 
 def test_masked_keys_do_not_count():

@@ -408,6 +408,28 @@ def test_kernels():
     assert make("span", kernel="auto").choose_kernel("cuda") == "engine"
 
 
+@pytest.mark.parametrize("name, causal", BOTH)
+def test_nothing_is_added_to_one_place_twice_at_once(name, causal, monkeypatch):
+    """What is added in place in one operation shares no element: else threads would lose sums, now and then."""
+    at, add, added = engine.Tile.at, engine.Tile.add, []
+
+    def watched(tile, x, runs, y):
+        def places(tile, x, run):
+            where = at(tile, torch.arange(x.numel()).view(x.shape), run)
+            assert where.unique().numel() == where.numel()
+            added.append(run)
+            return at(tile, x, run)
+
+        monkeypatch.setattr(engine.Tile, "at", places)
+        add(tile, x, runs, y)
+        monkeypatch.setattr(engine.Tile, "at", at)
+
+    monkeypatch.setattr(engine.Tile, "add", watched)
+    for T in (23, 300):
+        make(name, causal, block_size=300).attend(*random_qkv(T, B=1)).sum().backward()
+    assert added
+
+
 @pytest.mark.parametrize("name", CAUSAL)
 def test_engine_builds_no_square(name, monkeypatch):
     """No tensor of the engine has T x T elements: memory is linear in T."""
