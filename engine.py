@@ -239,7 +239,8 @@ class Walk:
         H, B, T = self.q.shape[:3]
         # a bias of i - j alone: one row of it, with the offsets of keys from 1 - T to T - 1
         row = Bias(self, range(T - 1, T), [range(2 * T - 1)]) if self.layer.relative else None
-        for stack in self.stacks:
+        # the largest first: the smaller ones then find room in what these leave, where growing ones would never
+        for stack in sorted(self.stacks, key=lambda stack: -stack.block.pairs):
             block = stack.block
             bias = Spread(row, block, T) if row else Bias(self, block.queries, block.runs, block)
             room = TILE if self.q.device.type == "cpu" else 128 * TILE

@@ -76,17 +76,25 @@ def side_by_side(calls, device="cpu", times=5, budget=math.inf):
 
     `times` rounds, or as many as begin within `budget` seconds but at least 3. Two rounds before
     them (one where it takes longer than the budget) are not timed: in the second the memory is
-    taken, when what the first had to load and to compile is there.
+    taken, when what the first had to load and to compile is there. Calls of less than a second run
+    once more, untimed, before each time: as in a loop, and not with the caches and the memory as
+    calls of many seconds leave them.
     """
     taken = [[] for _ in calls]
     for _ in range(2):
         began = time.perf_counter()
-        memory = [memory_of(call, device) for call in calls]
+        memory, quick = [], []
+        for call in calls:
+            before = time.perf_counter()
+            memory.append(memory_of(call, device))
+            quick.append(time.perf_counter() - before < 1)
         if time.perf_counter() - began > budget:
             break
     began, rounds = time.perf_counter(), 0
     while rounds < times and (rounds < 3 or time.perf_counter() - began < budget):
-        for call, seconds in zip(calls, taken):
+        for call, again, seconds in zip(calls, quick, taken):
+            if again:
+                call()
             synchronize(device)
             start = time.perf_counter()
             call()
