@@ -29,6 +29,7 @@ TASKS = {  # borders, factors
     "summarization": ([0.0, 1.0], [1.08, 1.12, 1.15, 1.20]),
 }
 WIDTH = 0.2  # the deviation of the moderate zone's Gaussian, as a share of the zone: 0.3 of 1.5
+PIECE = 2**19  # elements at a time, on a CPU: their float32 copies fit its cache, and starting operations costs little
 
 
 class Attention(attention.Attention):
@@ -67,51 +68,74 @@ class Attention(attention.Attention):
         return self.options.atrt_renormalize
 
     def reweigh(self, p, keys, statistic=None):
-        """p f, or p f / sum(p f), for rows p (..., n, m) that see `keys` (..., n, 1) keys each; f is constant to the gradient."""
-        x, keys = p.detach(), keys.to(wide(p))
-        if self.options.atrt_scope == "row":
-            statistic = keys * torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=keys.dtype).square_() - 1
-        elif statistic is None:  # p is whole, (B, H, T, T); the queries that are padding are left out
+        """p f / sum(p f), or p f, for rows p (..., n, m) that see `keys` (..., n, 1) keys each; f is constant to the gradient."""
+        if self.options.atrt_scope == "matrix" and statistic is None:  # p is whole, (B, H, T, T)
             query = torch.arange(p.size(-2), device=p.device)[:, None]
-            statistic = x.to(keys.dtype).where(query < keys, 0).square().sum((2, 3), keepdim=True) - 1
-        y = torch.addcmul(p, p, self.gains(x, keys, statistic))
+            x = p.detach().to(wide(p)).where(query < keys, 0)  # without the queries that are padding
+            statistic = variation(x.sum((2, 3), True), x.square().sum((2, 3), True), keys.square())
+        if not (torch.is_grad_enabled() and p.requires_grad):
+            return self.raised(p, keys, statistic)
+        y = p * self.raised(p.detach(), keys, statistic, factors=True)
         return y / y.sum(-1, keepdim=True) if self.rescales else y
 
-    def gains(self, p, keys, statistic):
-        """f - 1 for weights p, where statistic is (sigma / mu)^2 and mu = 1 / keys. With s = (p - mu) / sigma:
+    def raised(self, p, keys, statistic=None, factors=False):
+        """`reweigh` of p, or the factors alone, computed in float32, some rows at a time."""
+        out, rows, m = p.new_empty(p.shape), p.reshape(-1, p.size(-1)), p.size(-1)
+        keys = keys.clamp(min=1)  # where padding sees nothing
+        keys, statistic = (x if x is None else x.to(wide(p)).expand(*p.shape[:-1], 1).reshape(-1, 1) for x in (keys, statistic))
+        n = min(len(rows), max(1, (PIECE if p.device.type == "cpu" else 128 * PIECE) // m))
+        room = [p.new_empty(n, m, dtype=wide(p)) for _ in range(5)]  # once: touching new memory costs more than computing
+        for a in range(0, len(rows), n):
+            some = slice(a, a + n)
+            x, gain, *spare = (part[: len(rows[some])] for part in room)
+            x.copy_(rows[some])
+            self.gains(x, keys[some], None if statistic is None else statistic[some], torch.finfo(p.dtype).eps, gain, *spare)
+            if factors:
+                y = gain.add_(1)
+            else:
+                y = torch.addcmul(x, x, gain, out=spare[0])
+                if self.rescales:
+                    y *= y.sum(-1, keepdim=True).reciprocal_()
+            out.view(-1, m)[some] = y
+        return out
+
+    def gains(self, x, keys, statistic, precision, gain, v, above, high_gain):
+        """f - 1 for weights x (n, m), into `gain`. With s = (x - mu) / sigma and the borders low and high:
 
             s > high           f = top - (top - border) exp(-sharpness (s - high)^2 / 2)
             low < s <= high    f = edge + (middle - edge) (g(s) - g(low)) / (g(centre) - g(low))
             s <= low           f = 1
 
-        g is the Gaussian of deviation WIDTH (high - low) about the middle of the moderate zone. In
-        v = (high - s) / (high - low), 1 at the low border and 0 at the high one, g(s) / g(low) is
-        exp(a (v - v^2)) with a = 1 / (2 WIDTH^2), and above, where v < 0, what is wanted is exp(-a (scale v)^2):
-        one exponential for both. Written in few operations, without comparisons: those of bfloat16 take
-        five times as long as a product on a CPU.
+        g is the Gaussian of deviation WIDTH (high - low) about the centre of the moderate zone. One exponential
+        serves both zones: v = (high - s) / (high - low) is 1 at the low border and 0 at the high one, where
+        g(s) / g(low) = exp(a (v - v^2)) with a = 1 / (2 WIDTH^2); above, v < 0, it is exp(-a (slope v)^2).
         """
         (low, high), (edge, middle, border, top) = self.borders, self.factors
-        a, tiny = 1 / (2 * WIDTH**2), torch.finfo(statistic.dtype).eps
-        c = a * math.log2(math.e)  # exp2 is faster than exp
-        # s = 0 where weights differ by no more than their rounding, or that of their sums
-        same = statistic <= max(torch.finfo(p.dtype).eps ** 2, 256 * tiny)
-        r = statistic.masked_fill(same, math.inf).rsqrt()  # mu / sigma: s = p keys r - r
-        # above a border by no more than the rounding of sigma is on it: of two keys s is always 1 or -1
-        origin = r + high + 4 * tiny * (1 + r * r)
-        scale = c / (high - low)
-        v = (p * (keys * r * -scale).to(p.dtype)).add_((origin * scale).to(p.dtype))  # c v
-        end = torch.tensor(c, dtype=p.dtype).item()  # as v has it at the low border
+        a, tiny = 1 / (2 * WIDTH**2), torch.finfo(x.dtype).eps
+        if statistic is None:
+            total, squares = x.sum(-1, keepdim=True), torch.square(x, out=v).sum(-1, keepdim=True)
+            mu, statistic = total / keys, variation(total, squares, keys)
+        else:
+            mu = 1 / keys
+        # s = 0 where weights differ by no more than their own rounding, or than that of their sums.
+        same = statistic <= max(precision**2, 16 * tiny)
+        c = a * math.log2(math.e) / (high - low)  # exp2 takes a third of the time of exp
+        r = statistic.masked_fill(same, math.inf).rsqrt_().mul_(-c)  # -c mu / sigma
+        torch.sub(x, mu, out=v).mul_(r / mu).add_(c * high)  # c (high - s), from here on called v
+        # s above the border by no more than the rounding of sigma is on it: of two keys s is always 1 or -1.
+        torch.lt(v, (r * r).add_(c * c).mul_(-4 * tiny / c), out=above)
         F.leaky_relu_(v, (high - low) * math.sqrt(self.options.atrt_sharpness / (2 * a)))
-        power = v.clamp(min=0).addcmul_(v, v, value=-1 / c).exp2_()
+        end = c * (high - low)
+        power = torch.clamp(v, min=0, out=gain).addcmul_(v, v, value=-1 / end).exp2_()
         k = (middle - edge) / (math.exp(a / 4) - 1)
-        moderate = torch.rsub(power, edge - 1 - k, alpha=-k)
-        more = torch.rsub(power, top - edge + k, alpha=top - border + k)  # of the high zone than of the moderate formula
-        return between(moderate, v, -math.inf, end).add_(between(more, v, -math.inf, 0.0))
+        torch.add(x.new_full((), top - 1), power, alpha=border - top, out=high_gain)
+        torch.add(x.new_full((), edge - 1 - k), power, alpha=k, out=gain).lerp_(high_gain, above)
+        torch.ops.aten.hardtanh_backward.grad_input(gain, v, -math.inf, end, grad_input=gain)  # 0 from `end` on
 
 
-def between(x, v, low, high):
-    """x where low < v < high, else 0: the gradient of hardtanh is this, in one pass."""
-    return torch.ops.aten.hardtanh_backward(x, v, low, high)
+def variation(total, squares, count):
+    """(sigma / mu)^2 of `count` weights, from their sum and their sum of squares."""
+    return (squares * count).div_(total.square()).sub_(1)
 
 
 def numbers(name, value, default):

@@ -154,8 +154,8 @@ def row_squares(layer, q, k, lengths=None):
     (part,), lengths, q, k = folded(layer, q, lengths, k)
     squares = q.new_empty(*q.shape[:3], 1, dtype=wide(q))
     for tile in Walk(layer, stacks(part, layer.relative), lengths, q=q).tiles():
-        p = torch.softmax(tile.scores(tile.take(q, tile.queries), tile.take(k, *tile.keys)), -1)
-        tile.put(squares, tile.queries, torch.linalg.vector_norm(p, dim=-1, keepdim=True, dtype=squares.dtype).square_())
+        p = torch.softmax(tile.scores(tile.take(q, tile.queries), tile.take(k, *tile.keys)), -1, dtype=squares.dtype)
+        tile.put(squares, tile.queries, p.square_().sum(-1, keepdim=True))
     return unfolded(squares, B, H)
 
 

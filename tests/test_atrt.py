@@ -1,180 +1,353 @@
-"""ATRT's factors against the formula written out, at borders, for rows that vary in nothing, and per matrix."""
+"""ATRT beyond the laws of tests/test_attention.py: its zones, its statistics, its gradient.
+
+`formula` is the equation of the design, term by term; what `atrt.py` computes in fewer operations is held to it.
+"""
 
 import math
 
 import pytest
 import torch
 
+import atrt
 from configurator import UserError
 from model import GPTConfig, mechanism
 
-TASKS = {"classification": (0.0, 1.5, 1.10, 1.15, 1.25, 1.30), "summarization": (0.0, 1.0, 1.08, 1.12, 1.15, 1.20)}
+TASKS = {"classification": ((0, 1.5), (1.10, 1.15, 1.25, 1.30)), "summarization": ((0, 1.0), (1.08, 1.12, 1.15, 1.20))}
+PRECISIONS = [torch.float64, torch.float32, torch.bfloat16]
+NEAR = 1e-9
 
 
-def layer(causal=False, dtype=torch.float64, **options):
-    torch.manual_seed(0)
+def make(causal=False, **options):
     kind, defaults = mechanism("atrt")
-    return kind(GPTConfig(n_head=3, n_embd=24, block_size=64, n_class=0 if causal else 2, kernel="engine",
-                          options={**defaults, **options})).to(dtype)
+    options = {**defaults, **{f"atrt_{name}": value for name, value in options.items()}}
+    config = GPTConfig(n_head=3, n_embd=24, block_size=64, n_class=0 if causal else 2, kernel="engine", attention="atrt",
+                       options=options)
+    return kind(config)
 
 
-def factor(s, task="classification"):
-    """The table of zones, as it is written: s a tensor of ranks."""
-    low, high, edge, middle, border, top = TASKS[task]
-    deviation, centre = 0.2 * (high - low), (low + high) / 2
+def formula(s, borders, factors, sharpness=1.0):
+    """The factor of every s."""
+    (low, high), (edge, middle, border, top) = borders, factors
+    centre, width = (low + high) / 2, 0.3 * (high - low) / 1.5
 
-    def g(x):
-        return math.exp(-((x - centre) ** 2) / (2 * deviation**2))
+    def g(s):
+        return torch.exp(-((s - centre) ** 2) / (2 * width**2))
 
-    def one(s):
-        if s > high:
-            return border + (top - border) * (1 - math.exp(-((s - high) ** 2) / 2))
-        if s > low:
-            return edge + (middle - edge) * (g(s) - g(low)) / (g(centre) - g(low))
-        return 1.0
-
-    return torch.tensor([one(x) for x in s.flatten().tolist()], dtype=s.dtype).view(s.shape)
+    low_g, centre_g = (g(torch.tensor(x, dtype=s.dtype)) for x in (low, centre))
+    moderate = edge + (middle - edge) * (g(s) - low_g) / (centre_g - low_g)
+    raised = border + (top - border) * (1 - torch.exp(-sharpness * (s - high) ** 2 / 2))
+    return torch.where(s > high, raised, torch.where(s > low, moderate, torch.ones_like(s)))
 
 
-def ranked(p, mu, sigma):
-    return torch.where(sigma > 0, (p - mu) / sigma, 0 * p)
+def ranks(p, keys):
+    """s of every weight of rows p (..., n, m) of which `keys` are not masked."""
+    mu = 1 / keys.to(p.dtype)
+    sigma = (p.square().sum(-1, keepdim=True) / keys - mu**2).clamp(min=0).sqrt()
+    return torch.where(sigma > 0, (p - mu) / sigma, 0)
 
 
-def by_rows(p, task="classification", renormalize=True):
-    """Rows of a full (n, m) matrix of weights, each ranked among its own."""
-    s = ranked(p, p.mean(-1, keepdim=True), p.std(-1, correction=0, keepdim=True))
-    y = p * factor(s, task)
+def plain(p, keys, renormalize=True, task="classification"):
+    """What the design says, in p's own precision. p may need a gradient: the factors have none."""
+    y = p * formula(ranks(p.detach(), keys), *TASKS[task])
     return y / y.sum(-1, keepdim=True) if renormalize else y
 
 
-def rows(n, m, spread=1.5):
-    return torch.softmax(spread * torch.randn(n, m, dtype=torch.float64, generator=torch.Generator().manual_seed(m)), -1)
+def rows(*shape, spread=1.5, dtype=torch.float64):
+    """(softmax weights of random scores, the number of keys of each row)"""
+    scores = torch.randn(shape, generator=torch.Generator().manual_seed(shape[-1]), dtype=torch.float64)
+    return torch.softmax(spread * scores, -1).to(dtype), torch.full((*shape[:-1], 1), shape[-1])
 
 
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("renormalize", [True, False])
-def test_equals_the_formula(task, renormalize):
-    made = layer(atrt_task=task, atrt_renormalize=renormalize)
-    for n, m in ((1, 3), (7, 5), (40, 64), (3, 1000)):
-        p = rows(n, m)
-        found = made.reweigh(p, torch.full((n, 1), m))
-        torch.testing.assert_close(found, by_rows(p, task, renormalize), rtol=1e-12, atol=1e-15)
+def row_with(s, keys, relative):
+    """A row (1, keys) of weights with sigma = relative * mu, the first of them `s` deviations above the mean."""
+    others = torch.linspace(-1, 1, keys - 1, dtype=torch.float64)
+    shift = -s / (keys - 1)
+    spread = math.sqrt((keys - s**2 - (keys - 1) * shift**2) / others.square().sum())
+    every = torch.cat([torch.tensor([s], dtype=torch.float64), others * spread + shift])
+    return ((1 + relative * every) / keys)[None]
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_zones_at_their_borders(task):
-    """Factors at chosen ranks, from weights that have exactly these."""
-    made = layer(atrt_task=task)
-    low, high, edge, middle, border, top = TASKS[task]
-    s = torch.tensor([[-3.0, -1e-6, 0.0, 1e-6, (low + high) / 2, high - 1e-6, high, high + 1e-6, 9.0]], dtype=torch.float64)
-    wanted = torch.tensor([[1, 1, 1, edge, middle, edge, edge, border, top]], dtype=torch.float64)
-    keys, variation = torch.full((1, 1), 100.0, dtype=torch.float64), torch.full((1, 1), 0.04, dtype=torch.float64)
-    p = (1 + 0.2 * s) / 100  # mu = 1 / 100, sigma = 0.2 mu
-    torch.testing.assert_close(1 + made.gains(p, keys, variation), wanted, rtol=0, atol=1e-6)
-    torch.testing.assert_close(factor(s, task), wanted, rtol=0, atol=1e-6)
+BELL = (math.exp(-0.5) - math.exp(-3.125)) / (1 - math.exp(-3.125))  # of the Gaussian, one deviation from its centre
 
 
-def test_own_borders_factors_and_sharpness():
-    made = layer(atrt_borders=[0.5, 2.5], atrt_factors=[2.0, 3.0, 4.0, 5.0], atrt_sharpness=2.0, atrt_renormalize=False)
-    p = torch.tensor([[1 + 0.2 * s for s in (0.4, 0.6, 1.5, 3.5)]], dtype=torch.float64) / 100
-    gains = made.gains(p, torch.full((1, 1), 100.0), torch.full((1, 1), 0.04, dtype=torch.float64))[0].tolist()
-    assert gains[0] == 0 and 1 < gains[1] < 1.3 and gains[2] == pytest.approx(2, abs=1e-9)
-    assert gains[3] == pytest.approx(4 - math.exp(-1), abs=1e-9)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_rows_that_vary_in_nothing(dtype):
-    """Constant rows and single keys have sigma = 0: every factor is 1. So with masked keys beside them."""
-    made = layer(atrt_renormalize=False)
-    for m in (1, 2, 3, 7, 48, 1000, 4096):
-        p = torch.softmax(torch.full((2, m), 0.3, dtype=dtype), -1)
-        assert torch.equal(made.reweigh(p, torch.full((2, 1), m)), p), m
-        beside = torch.cat([p, torch.zeros_like(p)], 1)
-        assert torch.equal(made.reweigh(beside, torch.full((2, 1), m)), beside), m
-
-
-def test_two_keys():
-    """Of two keys the larger is one deviation above the mean, whatever they are."""
-    for task, wanted in (("classification", None), ("summarization", 1.08)):  # there it is on the border, not above
-        made = layer(atrt_task=task, atrt_renormalize=False)
-        p = torch.rand(500, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 0.49
-        p = torch.cat([p, 1 - p], 1)
-        factors = made.reweigh(p, torch.full((500, 1), 2)) / p
-        expected = factor(torch.tensor([1.0], dtype=torch.float64), task).item() if wanted is None else wanted
-        wanted = torch.tensor([[1.0, expected]], dtype=torch.float64).expand(500, 2)
-        torch.testing.assert_close(factors, wanted, rtol=1e-6, atol=0)
-
-
-def test_masked_keys_do_not_count():
-    """A causal row is ranked among the keys it sees."""
-    made, p = layer(causal=True), torch.zeros(20, 20, dtype=torch.float64)
-    for n in range(20):
-        p[n, : n + 1] = rows(1, n + 1)[0]
-    found = made.reweigh(p, torch.arange(1, 21)[:, None])
-    for n in range(20):
-        torch.testing.assert_close(found[n : n + 1, : n + 1], by_rows(p[n : n + 1, : n + 1]), rtol=1e-12, atol=1e-15)
-    assert found.triu(1).abs().max() == 0
-
-
-@pytest.mark.parametrize("kernel", ["engine", "reference"])
-@pytest.mark.parametrize("scope", ["row", "matrix"])
-def test_padding_and_scope(scope, kernel):
-    """Each example alone: its own tokens' weights, by rows or all of a head's together; long padding changes nothing."""
-    made, T, lengths = layer(atrt_scope=scope), 60, [60, 9, 2, 1]
-    made.kernel = kernel
-    q, k, v = torch.randn(3, 4, 3, T, 8, dtype=torch.float64)
-    found = made.attend(q, k, v, torch.tensor(lengths))
-    for n, length in enumerate(lengths):
-        for h in range(3):
-            p = torch.softmax(q[n, h, :length] @ k[n, h, :length].mT / math.sqrt(8), -1)
-            if scope == "row":
-                y = by_rows(p)
-            else:
-                y = p * factor(ranked(p, p.mean(), p.std(correction=0)))
-                y = y / y.sum(-1, keepdim=True)
-            torch.testing.assert_close(found[n, h, :length], y @ v[n, h, :length], rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("renormalize", [True, False])
-def test_factors_are_constants_to_the_gradient(renormalize):
-    """The gradient is that of p f / sum(p f), or p f, with f as it is."""
-    made, p = layer(atrt_renormalize=renormalize), rows(6, 30).requires_grad_()
-    keys, upstream = torch.full((6, 1), 30), torch.randn(6, 30, dtype=torch.float64)
-    f = 1 + made.gains(p.detach(), keys.double(), 30 * p.detach().square().sum(-1, keepdim=True) - 1)
-    wanted = p * f
-    wanted = wanted / wanted.sum(-1, keepdim=True) if renormalize else wanted
-    (expected,) = torch.autograd.grad(wanted, p, upstream)
-    (found,) = torch.autograd.grad(made.reweigh(p, keys), p, upstream)
-    torch.testing.assert_close(found, expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_low_precision(dtype):
-    """No worse than twice the formula computed in that precision."""
-    made, p = layer(), rows(200, 300)
-    keys = torch.full((200, 1), 300)
-
-    def plain(p):
-        mu, sigma = p.mean(-1, keepdim=True), p.std(-1, correction=0, keepdim=True)
-        y = p * factor((p - mu) / sigma).to(p.dtype)
-        return y / y.sum(-1, keepdim=True)
-
-    low = p.to(dtype)
-    true = by_rows(low.double())
-    ours, theirs = ((x.double() - true).norm() for x in (made.reweigh(low, keys), plain(low)))
-    assert 0 < ours <= 2 * theirs
-
-
-@pytest.mark.parametrize("causal, options, said", [
-    (True, {"atrt_scope": "matrix"}, "use atrt_scope=row, or train a classifier"),
-    (False, {"atrt_scope": "column"}, "unknown atrt_scope 'column'; there are matrix, row"),
-    (False, {"atrt_task": "classify"}, "did you mean classification"),
-    (False, {"atrt_borders": [1.5, 0.0]}, "must be in order"),
-    (False, {"atrt_borders": [1.5]}, r"expects 2 numbers like \[0.0, 1.5\]"),
-    (False, {"atrt_borders": ["a", "b"]}, "expects 2 numbers"),
-    (False, {"atrt_factors": [1.0, 1.1, 0.0, 1.2]}, "must be above 0"),
-    (False, {"atrt_sharpness": -1.0}, "must be at least 0"),
+@pytest.mark.parametrize("task, s, factor", [
+    ("classification", -1.0, 1.0), ("classification", -NEAR, 1.0), ("classification", NEAR, 1.10),
+    ("classification", 0.75, 1.15), ("classification", 0.45, 1.10 + 0.05 * BELL), ("classification", 1.05, 1.10 + 0.05 * BELL),
+    ("classification", 1.5, 1.10), ("classification", 1.5 + NEAR, 1.25), ("classification", 2.5, 1.30 - 0.05 * math.exp(-0.5)),
+    ("classification", 4.5, 1.30 - 0.05 * math.exp(-4.5)),
+    ("summarization", -NEAR, 1.0), ("summarization", NEAR, 1.08), ("summarization", 0.5, 1.12),
+    ("summarization", 0.3, 1.08 + 0.04 * BELL), ("summarization", 1.0, 1.08), ("summarization", 1.0 + NEAR, 1.15),
+    ("summarization", 2.0, 1.20 - 0.05 * math.exp(-0.5)), ("summarization", 5.0, 1.20 - 0.05 * math.exp(-8)),
 ])
-def test_refused(causal, options, said):
+def test_zones(task, s, factor):
+    """The factors in every zone and at its borders, in closed form."""
+    layer = make(renormalize=False, task=task)
+    for keys, relative in ((41, 0.2), (41, 0.02), (300, 0.1)):
+        p = row_with(s, keys, relative)
+        found = layer.reweigh(p, torch.tensor([[keys]])) / p
+        assert found[0, 0].item() == pytest.approx(factor, abs=3 * NEAR), (keys, relative)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_the_mean_is_baseline(dtype):
+    """s = 0, in numbers that no precision rounds: the mean of these is 1/4."""
+    p = torch.tensor([[0.5, 0.25, 0.125, 0.125]], dtype=dtype)
+    f = make(renormalize=False).reweigh(p, torch.tensor([[4]])) / p
+    assert f[0, 0] > 1.05 and (f[0, 1:] == 1).all()
+
+
+@pytest.mark.parametrize("own", [
+    {"borders": [0.25, 2], "factors": [0.9, 1, 1.5, 3.0], "sharpness": 2.5},
+    {"borders": [0.25, 2.0], "sharpness": 0.0},
+    {"factors": [1.2, 1.2, 1.2, 1.2]},
+    {"factors": [1.0, 1.0, 1.25, 1.25]},
+])
+@pytest.mark.parametrize("task", TASKS)
+def test_own_numbers(task, own):
+    """Borders, factors and the sharpness as given; what is not given is the task's."""
+    p, keys = rows(50, 30)
+    borders, factors = own.get("borders", TASKS[task][0]), own.get("factors", TASKS[task][1])
+    found = make(renormalize=False, task=task, **own).reweigh(p, keys) / p
+    expected = formula(ranks(p, keys), borders, factors, own.get("sharpness", 1.0))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_constant_rows(dtype):
+    """sigma = 0: the weights stay as they are, however 1 / n is rounded; a row beside them is raised."""
+    layer = make(renormalize=False)
+    for n in (1, 2, 3, 7, 10, 49, 255, 300, 1000, 2049, 5000):
+        p = torch.full((3, n), 1 / n, dtype=torch.float64).to(dtype)
+        p[1] = rows(n, dtype=dtype)[0]
+        y = layer.reweigh(p, torch.full((3, 1), n))
+        assert torch.equal(y[::2], p[::2]), n
+        assert n == 1 or not torch.equal(y[1], p[1])
+        beside = torch.cat([p[:1], torch.zeros(1, 30, dtype=dtype)], 1)
+        assert torch.equal(layer.reweigh(beside, torch.tensor([[n]])), beside), n
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("m", [2, 40])
+def test_two_keys(dtype, m):
+    """Of two different weights s is 1 and -1 whatever they are: on summarization's border, never above it."""
+    p = torch.zeros(500, m, dtype=dtype)
+    p[:, :2] = torch.cat([rows(100, 2, spread=spread, dtype=dtype)[0] for spread in (0.1, 0.3, 1, 3, 9)])
+    y = make(renormalize=False, task="summarization").reweigh(p, torch.full((500, 1), 2))
+    large, small = p[:, :2].double().amax(1), p[:, :2].double().amin(1)
+    r = (large + small) / (large - small)  # mu / sigma: s is known to some eps (1 + r^2), and below the border f rises by 0.11 s
+    clear, eps = r < 50, torch.finfo(dtype).eps
+    assert clear.sum() > 400
+    error = y.double().amax(1) / large - 1.08
+    assert (error.abs() <= eps * (1 + r * r / 2))[clear].all()
+    assert (error < 0.03).all() and (y[:, :2].double().amin(1) == small).all()
+
+
+def test_one_key():
+    """One key takes everything, wherever it stands and whatever is masked beside it."""
+    p = torch.eye(5, dtype=torch.float64)[:, None]
+    for renormalize in (True, False):
+        assert torch.equal(make(renormalize=renormalize).reweigh(p, torch.ones(5, 1, 1, dtype=torch.long)), p)
+
+
+def test_no_key():
+    """A padded query may see nothing but padding: what it gets is of no use, but a number."""
+    p = torch.full((2, 6), 1 / 6, dtype=torch.float64)
+    for renormalize in (True, False):
+        torch.testing.assert_close(make(renormalize=renormalize).reweigh(p, torch.tensor([[0], [6]])), p)
+
+
+def test_causal_rows():
+    """Masked keys do not count: every row is that of a text which ends there."""
+    layer, T = make(causal=True), 40
+    q, k = torch.randn(2, 2, 3, T, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    eye = torch.eye(T, dtype=torch.float64).expand(2, 3, T, T)
+    for found in (layer.weights(q, k), layer.attend(q, k, eye)):
+        for t in range(T):
+            p = torch.softmax(q[:, :, t : t + 1] @ k[:, :, : t + 1].mT / math.sqrt(8), -1)
+            expected = plain(p, torch.full((2, 3, 1, 1), t + 1))
+            torch.testing.assert_close(found[:, :, t : t + 1, : t + 1], expected, rtol=0, atol=1e-12)
+            assert (found[:, :, t, t + 1 :] == 0).all()
+
+
+def by_hand(scores, renormalize, task):
+    """Matrix scope for one head of one example: scores (n, n), a list of lists, -> weights (n, n)."""
+    p = [[math.exp(score) for score in row] for row in scores]
+    p = [[x / sum(row) for x in row] for row in p]
+    every = [x for row in p for x in row]
+    mu = sum(every) / len(every)
+    sigma = math.sqrt(sum((x - mu) ** 2 for x in every) / len(every))
+    s = torch.tensor([[(x - mu) / sigma if sigma > 1e-12 else 0.0 for x in row] for row in p], dtype=torch.float64)
+    y = torch.tensor(p, dtype=torch.float64) * formula(s, *TASKS[task])
+    return y / y.sum(-1, keepdim=True) if renormalize else y
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize("task", TASKS)
+def test_matrix_scope(task, renormalize):
+    """Ranked among all weights of a head of an example, without padding: reference and engine, by hand."""
+    layer, T = make(scope="matrix", task=task, renormalize=renormalize), 70
+    q, k = 1.5 * torch.randn(2, 5, 3, T, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    eye = torch.eye(T, dtype=torch.float64).expand(5, 3, T, T)
+    for lengths in (None, [70, 9, 2, 1, 33]):  # padding up to 69 of 70
+        given = None if lengths is None else torch.tensor(lengths)
+        found = layer.weights(q, k, lengths=given), layer.attend(q, k, eye, given)
+        for b, n in enumerate(lengths or [T] * 5):
+            for h in range(3):
+                expected = by_hand((q[b, h, :n] @ k[b, h, :n].T / math.sqrt(8)).tolist(), renormalize, task)
+                for weights in found:
+                    torch.testing.assert_close(weights[b, h, :n, :n], expected, rtol=0, atol=1e-12)
+                    assert (weights[b, h, :n, n:] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("T, n", [(67, 49), (49, 13), (100, 37)])
+def test_constant_matrix(dtype, T, n):
+    """Equal weights everywhere stay as they are, however they are rounded, also where padding's queries have others."""
+    layer = make(scope="matrix", renormalize=False)
+    q, k, v = torch.randn(3, 2, 3, T, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    q[0], q[1, :, :n], lengths = 0, 0, [T, n]
+    given = torch.tensor(lengths)
+    for found in (layer.weights(q, k, lengths=given) @ v, layer.attend(q, k, v, given)):
+        for b, n in enumerate(lengths):
+            expected = v[b, :, :n].double().mean(1, keepdim=True).expand(3, n, 8)
+            error = (found[b, :, :n].double() - expected).abs().max()
+            assert error <= 2 * torch.finfo(dtype).eps * v[b].abs().max()
+
+
+def test_scopes_differ():
+    """Two sharp queries and two nearly flat ones: among all weights, the flat rows' are below the mean or barely above."""
+    p = torch.tensor([[0.9, 0.04, 0.03, 0.03], [0.26, 0.26, 0.24, 0.24], [0.3, 0.3, 0.2, 0.2], [0.97, 0.01, 0.01, 0.01]])
+    p, keys = p.double()[None, None], torch.full((1, 1, 4, 1), 4)
+    row, matrix = (make(scope=scope, renormalize=False).reweigh(p, keys)[0, 0] / p[0, 0] for scope in ("row", "matrix"))
+    # in their rows the larger weights of the flat queries stand at s = 1, and among all at (0.26 - 1/4) / sigma
+    sigma = p.std(correction=0).item()
+    for found, s in ((row[1, 0], 1.0), (matrix[1, 0], 0.01 / sigma), (matrix[2, 0], 0.05 / sigma)):
+        assert found.item() == pytest.approx(formula(torch.tensor(s, dtype=torch.float64), *TASKS["classification"]).item())
+    assert matrix[0, 0] > 1.25 and matrix[3, 0] > 1.25
+
+
+@pytest.mark.parametrize("scope", ["row", "matrix"])
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_gradient(renormalize, scope):
+    """That of finite differences with the factors held fixed, masked keys included."""
+    layer = make(renormalize=renormalize, scope=scope)
+    p, keys = rows(1, 2, 6, 6)
+    p[..., 4:] = 0
+    p, keys = p / p.sum(-1, keepdim=True), keys - 2
+    f = (make(renormalize=False, scope=scope).reweigh(p, keys) / p).nan_to_num(1)  # 1 where p is 0
+
+    def fixed(p):
+        return p * f / (p * f).sum(-1, keepdim=True) if renormalize else p * f
+
+    p.requires_grad_()
+    y = layer.reweigh(p, keys)
+    torch.testing.assert_close(y.detach(), fixed(p.detach()), rtol=0, atol=1e-14)
+    upstream = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    (grad,) = torch.autograd.grad(y, p, upstream)
+    numeric = torch.zeros_like(grad)
+    with torch.no_grad():
+        for n in range(p.numel()):
+            step = torch.zeros(p.numel(), dtype=torch.float64)
+            step[n] = 1e-6
+            difference = fixed(p + step.view_as(p)) - fixed(p - step.view_as(p))
+            numeric.view(-1)[n] = (difference * upstream).sum() / 2e-6
+    torch.testing.assert_close(grad, numeric, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize("task", TASKS)
+def test_exact(task, renormalize, monkeypatch):
+    """The few operations equal the formula in float64, in one piece and in many, strided or not."""
+    layer = make(renormalize=renormalize, task=task)
+    for piece in (2**19, 700, 1):
+        monkeypatch.setattr(atrt, "PIECE", piece)
+        for shape in ((1, 1), (3, 3), (1, 1, 1, 5), (2, 3, 17, 40), (7, 129), (2, 64, 300), (1, 2, 3, 1000)):
+            for spread in (0.3, 1.5, 6):
+                p, keys = rows(*shape, spread=spread)
+                expected = plain(p, keys, renormalize, task)
+                torch.testing.assert_close(layer.reweigh(p, keys), expected, rtol=1e-12, atol=0)
+                strided, broadcast = p.mT.contiguous().mT, keys[..., :1, :]
+                torch.testing.assert_close(layer.reweigh(strided, broadcast), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exact_in_low_precision(dtype, renormalize, task):
+    """At most twice the error of the formula computed in the same precision, against float64, output and gradient.
+
+    Rows that have a weight within rounding of a border are left out, for both: either side of it is right.
+    With weights and sigma rounded by eps, s is uncertain by some eps (1 + r + r^2), r = mu / sigma.
+    """
+    layer, eps, compared = make(renormalize=renormalize, task=task), torch.finfo(dtype).eps, 0
+    for n, spread in ((3, 2.0), (10, 0.5), (10, 3.0), (40, 1.5), (40, 6.0), (100, 0.1), (100, 4.0), (1000, 0.5)):
+        p, keys = rows(4000, n, spread=spread, dtype=dtype)
+        s, exact = ranks(p.double(), keys), p.double()
+        r = 1 / (keys * exact.square().sum(-1, keepdim=True) - 1).clamp(min=1e-9).sqrt()
+        clear = torch.stack([(s - border).abs() > 8 * eps * (1 + r + r * r) for border in TASKS[task][0]]).all(0).all(-1)
+        if clear.sum() < 20:
+            continue
+        compared += 1
+        p, exact, keys = p[clear], exact[clear], keys[clear]
+        upstream, results = torch.randn(p.shape, generator=torch.Generator().manual_seed(3)).to(dtype), []
+        for x, reweigh in ((p, layer.reweigh), (p, plain), (exact, plain)):
+            x = x.clone().requires_grad_()
+            y = reweigh(x, keys, *((renormalize, task) if reweigh is plain else ()))
+            results.append((y.detach().double(), torch.autograd.grad(y, x, upstream.to(x.dtype))[0].double()))
+            if reweigh is not plain:  # what the engine calls: without a graph
+                assert (layer.reweigh(p, keys) - results[0][0]).abs().max() <= 2 * eps
+        for ours, theirs, true in zip(*results):
+            assert (ours - true).norm() <= 2 * (theirs - true).norm(), (n, spread)
+        with torch.no_grad():
+            assert (layer.reweigh(p, keys).double() - results[2][0]).norm() <= 2 * (results[1][0] - results[2][0]).norm()
+    assert compared >= 3, compared
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_memory(graph):
+    """No tensor has more elements than p."""
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.untyped_storage().nbytes() // out.element_size())
+            return out
+
+    p, keys = rows(4, 64, 100, dtype=torch.float32)
+    p.requires_grad_(graph)
+    with Watch():
+        y = make().reweigh(p, keys)
+        if graph:
+            torch.autograd.grad(y, p, torch.ones_like(y))
+    assert largest == p.numel()
+
+
+def test_statistic():
+    """Row scope needs none; that of matrix scope is one number for each head of an example."""
+    q, k = torch.randn(2, 2, 3, 30, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    assert make().statistic(q, k, None) is None
+    found = make(scope="matrix").statistic(q, k, torch.tensor([30, 12]))
+    assert found.shape == (2, 3, 30, 1) and (found == found[:, :, :1]).all()
+    p = torch.softmax(q[1, 2, :12] @ k[1, 2, :12].T / math.sqrt(8), -1)
+    assert found[1, 2, 0].item() == pytest.approx((p.std(correction=0) / p.mean()).item() ** 2, rel=1e-12)
+
+
+@pytest.mark.parametrize("options, said", [
+    ({"causal": True, "scope": "matrix"}, "use atrt_scope=row, or train a classifier"),
+    ({"scope": "rows"}, "unknown atrt_scope 'rows'; did you mean row"),
+    ({"task": "translation"}, "unknown atrt_task 'translation'"),
+    ({"borders": [1.5, 0.0]}, r"atrt_borders must be in order, like \[0.0, 1.5\]; got \[1.5, 0.0\]"),
+    ({"borders": [1.0, 1.0]}, "atrt_borders must be in order"),
+    *(({"borders": given}, "atrt_borders expects 2 numbers like")
+      for given in ([1.0], [0, 1, 2], ["0", "1"], [0, math.inf], [0, math.nan], [True, 2])),
+    ({"factors": [1.1, 1.2]}, "atrt_factors expects 4 numbers like"),
+    ({"factors": [0, 1.1, 1.2, 1.3]}, "atrt_factors must be above 0"),
+    *(({"sharpness": given}, "atrt_sharpness must be at least 0") for given in (-1.0, math.inf, math.nan)),
+])
+def test_refused(options, said):
+    """What cannot be is refused with what to do."""
     with pytest.raises(UserError, match=said):
-        layer(causal, **options)
+        make(**options)

@@ -276,19 +276,27 @@ def test_refused(refused, quick, arguments, says):
 
 
 def test_side_by_side():
-    """Calls alternate, two rounds are not counted, and the middle time is taken."""
+    """Calls alternate, each timed right after itself; two rounds are not counted, and the middle time is taken."""
     order = []
     costs = hardware.side_by_side([lambda: order.append("a"), lambda: order.append("b")], times=4)
-    assert order == ["a", "b"] * 6 and [cost.rounds for cost in costs] == [4, 4] and all(cost.seconds > 0 for cost in costs)
-    slow = [0, 0, 0, 0.2, 0]
-    assert hardware.side_by_side([lambda: time.sleep(slow.pop(0))], times=3)[0].seconds < 0.1
+    assert order == ["a", "b"] * 2 + ["a", "a", "b", "b"] * 4
+    assert [cost.rounds for cost in costs] == [4, 4] and all(cost.seconds > 0 for cost in costs)
+    slow = [0, 0, 0, 0, 0, 0.2, 0.2, 0]
+    assert hardware.side_by_side([lambda: time.sleep(slow.pop(0))], times=3)[0].seconds < 0.1 and not slow
 
 
-@pytest.mark.parametrize("times, budget, rounds", [(9, 0.0, 1 + 3), (2, 0.0, 1 + 2), (9, 60.0, 2 + 9)])
-def test_long_calls_are_measured_less_often(times, budget, rounds):
+def test_long_calls_are_not_repeated(monkeypatch):
+    calls, clock = [], iter(range(0, 10**6, 2))
+    monkeypatch.setattr(hardware.time, "perf_counter", lambda: next(clock))
+    hardware.side_by_side([lambda: calls.append(0)], times=3)
+    assert len(calls) == 2 + 3
+
+
+@pytest.mark.parametrize("times, budget, rounds", [(9, 0.0, 1 + 2 * 3), (2, 0.0, 1 + 2 * 2), (9, 60.0, 2 + 2 * 9)])
+def test_long_rounds_are_measured_less_often(times, budget, rounds):
     calls = []
     (cost,) = hardware.side_by_side([lambda: calls.append(0)], times=times, budget=budget)
-    assert len(calls) == rounds and cost.rounds == min(times, rounds - 1 if budget == 0 else rounds - 2)
+    assert len(calls) == rounds and cost.rounds == (min(times, 3) if budget == 0 else times)
 
 
 def test_memory_is_of_a_call_alone():
