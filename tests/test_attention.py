@@ -410,6 +410,40 @@ def test_kernels():
     assert make("span", kernel="auto").choose_kernel("cuda") == "engine"
 
 
+def test_sums_over_many_blocks():
+    """In bfloat16 a summary column's gradient, a sum over all later blocks, errs as the reference's does."""
+    kind, defaults = mechanism("sparse")
+    options = {**defaults, "sparse_pattern": "fixed", "stride": 128}
+    layer = kind(GPTConfig(n_head=1, n_embd=8, block_size=4096, kernel="engine", options=options))
+    inputs = [x.bfloat16().requires_grad_() for x in torch.randn(3, 1, 1, 4096, 8)]
+    same = [x.detach().float().requires_grad_() for x in inputs]
+    columns = torch.arange(124, 1024, 128)  # of the first eight blocks: those with most to sum
+
+    def gradient(attend, inputs):  # what adds up is all of one sign, so that rounding shows
+        return torch.autograd.grad(attend(*inputs).sum(), inputs[2])[0][0, 0, columns].float()
+
+    true = gradient(reference(layer), same)
+    ours, theirs = ((gradient(attend, inputs) - true).norm().item() for attend in (layer.attend, reference(layer)))
+    assert ours < 1.3 * theirs, (ours, theirs)
+
+
+def test_stacks():
+    """Neighbours of one geometry stack while what they add to never meets; others do not."""
+    def block(a, step=1, n=4):
+        return Block(range(1), range(a, a + n * step, step), range(a, a + 2 * n * step, step))
+
+    def sizes(*blocks, relative=True):
+        return [(stack.count, stack.shift) for stack in engine.stacks(blocks, relative)]
+
+    assert sizes(*map(block, range(0, 40, 4))) == [(10, 4)]
+    assert sizes(block(0), block(4), block(9), block(14)) == [(2, 4), (2, 5)]
+    assert sizes(*(block(a, step=3) for a in range(3))) == [(3, 1)]
+    assert sizes(*(block(a, step=3) for a in range(5))) == [(3, 1), (2, 1)]  # residues 0 and 3 meet
+    assert sizes(block(0), block(4, n=3), block(8, n=3)) == [(1, 0), (2, 4)]
+    assert sizes(block(4), block(0)) == [(1, 0), (1, 0)]
+    assert sizes(*map(block, range(0, 12, 4)), relative=False) == 3 * [(1, 0)]
+
+
 @pytest.mark.parametrize("name, causal", BOTH)
 def test_nothing_is_added_to_one_place_twice_at_once(name, causal, monkeypatch):
     """What is added in place in one operation shares no element: else threads would lose sums, now and then."""
