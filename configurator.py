@@ -64,6 +64,11 @@ def mechanisms_with(option):
     return [name for name, text in files.items() if "\nclass Attention(" in text and f"\n{option} = " in text]
 
 
+def plain_values(space):
+    """The settings among a script's or a module's names: lower-case plain values, by name."""
+    return {key: value for key, value in space.items() if key.islower() and key[0] != "_" and type(value) in PLAIN}
+
+
 def configure(script, arguments=None, more=None):
     """Set the globals `script` from the command line.
 
@@ -73,7 +78,7 @@ def configure(script, arguments=None, more=None):
     or a value of another type; nothing is set then.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    defaults = {key: value for key, value in script.items() if key.islower() and key[0] != "_" and type(value) in PLAIN}
+    defaults = plain_values(script)
     aliases = {key: meaning for key, meaning in ALIASES.items() if meaning[0] in defaults}
     if "--help" in arguments or "-h" in arguments:
         print(f"{(script.get('__doc__') or '').strip()}\n\nsettings (--key=value) and their defaults:")

@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import attention
-from configurator import UserError, choose, nearest
+from configurator import UserError, choose, nearest, plain_values
 from engine import wide
 from runs import write_whole
 
@@ -70,9 +70,7 @@ def mechanism(name):
     names = ["dense"] + [f.stem for f in files if f.stem != "attention" and "\nclass Attention(" in f.read_text("utf-8")]
     choose("attention", name, names)
     module = importlib.import_module("attention" if name == "dense" else name)
-    plain = (bool, int, float, str, list)
-    options = {key: value for key, value in vars(module).items() if key[0] != "_" and key.islower() and type(value) in plain}
-    return module.Attention, options
+    return module.Attention, plain_values(vars(module))
 
 
 EPSILON = 1e-6  # in RMSNorm: next to the mean square

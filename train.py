@@ -179,7 +179,8 @@ def build(data, settings, options):
         return GPT(config).to(device), None
     # what changes no weight's shape follows the command line: of options, those that are not at their default
     free = {"kernel": kernel, "dropout": dropout}
-    given = {key: value for key, value in options.items() if value != mechanism(attention)[1][key]}
+    defaults = mechanism(attention)[1]
+    given = {key: value for key, value in options.items() if value != defaults[key]}
     model, checkpoint = load(Path(out_dir) / ("best.pt" if eval_only else "ckpt.pt"), device, given, **free)
     for key, value in {**settings, **given}.items():
         fixed = key not in free and key in checkpoint["model_config"]

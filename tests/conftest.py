@@ -23,6 +23,18 @@ from data.toy import prepare as toy_prepare
 torch.set_num_threads(1)
 
 
+class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the elements of the largest tensor that anything makes within it: `elements`."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.elements = max(self.elements, out.untyped_storage().nbytes() // out.element_size())
+        return out
+
+
 def tokens_of(texts):
     """(bytes of all texts, each after the mark 0, and their offsets)"""
     parts = [b"\0" + text.encode() for text in texts]

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from conftest import LargestTensor
 
 import atrt
 from configurator import UserError
@@ -306,23 +307,13 @@ def test_exact_in_low_precision(dtype, renormalize, task):
 @pytest.mark.parametrize("graph", [True, False])
 def test_memory(graph):
     """No tensor has more elements than p."""
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            out = function(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
-                largest = max(largest, out.untyped_storage().nbytes() // out.element_size())
-            return out
-
     p, keys = rows(4, 64, 100, dtype=torch.float32)
     p.requires_grad_(graph)
-    with Watch():
+    with LargestTensor() as largest:
         y = make().reweigh(p, keys)
         if graph:
             torch.autograd.grad(y, p, torch.ones_like(y))
-    assert largest == p.numel()
+    assert largest.elements == p.numel()
 
 
 def test_statistic():

@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from conftest import LargestTensor
 
 import attention
 import engine
@@ -469,22 +470,13 @@ def test_nothing_is_added_to_one_place_twice_at_once(name, causal, monkeypatch):
 @pytest.mark.parametrize("name", CAUSAL)
 def test_engine_builds_no_square(name, monkeypatch):
     """No tensor of the engine has T x T elements: memory is linear in T."""
-    T, largest = 2048, 0
+    T = 2048
     layer = make(name, block_size=T, dtype=torch.float32)
     monkeypatch.setattr(engine, "TILE", 2**16)
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            out = function(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
-                largest = max(largest, out.untyped_storage().nbytes() // out.element_size())
-            return out
-
     inputs = random_qkv(T, B=1, dtype=torch.float32)
-    with Watch():
+    with LargestTensor() as largest:
         torch.autograd.grad(layer.attend(*inputs).sum(), inputs + layer.mask_parameters(), allow_unused=True)
-    assert 0 < largest <= 1024 * T  # a strip of bias, or a tile of one head; T x T would be 2048 * T
+    assert 0 < largest.elements <= 1024 * T  # a strip of bias, or a tile of one head; T x T would be 2048 * T
 
 
 def test_rotations():
