@@ -36,7 +36,7 @@ class Attention(nn.Module):
     config: `GPTConfig` (n_embd, n_head, block_size, dropout, bias, causal, kernel, options).
     """
 
-    relative = True  # bias depends on i - j only: evaluated once for all blocks of a shape
+    bias_period = 1  # bias(i + this, j + this) is bias(i, j): blocks so far apart share one; 0: there is no such distance
     rescales = False  # reweigh gives p f / sum(p f) with factors f that are constants to the gradient
 
     def __init__(self, config, layer=0):
@@ -99,6 +99,11 @@ class Attention(nn.Module):
     def dense(self):
         """Whether this is dense attention and nothing else, which PyTorch's fused call computes too."""
         return type(self).bias is Attention.bias and not self.reweighs
+
+    @property
+    def relative(self):
+        """Whether the bias depends on i - j alone."""
+        return self.bias_period == 1
 
     @property
     def reweighs(self):

@@ -62,19 +62,19 @@ class Stack(NamedTuple):
     shift: int
 
 
-def stacks(blocks, relative):
-    """The blocks in order, neighbours of one geometry as one stack. Only a bias that depends on
-    i - j alone (`relative`) is the same for all blocks of a stack."""
+def stacks(blocks, period):
+    """The blocks in order, neighbours of one geometry as one stack, where the layer's bias is the
+    same for all of them: they are a multiple of its `period` apart."""
     found, before = [], None
     for block in blocks:
-        geometry = block.geometry() if relative else None
+        geometry = block.geometry() if period else None
         if geometry and geometry == before:
             first, count, shift = found[-1]
             ahead = block.queries.start - first.queries.start
             shift = shift or ahead
             # keys of different residues must not meet: `Tile.add` takes turns only where they are of one
             apart = all(shift % run.step == 0 or ahead < run.step for run in block.runs)
-            if ahead == count * shift > 0 and apart:
+            if ahead == count * shift > 0 == shift % period and apart:
                 found[-1] = Stack(first, count + 1, shift)
                 continue
         found.append(Stack(block, 1, 0))
@@ -138,7 +138,7 @@ def engine(layer, q, k, v, lengths=None, dropout=0.0, statistic=None):
     parameters = [p for p in layer.mask_parameters() if p.requires_grad]
     found = []
     for n, part in enumerate(parts):
-        how = stacks(part, layer.relative), lengths, dropout, seed + n, extra[0] if extra else None, len(parts) > 1
+        how = stacks(part, layer.bias_period), lengths, dropout, seed + n, extra[0] if extra else None, len(parts) > 1
         found.append(Engine.apply(layer, how, q, k, v, *parameters))
     y, lse = found[0]
     for other, its in found[1:]:  # softmax over all keys: a part weighs as much as the sum of its exponentials
@@ -153,7 +153,7 @@ def row_squares(layer, q, k, lengths=None):
     B, H = q.shape[:2]
     (part,), lengths, q, k = folded(layer, q, lengths, k)
     squares = q.new_empty(*q.shape[:3], 1, dtype=wide(q))
-    for tile in Walk(layer, stacks(part, layer.relative), lengths, q=q).tiles():
+    for tile in Walk(layer, stacks(part, layer.bias_period), lengths, q=q).tiles():
         p = torch.softmax(tile.scores(tile.take(q, tile.queries), tile.take(k, *tile.keys)), -1, dtype=squares.dtype)
         tile.put(squares, tile.queries, p.square_().sum(-1, keepdim=True))
     return unfolded(squares, B, H)

@@ -45,7 +45,7 @@ class Attention(attention.Attention):
         self.window, self.globals = self.options.window, self.options.global_tokens
         self.stride = self.options.stride or round(math.sqrt(self.block_size))
         self.columns = min(self.options.fixed_columns, self.stride)
-        self.relative = self.pattern != "fixed" and not self.globals
+        self.bias_period = 0 if self.globals else self.stride if self.pattern == "fixed" else 1
 
     @property
     def dense(self):
@@ -81,7 +81,7 @@ class Attention(attention.Attention):
             parts = [self.near(rest, self.stride, range(self.stride)),
                      self.classes(rest, self.stride, T, range(self.stride, T))]
         elif self.pattern == "fixed":
-            parts = [self.blocks(rest)]
+            parts = [self.own(rest), self.summaries(rest)]
         else:
             # The powers of two beyond the window: among the positions that are equal modulo a power of
             # two they are again 1, 2, 4, ... places away, so that few keys cover seven of them.
@@ -108,17 +108,26 @@ class Attention(attention.Attention):
         return [Block(range(self.n_head), *pair[n], distances)
                 for n in range(max(map(len, pairs), default=0)) for pair in pairs if n < len(pair)]
 
-    def blocks(self, positions):
-        """`fixed`: some blocks of `stride` at a time, with their own keys and all blocks' summary columns."""
+    def own(self, positions):
+        """`fixed`: some blocks of `stride` at a time, without their summary columns."""
+        part, l, T = [], self.stride, positions.stop
+        n, rest = max(1, round(64 / l)), l - self.columns
+        for start in range(positions.start // l * l, T, n * l):
+            starts = [range(max(a, positions.start), min(a + rest, T)) for a in range(start, start + n * l, l)]
+            part.append(Block(range(self.n_head), range(max(start, positions.start), min(start + n * l, T)), tuple(starts)))
+        return [block for block in part if block.queries and block.runs]
+
+    def summaries(self, positions):
+        """`fixed`: all blocks' summary columns, their own among them. Many queries at a time, so that
+        products are of few shapes: each new one costs more to prepare than to compute."""
         part, l, T = [], self.stride, positions.stop
         columns = [range(first, T, l)[len(range(first, positions.start, l)) :] for first in range(l - self.columns, l)]
-        n = l * max(1, round(128 / l))
+        n = l * 8 * max(1, round(128 / l))
         for start in range(positions.start // l * l, T, n):
-            own = range(max(start, positions.start), min(start + n, T))
-            before = [range(column.start, start, l) for column in columns]
-            after = [] if self.causal else [column[len(range(column.start, start + n, l)) :] for column in columns]
-            part.append(Block(range(self.n_head), own, (own, *before, *after)))
-        return [block for block in part if block.queries]
+            queries = range(max(start, positions.start), min(start + n, T))
+            keys = tuple(column[: len(range(column.start, queries.stop, l))] if self.causal else column for column in columns)
+            part.append(Block(range(self.n_head), queries, keys))
+        return [block for block in part if block.queries and block.runs]
 
     def reach(self):
         return self.window - 1 if self.pattern == "local" and not self.globals else self.block_size - 1
