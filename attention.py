@@ -199,35 +199,44 @@ class Attention(nn.Module):
         (k, v, j), i = cache.held(), torch.tensor([cache.length - 1], device=q.device)
         if self.reweighs:
             return self.weights(q, k, i, j) @ v
-        if not self.relative:
+        if not self.bias_period:
             bias = self.bias(i, j)
             slots = (bias > -math.inf).any(0)[0].nonzero()[:, 0]
-            k, v, bias = k[:, :, slots], v[:, :, slots], bias[:, :, slots]
-        else:
-            if cache.kept is None:
-                cache.kept = self.kept_by_distance(cache.size, q.device)
-            heads, distances, bias = cache.kept
-            if distances is None:
-                bias = bias[:, :, i - j]
-            else:
-                if cache.length < cache.size:
-                    near = distances <= i
-                    heads, distances, bias = heads[near[: len(heads)]], distances[near], bias[:, :, near]
-                slots = (i - distances) % cache.size
-                k, v = (x[:, heads, slots][:, None] if len(heads) else x[:, :, slots] for x in (k, v))
-        return torch.softmax(q @ k.mT / math.sqrt(q.size(3)) + bias.to(q.dtype), -1) @ v
+            return self.attend_to(q, k.index_select(2, slots), v.index_select(2, slots), bias[:, :, slots])
+        residue = cache.length % self.bias_period
+        if residue not in cache.kept:
+            cache.kept[residue] = self.kept_by_distance(cache.size, residue, q.device)
+        heads, distances, bias = cache.kept[residue]
+        if distances is None:
+            return self.attend_to(q, k, v, None if bias is None else bias[:, :, i - j])
+        if cache.length < cache.size:
+            near = distances <= i
+            heads, distances, bias = heads[near[: len(heads)]], distances[near], bias[:, :, near]
+        slots = (i - distances) % cache.size
+        if not len(heads):
+            return self.attend_to(q, k.index_select(2, slots), v.index_select(2, slots), bias)
+        k, v = (x.flatten(1, 2).index_select(1, heads * cache.size + slots)[:, None] for x in (cache.k, cache.v))
+        return self.attend_to(q.transpose(1, 2), k, v, bias.transpose(0, 1)).transpose(1, 2)  # heads as queries: one product
 
-    def kept_by_distance(self, size, device):
-        """What a query keeps of the `size` latest positions: (heads, distances, bias).
+    @staticmethod
+    def attend_to(q, k, v, bias):
+        """softmax(q k^T / sqrt(D) + bias) v, where nothing else happens to the scores."""
+        scores = q @ k.mT / math.sqrt(q.size(3))
+        return torch.softmax(scores if bias is None else scores + bias.to(q.dtype), -1) @ v
 
-        All of them: distances is None, bias (H or 1, 1, size) by distance. The same in each head:
+    def kept_by_distance(self, size, residue, device):
+        """What a query, the last of a text whose length modulo `bias_period` is `residue`, keeps of
+        the `size` latest positions: (heads, distances, bias).
+
+        All of them: distances is None, bias (H or 1, 1, size) by distance, or None: 0. The same in each head:
         distances (m,), bias (H or 1, 1, m). Else all heads' distances in one row, heads (m,) saying
         whose they are, and bias (H, 1, m) that keeps every head from the others'.
         """
-        bias = self.bias(torch.tensor([size - 1], device=device), torch.arange(size - 1, -1, -1, device=device))
+        i = size - 1 + (residue - size) % self.bias_period
+        bias = self.bias(torch.tensor([i], device=device), torch.arange(i, i - size, -1, device=device))
         kept = bias[:, 0] > -math.inf
         if kept.all():
-            return None, None, bias
+            return None, None, bias if bias.any() else None
         if (kept == kept[0]).all():
             distances = kept[0].nonzero()[:, 0]
             return distances[:0], distances, bias[:, :, distances]
@@ -314,7 +323,7 @@ class Cache:
 
     def __init__(self, size):
         self.size, self.length = size, 0  # length: tokens seen so far, kept or not
-        self.kept = None  # `Attention.kept_by_distance`, once it is known
+        self.kept = {}  # `Attention.kept_by_distance` by residue, once it is known
 
     def extend(self, k, v):
         """Append k, v (B, H, T, D), from position `length` on.

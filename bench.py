@@ -14,6 +14,7 @@ matrix product, measured in the same run.
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import math
 import re
@@ -300,7 +301,7 @@ def bench_step(rows, T):
 
 def cache_bytes(cache):
     """Bytes of all tensors that a cache holds."""
-    values = [x for value in vars(cache).values() for x in (value if isinstance(value, tuple) else [value])]
+    values = [*vars(cache).values(), *itertools.chain(*cache.kept.values())]
     return sum(x.untyped_storage().nbytes() for x in values if torch.is_tensor(x))
 
 
