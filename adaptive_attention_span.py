@@ -181,6 +181,6 @@ class Attention(attention.Attention):
 
 
 if __name__ == "__main__":
-    import plot
+    import pattern
 
-    plot.show_pattern("adaptive_attention_span", span_init=[2.0, 6.0, 12.0, 20.0], softness_span_mask=8, n_head=4)
+    pattern.show_pattern("adaptive_attention_span", span_init=[2.0, 6.0, 12.0, 20.0], softness_span_mask=8, n_head=4)

@@ -148,6 +148,6 @@ def numbers(name, value, default):
 
 
 if __name__ == "__main__":
-    import plot
+    import pattern
 
-    plot.show_pattern("atrt")
+    pattern.show_pattern("atrt")

@@ -358,6 +358,6 @@ class Cache:
 
 
 if __name__ == "__main__":
-    import plot
+    import pattern
 
-    plot.show_pattern("dense")
+    pattern.show_pattern("dense")

@@ -1,7 +1,16 @@
-"""Pictures: python plot.py OUT_DIR, or python plot.py results/FILE.json [--dpi=110]
+"""Pictures: python plot.py OUT_DIR [OUT_DIR ...] [--key=value], or python plot.py results/FILE.json
 
-OUT_DIR   a run of train.py: its losses (curves.png) and, where its attention learns spans, those (spans.png)
-FILE      what `bench.py attention --results=FILE` wrote: time and memory against T (FILE.png, beside it)
+OUT_DIR   a run of train.py; of several, pictures for all together. Into the first one's folder, or --out=FOLDER:
+    curves.png      loss, and accuracy or bits per byte, over the steps
+    kept.png        the share of pairs that attention keeps, where it drops some
+    spans.png       the spans and periods that heads have learned
+    confusion.png   a classifier's answers against the truth, and roc.png: over the test split where it was opened,
+                    else over validation
+  and with a text, in their place, from best.pt:
+    --text="..."      heat.png: attention within a prompt or a review, in --layer=N by --head=N; and for a classifier the
+                      page reviews.png: what it says, and the words that weighed most
+    --reviews=FILE    that page for reviews, each a line {"text": "...", "label": 1, "kind": "..."}; no label, no truth
+FILE      what compare.py wrote (FILE.png, FILE_hard.png), or `bench.py attention --results=FILE` (FILE.png)
 
 A mechanism's own pattern is drawn by its own file: python sparse.py. Pictures need matplotlib.
 """
@@ -9,9 +18,9 @@ A mechanism's own pattern is drawn by its own file: python sparse.py. Pictures n
 import io
 import json
 import math
-import shutil
 import sys
-import textwrap
+import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +28,15 @@ import numpy as np
 from configurator import UserError, configure, run
 from runs import write_whole
 
+out = ""  # the folder for pictures; default: that of the first run, or of the JSON file
 dpi = 110  # dots per inch
+text = ""  # show what the model looks at in this text
+reviews = ""  # a file of reviews, to show what the model says of them
+layer = -1  # of heat maps; -1: the last one
+head = -1  # of heat maps; -1: all of the layer
 
 # Told apart by every kind of colour vision (Okabe and Ito 2008, without black and the yellow that white swallows).
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
-SHADES = ".:+*#"  # dropped, three steps of a soft mask, kept; ASCII, since not every terminal has blocks
 
 
 def figure(width=1, height=1):
@@ -40,7 +53,9 @@ def write(fig, path):
     from PIL import Image  # comes with matplotlib
 
     drawn = io.BytesIO()
-    fig.savefig(drawn, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the picture shows a box for it
+        fig.savefig(drawn, format="png")
     picture = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
     write_whole(path, lambda file: picture.save(file, "png", optimize=True))
     print(path)
@@ -64,7 +79,42 @@ def ranges(numbers):
     return ", ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in zip(starts, ends))
 
 
-# ---- a run -----------------------------------------------------------------------------------
+def plain(text):
+    """A text in which matplotlib sees no formula."""
+    return str(text).replace("$", r"\$")
+
+
+def below(ax, columns=1):
+    """The legend of a panel, under it: there it covers nothing."""
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns, fontsize=8, frameon=False)
+
+
+def below_all(fig, ax, columns=3):
+    """One legend for all panels, with the lines of one of them, under the picture."""
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+
+
+def focus(ax, points):
+    """Limit a panel to the scores that `points`, [(steps, scores)], have after the first tenth of the steps, so
+    that the fall at the beginning does not flatten all that follows."""
+    last = max((steps[-1] for steps, _ in points if len(steps)), default=0)
+    late = [y for steps, scores in points for x, y in zip(steps, scores) if x >= last / 10 and math.isfinite(y)]
+    if late and max(late) > min(late):
+        room = 0.06 * (max(late) - min(late))
+        ax.set_ylim(min(late) - room, max(late) + room)
+
+
+# ---- runs --------------------------------------------------------------------------------------
+
+
+def names_of(folders):
+    """{name: folder} of different folders: as much of each one's end as tells it from the others."""
+    folders = {folder.resolve(): folder for folder in folders}
+    depth = 1
+    while len({path.parts[-depth:] for path in folders}) < len(folders):
+        depth += 1
+    return {"/".join(path.parts[-depth:]): folder for path, folder in folders.items()}
 
 
 def read_log(path):
@@ -89,30 +139,77 @@ def series(records, key):
     return [r["step"] for r in there], [r[key] for r in there]
 
 
-def draw_curves(folder):
-    """Losses over the steps, and accuracy where there is one."""
-    records, whole = read_log(folder / "log.jsonl")
-    splits = {split: [r for r in records if r["split"] == split] for split in ("train", "val")}
-    keys = {"loss": "loss (nats)"} | ({"accuracy": "accuracy"} if any("accuracy" in r for r in records) else {})
-    fig = figure(5.5 * len(keys), 3.8)
-    for ax, (key, label) in zip(np.ravel(fig.subplots(1, len(keys))), keys.items()):
-        if key == "loss":
-            ax.plot(*series(splits["train"], key), color=PALETTE[5], linewidth=1, label="training")
-        ax.plot(*series(splits["val"], key), color=PALETTE[0], marker="o", markersize=3, label="validation")
-        for n, record in enumerate(r for r in whole if key in r):
-            bits = f" ({record['bits_per_byte']:.4f} bits per byte)" if "bits_per_byte" in record and key == "loss" else ""
-            ax.plot(record["step"], record[key], color=PALETTE[1 + n % 5], marker="o^"[n % 2], markersize=9, fillstyle="none",
-                    linestyle="", label=f"best weights, whole {record['split']} split: {record[key]:.4f}{bits}")
-        ax.set(xlabel="step", ylabel=label)
+SCORES = {"loss": "loss (nats)", "accuracy": "accuracy", "bits_per_byte": "bits per byte"}
+
+
+def draw_curves(logs, path):
+    """Losses over the steps, and what other scores there are. logs: {name: `read_log`}; many of them have a colour
+    each and their scores in the legend, one alone shows its training loss in another colour, and its scores as marks."""
+    keys = [key for key in SCORES if any(key in r for records, _ in logs.values() for r in records)]
+    one = len(logs) == 1
+    fig = figure(5.5 * len(keys), 4.3 if one else 3.8 + 0.18 * -(-len(logs) // 2))
+    for ax, key in zip(np.ravel(fig.subplots(1, len(keys))), keys):
+        points = []
+        for n, (name, (records, whole)) in enumerate(logs.items()):
+            training, validation = (series([r for r in records if r["split"] == split], key) for split in ("train", "val"))
+            points.append(validation)
+            if key != "loss":  # of batches there is only the loss; --eval_train=True logs the others
+                training = series(records, f"train_{key}")
+            look = {"color": PALETTE[0], "marker": "o", "markersize": 3} if one else style(n)
+            whole = [r for r in whole if key in r]
+            if training[0] and one:
+                ax.plot(*training, color=PALETTE[5], linewidth=1, label="training")
+            elif training[0]:
+                ax.plot(*training, color=look["color"], linewidth=0.6, alpha=0.4)
+            if one:
+                ax.plot(*validation, **look, label="validation")
+                for m, r in enumerate(whole):
+                    ax.plot(r["step"], r[key], color=PALETTE[1 + m % 5], marker="o^"[m % 2], markersize=9, fillstyle="none",
+                            linestyle="", label=f"best weights, whole {r['split']} split: {r[key]:.4f}")
+            else:
+                ends = "".join(f", {r['split']} {r[key]:.4f}" for r in whole)
+                ax.plot(*validation, **look, linewidth=1.2, label=plain(name) + ends)
+        if not one:
+            focus(ax, points)
+        ax.set(xlabel="step", ylabel=SCORES[key])
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=8)
-    fig.suptitle(folder.resolve().name, fontsize=10)
-    write(fig, folder / "curves.png")
+        below(ax, 1 if one or len(logs) < 3 else 2)
+    fig.suptitle(plain(*logs) if one else "validation while training (thin: training); the best weights on whole splits",
+                 fontsize=10)
+    write(fig, path)
 
 
-def draw_spans(folder):
+def draw_kept(logs, path):
+    """The share of pairs that attention keeps over the steps: of one run a line for the layers that are alike, of
+    many the mean over layers, a line each. Nothing where every layer always keeps all."""
+    lines = {}
+    for name, (records, _) in logs.items():
+        records = [r for r in records if any("kept_share" in layer for layer in r.get("stats", []))]
+        steps, layers = [r["step"] for r in records], {}
+        shares = np.array([[100 * layer.get("kept_share", math.nan) for layer in r["stats"]] for r in records])
+        for n, column in enumerate(shares.T):  # shares: (records, layers)
+            if np.isfinite(column).any():
+                layers.setdefault(tuple(column), []).append(n)
+        if len(logs) > 1 and layers:
+            lines[plain(name)] = steps, np.nanmean(shares, 1)
+        elif len(logs) == 1:
+            lines |= {f"layer{'s' * (len(same) > 1)} {ranges(same)}": (steps, column) for column, same in layers.items()}
+    if all(np.nanmin(shares) >= 100 for _, shares in lines.values()):
+        return
+    fig = figure(6.5, 3.6 + 0.18 * -(-len(lines) // 3))
+    ax = fig.subplots()
+    for n, (label, points) in enumerate(lines.items()):
+        ax.plot(*points, **style(n), linewidth=1.2, label=f"{label}: {points[1][-1]:.1f} %")
+    ax.set(xlabel="step", ylabel="kept pairs (%)", ylim=(0, 104))
+    ax.grid(alpha=0.3)
+    ax.set_title(f"share of the pairs of dense attention that are kept{', mean over layers' * (len(logs) > 1)}", fontsize=10)
+    below_all(fig, ax)
+    write(fig, path)
+
+
+def draw_spans(records, path):
     """Spans per layer and head over the steps, and periods below them; nothing where none were logged."""
-    records = [r for r in read_log(folder / "log.jsonl")[0] if any("spans" in layer for layer in r.get("stats", []))]
+    records = [r for r in records if any("spans" in layer for layer in r.get("stats", []))]
     if not records:
         return
     last = records[-1]["stats"]
@@ -138,240 +235,149 @@ def draw_spans(folder):
             ax.set_xlabel("step" if n + columns >= len(last) else "")
             ax.set_ylabel(key[:-1] + " (tokens)" if n % columns == 0 else "")
     fig.legend(lines.values(), lines, loc="outside right upper", fontsize=8)
-    write(fig, folder / "spans.png")
-
-
-# ---- a benchmark -------------------------------------------------------------------------------
-
-
-def read_rows(path):
-    """({label: {T: (milliseconds, MiB)}}, what the figures are of, the file's other entries).
-
-    Medians where a point was measured more than once, as the fused call is beside every mechanism.
-    Where the shapes differ in more than T, the figures are divided by batch x heads.
-    """
-    rows = []
-    try:
-        saved = json.loads(path.read_text("utf-8"))
-        for row in saved["rows"]:
-            if "attention" in row:
-                B, H, T = map(int, row["batch x heads x time"].split("x"))
-                rows.append((row["attention"], B, H, T, row["ms"], row["MiB more"]))
-                rows.append(("fused call", B, H, T, row["fused call, ms"], row["fused, MiB more"]))
-        rows = [(label, B, H, T, *(math.nan if x is None else float(x) for x in figures)) for label, B, H, T, *figures in rows]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not what `python bench.py attention --results=FILE` writes ({error!r})")
-    if not rows:
-        raise UserError(f"{path} holds no rows of `python bench.py attention --results=FILE`, the one mode that is drawn")
-    shapes = {(B, H) for _, B, H, *_ in rows}
-    what = "batch {}, {} heads".format(*min(shapes)) if len(shapes) == 1 else "one head of one example"
-    found = {}
-    for label, B, H, T, *figures in rows:
-        found.setdefault(label, {}).setdefault(T, []).append(np.array(figures) / (1 if len(shapes) == 1 else B * H))
-    return {label: {T: np.median(found[label][T], 0) for T in sorted(found[label])} for label in found}, what, saved
-
-
-def draw_bench(path):
-    """Time and memory against T on log axes, a line a mechanism, with its exponent."""
-    found, what, saved = read_rows(path)
-    labels = sorted(found, key="fused call".__eq__)  # the fused call last, the others in the file's order
-    every = sorted({T for points in found.values() for T in points})
-    fig = figure(11, 4.2 + 0.2 * -(-len(labels) // 2))
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    for n, (ax, name) in enumerate(zip(fig.subplots(1, 2), ("forward + backward (ms)", "memory beyond the inputs (MiB)"))):
-        for line, label in enumerate(labels):
-            points = [(T, figures[n]) for T, figures in found[label].items() if figures[n] > 0]  # log axes; nan: not measured
-            look = {"color": "black", "linestyle": "--", "marker": "x"} if label == "fused call" else style(line)
-            if len(points) > 1:
-                label += f": $T^{{{np.polyfit(*np.log(points).T, 1)[0]:.2f}}}$"  # a straight line on log axes
-            if points:
-                ax.plot(*zip(*points), label=label, linewidth=1.3, **look)
-        ax.set_xscale("log", base=2)
-        ax.set_yscale("log")
-        ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5), numticks=30), minor_locator=NullLocator(), major_formatter="{x:,g}")
-        ax.tick_params(labelsize=8)
-        ax.set_xticks(every, [f"{T:,}" for T in every])
-        ax.set(xlabel="T (tokens)", ylabel=name)
-        ax.grid(alpha=0.3)
-        if ax.lines:
-            ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=8, frameon=False)
-    machine = saved.get("machine") or {}
-    where = machine.get("gpu") or f"{machine.get('processor')}, {machine.get('threads')} threads"
-    fig.suptitle(f"attention alone, {what}, {saved.get('dtype')}; {where}", fontsize=10)
-    write(fig, path.with_suffix(".png"))
-
-
-# ---- a mechanism's pattern ---------------------------------------------------------------------
-
-
-def merged(found):
-    """[(matrix, [(layer, head), ...])] from {(layer, head): matrix}: equal ones once."""
-    groups = []
-    for place, matrix in found.items():
-        for other, places in groups:
-            if np.array_equal(matrix, other, equal_nan=True):
-                places.append(place)
-                break
-        else:
-            groups.append((matrix, [place]))
-    return groups
-
-
-def where(places):
-    """'layers 0-1, heads 0-3' for [(layer, head), ...]."""
-    by_heads = {}
-    for layer in sorted({layer for layer, _ in places}):
-        by_heads.setdefault(ranges([h for n, h in places if n == layer]), []).append(layer)
-    return "; ".join(f"layer{'s' * (len(layers) > 1)} {ranges(layers)}, head{'s' * (not heads.isdigit())} {heads}"
-                     for heads, layers in by_heads.items())
-
-
-def text(matrix, columns):
-    """A (T, T) matrix as lines of SHADES, from 0 to 1, blank where it is nan: two characters a position
-    where the columns suffice, else one for the mean of so many positions that they do."""
-    T = len(matrix)
-    size = -(-T // columns)
-    n = -(-T // size)
-    cells = np.pad(matrix, (0, n * size - T), constant_values=math.nan)
-    cells = cells.reshape(n, size, n, size).swapaxes(1, 2).reshape(n, n, size * size)
-    there = ~np.isnan(cells)
-    mean = np.where(there, cells, 0).sum(-1) / np.maximum(there.sum(-1), 1)
-    shade = np.where(mean >= 1, 4, np.where(mean <= 0, 0, 1 + np.clip(np.floor(3 * mean), 0, 2))).astype(int)
-    lines = [[SHADES[s] if t else " " for s, t in zip(*row)] for row in zip(shade, there.any(-1))]
-    return "\n".join((" " * (2 * T <= columns)).join(line).rstrip() for line in lines)
-
-
-def patterns(model, name, T):
-    """What there is to draw: ([(title, mask)], [(title, factor)]), (T, T) with nan where no pair is;
-    equal ones once.
-
-    A mask is exp(bias): 1 keeps, 0 drops. A factor is what `reweigh` makes of a softmax weight, divided by it,
-    for a random query and key at each position, the same for all heads.
-    """
-    import torch
-
-    i = torch.arange(T)
-    masks, factors, said = {}, {}, {}
-    q, k = torch.randn(2, 1, 1, T, model.layers[0].attention.head_size, generator=torch.Generator().manual_seed(0))
-    for n, layer in enumerate(layer.attention for layer in model.layers):
-        bias = layer.bias(i, i).expand(layer.n_head, T, T)
-        mask = bias.exp()
-        unseen = (i[:, None] < i) & (mask == 0) if layer.causal else torch.zeros_like(mask, dtype=torch.bool)
-        each = {key[:-1]: of for key, of in layer.stats().items() if isinstance(of, list) and len(of) == layer.n_head}
-        for h in range(layer.n_head):
-            masks[n, h] = torch.where(unseen[h], math.nan, mask[h]).numpy()
-            said[n, h] = {"": getattr(layer, "pattern", name), **{key: f"{each[key][h]:.3g}" for key in each}}
-        if layer.reweighs:
-            p = torch.softmax(q @ k.transpose(2, 3) / math.sqrt(q.size(3)) + bias, -1)  # (1, H, T, T)
-            factor = (layer.reweigh(p, (bias > -math.inf)[None].sum(-1, keepdim=True)) / p)[0]
-            factors |= {(n, h): torch.where(p[0, h] > 0, factor[h], math.nan).numpy() for h in range(layer.n_head)}
-    dense = T * (T + 1) / 2 if model.config.causal else T * T
-    titles = []
-    for mask, places in merged(masks):
-        values = {key: dict.fromkeys(said[place][key] for place in places if key in said[place]) for key in said[places[0]]}
-        what = ", ".join(f"{key} {'/'.join(each)}".strip() for key, each in values.items())
-        titles.append((f"{where(places)}: {what}, keeps {100 * (mask > 0).sum() / dense:.1f} %", mask))
-    return titles, [(f"{where(places)}: factor on the weights of random q and k", factor)
-                    for factor, places in merged(factors)]
-
-
-def at_commas(line, width=40):
-    """A line in lines of so many characters where it has commas for that."""
-    return textwrap.fill(line.replace(" ", "\xa0").replace(",\xa0", ", "), width, break_on_hyphens=False).replace("\xa0", " ")
-
-
-def draw_pattern(fig, masks, factors, path):
-    """One picture with a panel for each of `patterns`."""
-    from matplotlib.colors import LinearSegmentedColormap
-
-    rows, columns = grid(len(masks) + len(factors), 4)
-    fig.set_size_inches(2.8 * columns + 1, 3.5 * rows)
-    axes = list(fig.subplots(rows, columns, squeeze=False).flat)
-    most = max([np.nanmax(np.abs(factor - 1)) for _, factor in factors], default=0) or 1
-    blues = LinearSegmentedColormap.from_list("kept", ["#e4e8ee", "#08306b"])  # nan stays white
-    soft = any(((0 < mask) & (mask < 1)).any() for _, mask in masks)
-    kinds = (masks, blues, 0, 1, "mask", soft), (factors, "PuOr_r", 1 - most, 1 + most, "factor", True)
-    for panels, colours, low, high, label, bar in kinds:
-        here = [axes.pop(0) for _ in panels]
-        for ax, (title, matrix) in zip(here, panels):
-            image = ax.imshow(matrix, cmap=colours, vmin=low, vmax=high)
-            ax.set_title("\n".join(map(at_commas, title.split(": "))), fontsize=8)
-            ax.set(xlabel="key", ylabel="query")
-            for axis in (ax.xaxis, ax.yaxis):
-                axis.get_major_locator().set_params(integer=True)
-        if panels and bar:
-            fig.colorbar(image, ax=here, shrink=0.6, label=label, format="%.2f")
-    for ax in axes:
-        ax.remove()
     write(fig, path)
 
 
-def pattern(name, defaults):
-    """`show_pattern`, with errors as exceptions."""
-    import torch
-    from model import GPT, GPTConfig, mechanism
+# ---- classifiers -------------------------------------------------------------------------------
 
-    own = {"n_layer": 1, "n_head": 4, "causal": True, "out": ""}
-    settings = {**own, **mechanism(name)[1], **defaults}
-    T = settings.pop("T", 48)
-    settings["__doc__"] = (f"The pattern of {name} attention, as text and as a picture (out; default pattern-{name}.png).\n\n"
-                           f"--T={T} positions, in n_layer layers of n_head heads, causal or in both directions;\n"
-                           f"the rest is the mechanism's own.")
-    settings, more = configure(settings, more=lambda settings: {"T": T})
-    T, path = more["T"], Path(settings["out"] or f"pattern-{name}.png")
-    if not 1 <= T <= 2048:
-        raise UserError(f"T must be from 1 to 2048 (a T x T picture is drawn), got {T}")
-    if path.suffix != ".png":
-        raise UserError(f"out expects the name of a PNG file, like {path.stem}.png, got {settings['out']!r}")
-    torch.manual_seed(0)  # of periods that begin at random
-    config = GPTConfig(block_size=T, vocab_size=1, n_layer=settings["n_layer"], n_head=settings["n_head"],
-                       n_embd=16 * settings["n_head"], n_class=0 if settings["causal"] else 2, attention=name,
-                       options={key: value for key, value in settings.items() if key not in own})
-    masks, factors = patterns(GPT(config).eval().requires_grad_(False), name, T)
-    columns = shutil.get_terminal_size().columns
-    mean = f"; a character is the mean of {size} x {size} pairs" if (size := -(-T // columns)) > 1 else ""
-    print(f"a line a query, a column a key; {SHADES[-1]} kept, {SHADES[1:-1]} in part, {SHADES[0]} dropped{mean}\n")
-    for title, mask in masks:
-        print(f"{title} of the pairs of dense attention\n{text(mask, columns)}\n")
-    for title, factor in factors:
-        low, high = np.nanmin(factor), np.nanmax(factor)
-        fifths = np.clip(np.floor(5 * (factor - low) / (high - low or 1)), 0, 4) / 4
-        print(f"{title}, {SHADES} from {low:.3f} to {high:.3f}\n{text(fifths, columns)}\n")
+
+def read_predictions(runs):
+    """(split, {name: (p, labels)}) of {name: folder}: the probability of the second class of each text, and its
+    class, over the test split, or over validation where no more runs opened the test split."""
+    found = {split: {name: folder / f"predictions-{split}.npz" for name, folder in runs.items()} for split in ("test", "val")}
+    found = {split: {name: path for name, path in files.items() if path.exists()} for split, files in found.items()}
+    split = max(found, key=lambda split: len(found[split]))  # of equals the first
+    for name in runs.keys() - found[split].keys() if found[split] else []:
+        print(f"{name} holds no predictions-{split}.npz; it is left out of the pictures of predictions")
+    for name, path in found[split].items():
+        try:
+            with np.load(path) as file:
+                p, labels = file["p"].astype(float), file["label"] == 1
+            if not 0 < len(p) == len(labels):
+                raise ValueError(f"{len(p)} probabilities of {len(labels)} texts")
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path} is damaged ({error}); train again, or take it away")
+        found[split][name] = p, labels
+    return split, found[split]
+
+
+def class_names(folder):
+    """What the data that a run was trained on calls its two classes, where it is still there."""
+    from dataset import find
+
     try:
-        fig = figure()
-    except UserError as error:  # the text alone is worth having
-        print(f"no picture: {error}")
-    else:
-        draw_pattern(fig, masks, factors, path)
+        settings = json.loads((folder / "config.json").read_text("utf-8"))["settings"]
+        first, second = json.loads((find(settings["dataset"]) / "meta.json").read_text("utf-8"))["classes"]
+        return [str(first), str(second)]
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        return ["class 0", "class 1"]
 
 
-def show_pattern(name, **defaults):
-    """Draw the mechanism `name` as text and as a picture, from the command line: what its file does alone.
+def draw_confusion(predictions, classes, split, path):
+    """How many texts of each class were said to be of which, a panel a run."""
+    from dataset import scores
 
-    defaults: of the mechanism's options, T, n_layer, n_head, causal and out, other than they are elsewhere.
-    """
-    run(lambda: pattern(name, defaults))
+    rows, columns = grid(len(predictions), 4)
+    fig = figure(3.2 * columns, 3.3 * rows + 0.3)
+    axes = fig.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat[len(predictions) :]:
+        ax.remove()
+    for ax, (name, (p, labels)) in zip(axes.flat, predictions.items()):
+        said = p > 0.5
+        counts = np.array([[(labels == truth)[said == answer].sum() for answer in (0, 1)] for truth in (0, 1)])
+        shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)  # of each class's texts
+        ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        for truth, answer in np.ndindex(2, 2):
+            ax.text(answer, truth, f"{counts[truth, answer]:,}\n{100 * shares[truth, answer]:.1f} %", ha="center", va="center",
+                    fontsize=10, color="white" if shares[truth, answer] > 0.5 else "black")
+        ax.set_xticks([0, 1], classes, fontsize=9)
+        ax.set_yticks([0, 1], classes, fontsize=9, rotation=90, va="center")
+        ax.set(xlabel="said", ylabel="true")
+        ax.set_title(f"{plain(name)}: accuracy {scores(p, labels)['accuracy']:.4f}", fontsize=9)
+    fig.suptitle(f"{split} split: texts, and the share of each true class", fontsize=10)
+    write(fig, path)
+
+
+def roc(p, labels):
+    """The ROC curve, (false positive rates, true positive rates), from (0, 0) to (1, 1), a point a threshold."""
+    order = np.argsort(-p, kind="stable")
+    last = np.append(np.diff(p[order]) != 0, True)  # texts of equal p pass a threshold together
+    rates = [np.append(0, np.cumsum(hit[order])[last] / max(1, hit.sum())) for hit in (~labels, labels)]
+    return rates[0], rates[1]
+
+
+def draw_roc(predictions, classes, split, path):
+    """ROC curves of all runs, with the area under each."""
+    from dataset import scores
+
+    fig = figure(5, 4.9 + 0.18 * len(predictions))
+    ax = fig.subplots()
+    ax.plot([0, 1], [0, 1], color="gray", linestyle=":", linewidth=1, label="chance: AUC 0.5")
+    for n, (name, (p, labels)) in enumerate(predictions.items()):
+        look = style(n)
+        look.pop("marker")
+        ax.plot(*roc(p, labels), **look, linewidth=1.3, label=f"{plain(name)}: AUC {scores(p, labels)['auc']:.4f}")
+    ax.set(xlabel=f"share of {plain(classes[0])} texts said to be {plain(classes[1])}",
+           ylabel=f"share of {plain(classes[1])} texts said to be {plain(classes[1])}", aspect="equal")
+    ax.set_title(f"ROC curve, {split} split", fontsize=10)
+    ax.grid(alpha=0.3)
+    below_all(fig, ax, 1)
+    write(fig, path)
+
+
+def draw_runs(folders, target):
+    """All pictures of what these runs logged, into the folder `target`."""
+    runs = names_of(folders)
+    logs = {name: read_log(folder / "log.jsonl") for name, folder in runs.items()}
+    draw_curves(logs, target / "curves.png")
+    draw_kept(logs, target / "kept.png")
+    for name, (records, _) in logs.items():
+        draw_spans(records, target / own("spans", name, runs))
+    split, predictions = read_predictions(runs)
+    if predictions:
+        classes = class_names(runs[next(iter(predictions))])
+        draw_confusion(predictions, classes, split, target / "confusion.png")
+        draw_roc(predictions, classes, split, target / "roc.png")
+
+
+def own(kind, name, runs):
+    """The file name of a picture that each run has for itself."""
+    return f"{kind}.png" if len(runs) == 1 else f"{kind}-{name.replace('/', '-')}.png"
 
 
 def main():
     arguments = sys.argv[1:]
-    name = arguments.pop(0) if arguments and arguments[0][0] != "-" else ""
-    configure(globals(), arguments)
+    paths = [Path(name) for name in arguments if name[:1] != "-"]
+    configure(globals(), [argument for argument in arguments if argument[:1] == "-"])
     if not 20 <= dpi <= 1000:
         raise UserError(f"dpi must be from 20 to 1000, got {dpi}")
-    path = Path(name)
-    if not name or not path.exists():
-        raise UserError(f"expected the folder of a run or a JSON file of bench.py, got {name or 'nothing'}"
-                        f"{', which does not exist' * bool(name)}: python plot.py OUT_DIR")
-    if path.is_dir():
-        draw_curves(path)
-        draw_spans(path)
-    elif path.suffix == ".json":
-        draw_bench(path)
-    else:
-        raise UserError(f"expected the folder of a run or a JSON file of bench.py, got the file {path}")
+    for path in paths:
+        if not (path.is_dir() or path.exists() and path.suffix == ".json"):
+            raise UserError(f"expected the folder of a run, or a JSON file of compare.py or bench.py, got {path}"
+                            f"{', which does not exist' * (not path.exists())}: python plot.py OUT_DIR")
+    folders = [path for path in paths if path.is_dir()]
+    texts = bool(text or reviews)
+    if not paths or texts and not folders:
+        raise UserError(f"expected the folder of a run{', or a JSON file of compare.py or bench.py' * (not texts)}, got "
+                        f"{', '.join(map(str, paths)) or 'nothing'}: python plot.py OUT_DIR")
+    if (layer, head) != (-1, -1) and not text:
+        raise UserError('layer and head choose among the heat maps of a text: give --text="..."')
+    if out:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    for path in paths:
+        if path not in folders:
+            import charts
+
+            charts.draw(path, Path(out or path.parent))
+    if texts:
+        import heat
+
+        heat.draw_texts(names_of(folders), Path(out or folders[0]), text, reviews, layer, head)
+    elif folders:
+        draw_runs(folders, Path(out or folders[0]))
 
 
 if __name__ == "__main__":
-    run(main)
+    import plot  # this file once more, by the name under which others find its settings
+
+    run(plot.main)

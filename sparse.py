@@ -134,6 +134,6 @@ class Attention(attention.Attention):
 
 
 if __name__ == "__main__":
-    import plot
+    import pattern
 
-    plot.show_pattern("sparse", sparse_pattern="local,strided,fixed,log", n_layer=4, window=8, fixed_columns=1)
+    pattern.show_pattern("sparse", sparse_pattern="local,strided,fixed,log", n_layer=4, window=8, fixed_columns=1)

@@ -1,23 +1,14 @@
-"""Pictures show what was logged and measured, and a mechanism shows its own pattern, with or without matplotlib."""
+"""Pictures of runs show what was logged and predicted."""
 
 import json
-import math
-import runpy
+import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT, call
 
-import bench
 import plot
-from attention import Attention
-from configurator import UserError
-from model import GPTConfig
-
-MECHANISMS = [file for file in sorted(ROOT.glob("*.py")) if "\nclass Attention(" in file.read_text("utf-8")]
 
 
 @pytest.fixture
@@ -41,17 +32,16 @@ def without_matplotlib(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
 
 
-@pytest.fixture
-def in_folder(monkeypatch, tmp_path):
-    """The current folder is empty, and the terminal 80 columns wide."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "80")
-    return tmp_path
-
-
 def lines(ax):
     """{label: (x, y)} of what a panel shows."""
     return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in ax.lines}
+
+
+def covers_nothing(fig, ax):
+    """Whether the legend of a panel lies outside all panels."""
+    fig.draw_without_rendering()
+    legend = ax.get_legend().get_window_extent()
+    return not any(legend.overlaps(other.get_window_extent()) for other in fig.axes)
 
 
 def panels(fig):
@@ -75,11 +65,14 @@ def test_curves(tmp_path, drawn, capsys):
         {"step": 20, "split": "val", "whole": True, "loss": 2.6, "bits_per_byte": 3.75}, end='{"step": 30, "split": "tr')
     assert call(plot, run) is None
     assert capsys.readouterr().out == f"{run / 'curves.png'}\n" and list(drawn) == ["curves.png"]  # and no spans.png
-    (ax,) = drawn["curves.png"].axes
-    assert lines(ax) == {"training": ([0, 10], [5.4, 3.0]), "validation": ([0, 20], [5.5, 2.5]),
-                         "best weights, whole val split: 2.6000 (3.7500 bits per byte)": ([20], [2.6])}
-    assert ax.get_xlabel() == "step" and ax.get_ylabel() == "loss (nats)"
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == list(lines(ax))
+    loss, bits = drawn["curves.png"].axes
+    assert lines(loss) == {"training": ([0, 10], [5.4, 3.0]), "validation": ([0, 20], [5.5, 2.5]),
+                           "best weights, whole val split: 2.6000": ([20], [2.6])}
+    assert lines(bits) == {"validation": ([0, 20], [7.9, 3.6]), "best weights, whole val split: 3.7500": ([20], [3.75])}
+    assert (loss.get_ylabel(), bits.get_ylabel(), bits.get_xlabel()) == ("loss (nats)", "bits per byte", "step")
+    for ax in (loss, bits):
+        assert [text.get_text() for text in ax.get_legend().get_texts()] == list(lines(ax))
+        assert covers_nothing(drawn["curves.png"], ax)
 
 
 def test_accuracy_has_a_panel(tmp_path, drawn):
@@ -89,9 +82,63 @@ def test_accuracy_has_a_panel(tmp_path, drawn):
                     {"step": 5, "split": "test", "whole": True, "loss": 0.45, "accuracy": 0.79})
     call(plot, run)
     loss, accuracy = drawn["curves.png"].axes
-    assert lines(loss)["validation"] == ([0, 5], [0.7, 0.4]) and lines(loss)["training"] == ([], [])
+    assert lines(loss)["validation"] == ([0, 5], [0.7, 0.4]) and "training" not in lines(loss)
     assert lines(accuracy) == {"validation": ([0, 5], [0.5, 0.8]), "best weights, whole val split: 0.8100": ([5], [0.81]),
                                "best weights, whole test split: 0.7900": ([5], [0.79])}
+
+
+def test_accuracy_of_the_training_split(tmp_path, drawn):
+    """Where --eval_train=True logged it."""
+    call(plot, write_log(tmp_path / "out", {"step": 0, "split": "val", "loss": 0.7, "accuracy": 0.5, "train_accuracy": 0.6},
+                         {"step": 9, "split": "val", "loss": 0.4, "accuracy": 0.8, "train_accuracy": 0.9}))
+    assert lines(drawn["curves.png"].axes[1])["training"] == ([0, 9], [0.6, 0.9])
+
+
+def test_curves_of_many_runs(tmp_path, drawn, capsys):
+    """A colour a run, the same in both panels; their folders' names, made longer where they are the same; and no
+    room given to the fall at the beginning."""
+    for n, name in enumerate(("a/x", "b/x", "b/$y$")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_log(tmp_path / name, {"step": 0, "split": "val", "loss": 5.0, "bits_per_byte": 8.0},
+                  *({"step": step, "split": split, "loss": 2.0 - step / 100 - n / 10, "bits_per_byte": 3.0 - n}
+                    for step in (10, 20) for split in ("train", "val")),
+                  *[{"step": 20, "split": "val", "whole": True, "loss": 1.9, "bits_per_byte": 2.5}] * (n == 0))
+    call(plot, *(tmp_path / name for name in ("a/x", "b/x", "b/$y$", "a/x")))
+    assert capsys.readouterr().out == f"{tmp_path / 'a/x/curves.png'}\n"
+    loss, bits = drawn["curves.png"].axes
+    named = {label: xy for label, xy in lines(loss).items() if label[0] != "_"}
+    assert list(named) == ["a/x, val 1.9000", "b/x", r"b/\$y\$"] and np.allclose(named["b/x"], ([0, 10, 20], [5.0, 1.8, 1.7]))
+    assert [text.get_text() for text in bits.get_legend().get_texts()] == ["a/x, val 2.5000", "b/x", r"b/\$y\$"]
+    colours = [[line.get_color() for line in ax.lines if line.get_label()[0] != "_"] for ax in (loss, bits)]
+    assert colours[0] == colours[1] and len(set(colours[0])) == 3
+    training = [line for line in loss.lines if line.get_label()[0] == "_"]
+    assert [line.get_color() for line in training] == colours[0] and list(training[0].get_ydata()) == [1.9, 1.8]
+    assert all(line.get_linewidth() < 1 for line in training)
+    assert loss.get_ylim()[1] < 2 and loss.get_ylim()[0] < 1.6 and covers_nothing(drawn["curves.png"], loss)
+    call(plot, tmp_path / "a/x", tmp_path / "b/x", f"--out={tmp_path / 'new/pictures'}")
+    assert (tmp_path / "new/pictures/curves.png").exists()
+
+
+def kept(*shares):
+    return {"split": "val", "loss": 3.0, "stats": [{} if share is None else {"kept_share": share} for share in shares]}
+
+
+def test_kept_share(tmp_path, drawn, capsys):
+    """Layers that are alike have one line; those without attention none; a run that keeps all no picture."""
+    run = write_log(tmp_path / "a", {"step": 0, **kept(1.0, 0.5, 1.0, None)}, {"step": 9, **kept(1.0, 0.25, 1.0, None)})
+    call(plot, run)
+    (ax,) = drawn["kept.png"].axes
+    assert lines(ax) == {"layers 0, 2: 100.0 %": ([0, 9], [100, 100]), "layer 1: 25.0 %": ([0, 9], [50, 25])}
+    assert ax.get_ylabel() == "kept pairs (%)" and ax.get_ylim()[0] == 0
+    dense = write_log(tmp_path / "b", {"step": 0, **kept(1.0, 1.0)}, {"step": 9, **kept(1.0, 1.0)})
+    none = write_log(tmp_path / "c", {"step": 0, "split": "val", "loss": 3.0})
+    drawn.clear()
+    for folder in (dense, none):
+        call(plot, folder)
+    assert list(drawn) == ["curves.png"]
+    call(plot, run, dense, none)
+    (ax,) = drawn["kept.png"].axes
+    assert lines(ax) == {"a: 75.0 %": ([0, 9], [pytest.approx(250 / 3), 75]), "b: 100.0 %": ([0, 9], [100, 100])}
 
 
 def test_spans(tmp_path, drawn, capsys):
@@ -102,7 +149,7 @@ def test_spans(tmp_path, drawn, capsys):
 
     run = write_log(tmp_path / "out", *({"step": n, "split": "val", "loss": 3.0, "stats": stats(n)} for n in (0, 10, 20)))
     call(plot, run)
-    assert capsys.readouterr().out.splitlines() == [str(run / "curves.png"), str(run / "spans.png")]
+    assert capsys.readouterr().out.splitlines() == [str(run / name) for name in ("curves.png", "kept.png", "spans.png")]
     axes = panels(drawn["spans.png"])
     assert [ax.get_title() for ax in axes] == ["layer 0, keeps 30.0 %", "layer 1, keeps 100.0 %", "layer 0", "layer 1"]
     (spans, no_spans, periods, no_periods) = ([line.get_ydata() for line in ax.lines] for ax in axes)
@@ -124,212 +171,95 @@ def test_spans_of_many_layers_and_heads(tmp_path, drawn):
     assert len(axes[12].lines) == len(looks) == 16 and axes[0].get_gridspec().get_geometry() == (3, 5)
 
 
-# ---- a benchmark -------------------------------------------------------------------------------
+# ---- a classifier ------------------------------------------------------------------------------
 
 
-def row(label, shape, ms, fused, more=1.0, fused_more=1.0):
-    return {"attention": label, "batch x heads x time": shape, "ms": ms, "fused call, ms": fused, "times as fast": fused / ms,
-            "MiB more": more, "fused, MiB more": fused_more}
+def classifier(folder, split, p, labels):
+    write_log(folder, {"step": 0, "split": "val", "loss": 0.7, "accuracy": 0.5})
+    np.savez(folder / f"predictions-{split}.npz", p=np.array(p, np.float32), label=np.array(labels, np.uint8))
+    return folder
 
 
-def write_rows(path, *rows, **more):
-    machine = {"processor": "A", "threads": 2, "gpu": None}
-    path.write_text(json.dumps({"machine": machine, "dtype": "bfloat16", "rows": rows, **more}), "utf-8")
-    return path
+def test_roc_of_known_predictions():
+    """Ties pass a threshold together; the area is what dataset.scores says."""
+    false, true = plot.roc(np.array([0.9, 0.8, 0.8, 0.3, 0.1]), np.array([True, True, False, True, False]))
+    assert np.allclose(false, [0, 0, 0.5, 0.5, 1]) and np.allclose(true, [0, 1 / 3, 2 / 3, 1, 1])
+    random = np.random.default_rng(0)
+    p, labels = random.integers(0, 30, 400) / 30, random.random(400) < 0.4
+    from dataset import scores
+
+    false, true = plot.roc(p, labels)
+    assert (np.diff(true) * (false[1:] + false[:-1]) / 2).sum() == pytest.approx(1 - scores(p, labels)["auc"], abs=1e-12)
 
 
-def test_bench(tmp_path, drawn, capsys):
-    """A line a mechanism with its exponent, and the fused call's median; what was not measured is left out."""
-    rows = [row(label, f"1x8x{T}", (T / 256) ** b, fused * (T / 256) ** 2, None if label == "strided" else T / 512, T / 1024)
-            for T in (256, 512, 1024) for label, b, fused in (("dense", 2, 3), ("strided", 1.5, 5), ("local", 1, 4))]
-    file = write_rows(tmp_path / "bench.json", *rows, growth=[{"growth": "dense", "time ~ T^": 2.0}])
-    call(plot, file)
-    assert capsys.readouterr().out == f"{tmp_path / 'bench.png'}\n"
-    time, memory = drawn["bench.png"].axes
-    assert list(lines(time)) == ["dense: $T^{2.00}$", "strided: $T^{1.50}$", "local: $T^{1.00}$", "fused call: $T^{2.00}$"]
-    assert list(lines(memory)) == ["dense: $T^{1.00}$", "local: $T^{1.00}$", "fused call: $T^{1.00}$"]
-    assert lines(time)["fused call: $T^{2.00}$"] == ([256, 512, 1024], [4, 16, 64])
-    assert lines(memory)["local: $T^{1.00}$"] == ([256, 512, 1024], [0.5, 1, 2])
-    for ax in (time, memory):
-        assert ax.get_xscale() == ax.get_yscale() == "log"
-        assert [tick.get_text() for tick in ax.get_xticklabels()] == ["256", "512", "1,024"]
-    assert drawn["bench.png"].get_suptitle() == "attention alone, batch 1, 8 heads, bfloat16; A, 2 threads"
+def test_confusion_and_roc(tmp_path, drawn, reviews, capsys):
+    """Of the test split where there is one, with the data's names of the classes."""
+    run = classifier(tmp_path / "out", "val", [0.5], [1])
+    classifier(run, "test", [0.9, 0.2, 0.6, 0.7, 0.4], [1, 1, 0, 1, 0])
+    (run / "config.json").write_text(json.dumps({"settings": {"dataset": str(reviews)}}))
+    call(plot, run)
+    assert [line.rsplit("/", 1)[1] for line in capsys.readouterr().out.split()] == ["curves.png", "confusion.png", "roc.png"]
+    (ax,) = drawn["confusion.png"].axes
+    assert {(text.get_position(), text.get_text()) for text in ax.texts} == {
+        ((0, 0), "1\n50.0 %"), ((1, 0), "1\n50.0 %"), ((0, 1), "1\n33.3 %"), ((1, 1), "2\n66.7 %")}
+    assert ax.get_title() == "out: accuracy 0.6000" and "test split" in drawn["confusion.png"].get_suptitle()
+    for labels in (ax.get_xticklabels(), ax.get_yticklabels()):
+        assert [label.get_text() for label in labels] == ["negative", "positive"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("said", "true") and ax.yaxis_inverted()
+    (ax,) = drawn["roc.png"].axes
+    x, y = lines(ax)["out: AUC 0.6667"]  # 4 of 6 pairs in order
+    assert (x[0], y[0], x[-1], y[-1]) == (0, 0, 1, 1)
+    assert ax.get_xlabel() == "share of negative texts said to be positive"
 
 
-def test_shapes_that_differ_are_brought_to_one_head(tmp_path, drawn):
-    rows = row("dense", "16x6x256", 96.0, 192.0, 960.0), row("dense", "1x8x512", 32.0, 64.0, 160.0)
-    call(plot, write_rows(tmp_path / "bench.json", *rows))
-    time, memory = drawn["bench.png"].axes
-    assert lines(time)["dense: $T^{2.00}$"] == ([256, 512], [1, 4])
-    assert lines(memory)["dense: $T^{1.00}$"] == ([256, 512], [10, 20])
-    assert "one head of one example" in drawn["bench.png"].get_suptitle()
+def test_predictions_of_many_runs(tmp_path, drawn, capsys):
+    """All of one split, that of the most runs; the others are named."""
+    a, b, c = (classifier(tmp_path / name, "val", [0.9, 0.4, 0.3 + n], [1, 1, 0]) for n, name in enumerate("abc"))
+    classifier(a, "test", [0.9, 0.1], [1, 0])
+    call(plot, a, b, c)
+    assert "val split" in drawn["roc.png"].axes[0].get_title()
+    assert list(lines(drawn["roc.png"].axes[0])) == ["chance: AUC 0.5", "a: AUC 1.0000", "b: AUC 0.0000", "c: AUC 0.0000"]
+    assert [ax.get_title()[:2] for ax in drawn["confusion.png"].axes] == ["a:", "b:", "c:"]
+    assert [t.get_text() for t in drawn["confusion.png"].axes[0].get_xticklabels()] == ["class 0", "class 1"]
+    classifier(b, "test", [0.9, 0.1], [0, 1])
+    capsys.readouterr()
+    for name in "ac":
+        (tmp_path / name / "predictions-val.npz").unlink()
+    call(plot, a, b, c)
+    assert list(lines(drawn["roc.png"].axes[0]))[1:] == ["a: AUC 1.0000", "b: AUC 0.0000"]
+    assert "c holds no predictions-test.npz; it is left out of the pictures of predictions\n" in capsys.readouterr().out
 
 
-def test_reads_what_bench_writes(tmp_path, quick):
-    file = tmp_path / "rows.json"
-    call(bench, "attention", "--attention=dense", '--shapes=["1x2x32", "1x2x64"]', "--head_size=8", "--repeat=1",
-         "--dtype=float32", f"--results={file}")
-    found, what, _ = plot.read_rows(file)
-    assert list(found) == ["dense", "fused call"] and list(found["dense"]) == [32, 64] and what == "batch 1, 2 heads"
-    assert found["dense"][64][0] == json.loads(file.read_text())["rows"][1]["ms"] > 0
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", {"p": [0.5]}, {"p": [0.5], "label": [1, 0]},
+                                     {"p": [], "label": []}, {"p": ["a"], "label": [1]}])
+def test_damaged_predictions(tmp_path, refused, drawn, content):
+    run = write_log(tmp_path / "out", {"step": 0, "split": "val", "loss": 3.0})
+    path = run / "predictions-val.npz"
+    path.write_bytes(content) if isinstance(content, bytes) else np.savez(path, **content)
+    assert refused(plot, run).startswith(f"plot.py: {path} is damaged (")
 
 
-# ---- patterns ----------------------------------------------------------------------------------
+def test_logs_alone_need_no_torch(tmp_path):
+    """Pictures of what was logged start in the time that matplotlib takes."""
+    pytest.importorskip("matplotlib")
+    run = write_log(tmp_path / "out", {"step": 0, **kept(0.5)})
+    line = f"import sys, plot; sys.argv = ['plot.py', {str(run)!r}]; plot.main(); assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", line], cwd=ROOT).returncode == 0 and (run / "kept.png").exists()
 
 
-def alone(name, *arguments, **defaults):
-    """plot.pattern called as a mechanism's file would be, with these arguments."""
-    return call(SimpleNamespace(__name__=name, main=lambda: plot.pattern(name, defaults)), *arguments)
+def test_as_a_script(tmp_path):
+    """--dpi reaches the files that plot.py leaves the drawing to."""
+    pytest.importorskip("matplotlib")
+    from PIL import Image
 
-
-HEAD = "a line a query, a column a key; # kept, :+* in part, . dropped"
-
-
-def test_text(in_folder, capsys, drawn):
-    assert alone("dense", "--T=4", n_head=2) is None
-    assert capsys.readouterr().out == f"""{HEAD}
-
-layer 0, heads 0-1: dense, keeps 100.0 % of the pairs of dense attention
-#
-# #
-# # #
-# # # #
-
-pattern-dense.png
-"""
-    (ax,) = drawn["pattern-dense.png"].axes
-    assert ax.get_title() == "layer 0, heads 0-1\ndense, keeps 100.0 %"
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ("key", "query") and ax.yaxis_inverted()
-    shown = ax.images[0].get_array()
-    assert np.array_equal(shown.mask if np.ma.isMA(shown) else np.isnan(shown), np.triu(np.ones((4, 4)), 1))
-
-
-def test_both_directions(in_folder, capsys, without_matplotlib):
-    alone("dense", "--causal=False", T=2)
-    assert "layer 0, heads 0-3: dense, keeps 100.0 % of the pairs of dense attention\n# #\n# #\n\n" in capsys.readouterr().out
-
-
-def test_pattern_of_a_file(in_folder, capsys, without_matplotlib):
-    """Options come from the file, the call and the line, in this order; layers of one pattern share a panel."""
-    alone("sparse", "--window=2", "--n_layer=3", sparse_pattern="local,dense", window=3, T=4)
-    assert capsys.readouterr().out.startswith(f"""{HEAD}
-
-layers 0, 2, heads 0-3: local, keeps 70.0 % of the pairs of dense attention
-#
-# #
-. # #
-. . # #
-
-layer 1, heads 0-3: dense, keeps 100.0 % of the pairs of dense attention
-#
-""")
-
-
-class Steps(Attention):
-    """Soft masks: each head and layer has what `rows` says of the distances 0, 1, ..."""
-
-    rows = {0: [[1, 0.5, 0, 0.01], [1, 1, 1, 1], [1, 0.5, 0, 0.01]], 1: [[1, 1, 1, 1], [1, 1, 1, 1], [1, 0.9, 0.4, 0]]}
-
-    def bias(self, i, j):
-        distance = i[:, None] - j[None]
-        far = torch.tensor(self.rows[self.layer])[:, distance.clamp(min=0)]
-        return far.where(distance >= 0, 0).log()
-
-    def stats(self):
-        return {"kept_share": 0.5, "spans": [1.25, 300.0, 1.25], "names": ["a"]}
-
-
-class Doubles(Attention):
-    """The first key's weight counts double where a query sees more than two."""
-
-    def reweigh(self, p, keys, statistic=None):
-        first = torch.zeros_like(p)
-        first[..., 0] = 1
-        return p * (1 + first * (keys > 2))
-
-
-def stand_in(kind, layers=1, T=4, **config):
-    """What `patterns` needs of a model whose mechanism has no file."""
-    config = GPTConfig(n_head=3, n_embd=24, block_size=T, **config)
-    return SimpleNamespace(config=config, layers=[SimpleNamespace(attention=kind(config, n)) for n in range(layers)])
-
-
-def test_soft_masks_and_merging():
-    masks, factors = plot.patterns(stand_in(Steps, 2), "steps", 4)
-    assert [title for title, _ in masks] == [
-        "layer 0, heads 0, 2: steps, span 1.25, keeps 80.0 %",  # 4 + 3 + 1 of 10 pairs
-        "layer 0, head 1; layer 1, heads 0-1: steps, span 300/1.25, keeps 100.0 %",
-        "layer 1, head 2: steps, span 1.25, keeps 90.0 %"]
-    assert factors == []
-    nan = math.nan
-    expected = [[1, nan, nan, nan], [0.5, 1, nan, nan], [0, 0.5, 1, nan], [0.01, 0, 0.5, 1]]
-    np.testing.assert_allclose(masks[0][1], expected, rtol=1e-6)
-    assert plot.text(masks[0][1], 80) == "#\n+ #\n. + #\n: . + #"
-    assert plot.text(masks[2][1], 7) == "#\n*#\n+*#\n.+*#"
-
-
-def test_a_key_after_its_query_is_shown():
-    """A mechanism that looks ahead is seen doing it."""
-    class Ahead(Attention):
-        def bias(self, i, j):
-            return torch.where(j[None] - i[:, None] <= 1, 0.0, -math.inf)[None]
-
-    ((_, mask),), _ = plot.patterns(stand_in(Ahead), "ahead", 4)
-    assert plot.text(mask, 80) == "# #\n# # #\n# # # #\n# # # #"
-
-
-def test_factor():
-    masks, ((title, factor),) = plot.patterns(stand_in(Doubles, 2), "doubles", 4)
-    nan = math.nan
-    assert len(masks) == 1 and title == "layers 0-1, heads 0-2: factor on the weights of random q and k"
-    np.testing.assert_array_equal(factor, [[1, nan, nan, nan], [1, 1, nan, nan], [2, 1, 1, nan], [2, 1, 1, 1]])
-    _, ((_, factor),) = plot.patterns(stand_in(Doubles, T=2, n_class=2), "doubles", 3)
-    np.testing.assert_array_equal(factor, [[2, 1, 1]] * 3)
-
-
-def test_picture_of_factors(tmp_path, drawn):
-    masks, factors = plot.patterns(stand_in(Doubles), "doubles", 4)
-    plot.draw_pattern(plot.figure(), masks, factors, tmp_path / "a.png")
-    mask, factor = panels(drawn["a.png"])
-    assert mask.images[0].get_clim() == (0, 1) and factor.images[0].get_clim() == (0, 2)  # white is 1
-    (bar,) = set(drawn["a.png"].axes) - {mask, factor}
-    assert bar.get_ylabel() == "factor"  # and none for a mask of zeros and ones
-
-
-def test_large_patterns_are_averaged():
-    """5 positions on 3 columns: characters of 2 x 2 pairs, the last of what is left."""
-    mask = np.where(np.tri(5), np.tri(5) - np.tri(5, k=-2), math.nan)  # the last two keys
-    assert plot.text(mask, 3) == "#\n:#\n.+#"
-
-
-def test_without_matplotlib(in_folder, capsys, monkeypatch, without_matplotlib):
-    """The text comes all the same, with a word on the picture, and that is no failure."""
-    monkeypatch.setattr(sys, "argv", ["attention.py", "--T=3"])
-    with pytest.raises(SystemExit) as left:
-        plot.show_pattern("dense")
-    out, err = capsys.readouterr()
-    assert left.value.code in (None, 0) and err == "" and "\n#\n# #\n# # #\n" in out
-    assert out.splitlines()[-1].startswith("no picture: pictures need matplotlib (") and "pip install matplotlib" in out
-    assert list(in_folder.iterdir()) == []
+    file = ROOT / "results" / "bench_attention.json"
+    done = subprocess.run([sys.executable, str(ROOT / "plot.py"), str(file), "--dpi=20", f"--out={tmp_path}"], cwd=tmp_path)
+    assert done.returncode == 0 and Image.open(tmp_path / "bench_attention.png").width == 220
 
 
 def test_a_run_without_matplotlib(tmp_path, refused, without_matplotlib):
     run = write_log(tmp_path / "out", {"step": 0, "split": "val", "loss": 3.0})
     assert refused(plot, run).endswith("pip install matplotlib") and not (run / "curves.png").exists()
-
-
-@pytest.mark.parametrize("file", MECHANISMS, ids=lambda file: file.stem)
-def test_each_mechanism_shows_itself(file, in_folder, capsys, monkeypatch, drawn):
-    """Run alone, a mechanism's file prints its pattern, in ASCII, and draws it; so it does in both directions."""
-    for more in ([], ["--causal=False", "--out=both.png"]):
-        monkeypatch.setattr(sys, "argv", [file.name, *more])
-        with pytest.raises(SystemExit) as left:
-            runpy.run_path(str(file), run_name="__main__")
-        out, err = capsys.readouterr()
-        assert left.value.code in (None, 0) and err == "" and out.isascii()
-        assert "layer 0, head" in out and "% of the pairs of dense attention\n#" in out
-        assert out.splitlines()[-1] in drawn and max(map(len, out.splitlines())) < 130
-    assert "both.png" in drawn and len(drawn) == 2
 
 
 # ---- what is refused -----------------------------------------------------------------------------
@@ -339,40 +269,14 @@ def test_refused(tmp_path, refused):
     write_log(tmp_path / "empty")
     write_log(tmp_path / "cut", end='{"step": 0, "spl\n[1]\n3\n{"loss": 2}\n')
     (tmp_path / "text.txt").write_text("a")
-    (tmp_path / "broken.json").write_text("{")
-    (tmp_path / "list.json").write_text("[1]")
-    write_rows(tmp_path / "step.json", {"step": "here", "ms": 3})
-    write_rows(tmp_path / "short.json", {"attention": "dense", "batch x heads x time": "1x8"})
     for name, says in {
         ".": "holds no log.jsonl; give the out_dir of a run", "empty": "holds no records yet", "cut": "holds no records yet",
-        "nowhere": "which does not exist", "text.txt": "expected the folder of a run or a JSON file of bench.py, got the file",
-        "broken.json": "is not what `python bench.py attention", "list.json": "is not what `python bench.py attention",
-        "short.json": "is not what `python bench.py attention", "step.json": "holds no rows of `python bench.py attention",
+        "nowhere": "which does not exist", "text.txt": "expected the folder of a run, or a JSON file of compare.py or bench.py",
     }.items():
         assert says in refused(plot, tmp_path / name)
     assert "got nothing" in refused(plot)
     assert "unknown key 'dip'; did you mean dpi?" in refused(plot, tmp_path, "--dip=3")
     assert "dpi must be from 20" in refused(plot, tmp_path, "--dpi=0")
-
-
-@pytest.mark.parametrize("name, arguments, defaults, says", [
-    ("dense", ["--T=0"], {}, "T must be from 1 to 2048"),
-    ("dense", ["--T=long"], {}, "T expects int"),
-    ("dense", ["--n_heads=3"], {}, "unknown key 'n_heads'; did you mean n_head?"),
-    ("dense", ["--n_head=0"], {}, "n_head must be at least 1"),
-    ("dense", ["--out=a.txt"], {}, "out expects the name of a PNG file, like a.png, got 'a.txt'"),
-    ("dense", [], {"windw": 3}, "dense has no option windw"),
-    ("spars", [], {}, "unknown attention 'spars'; did you mean sparse?"),
-    ("sparse", ["--sparse_pattern=locl"], {}, "unknown sparse_pattern 'locl'; did you mean local?"),
-])
-def test_pattern_refused(in_folder, name, arguments, defaults, says):
-    with pytest.raises(UserError) as error:
-        alone(name, *arguments, **defaults)
-    assert says in str(error.value) and list(in_folder.iterdir()) == []
-
-
-def test_help(capsys):
-    with pytest.raises(SystemExit) as left:
-        alone("sparse", "--help", window=5)
-    out = capsys.readouterr().out
-    assert left.value.code == 0 and "--T=48" in out and "n_layer = 1" in out and "window = 5" in out
+    assert 'layer and head choose among the heat maps of a text: give --text="..."' in refused(plot, tmp_path, "--layer=0")
+    assert "expected the folder of a run, got" in refused(plot, ROOT / "results" / "bench_attention.json", "--text=a")
+    assert "plot.py:" in refused(plot, write_log(tmp_path / "a", {"step": 0, "loss": 1, "split": "val"}), tmp_path / "empty")
