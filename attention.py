@@ -171,6 +171,16 @@ class Attention(nn.Module):
             return "sdpa" if self.dense and torch.device(device).type != "cpu" else "engine"
         return self.kernel
 
+    def project(self, x, rotation=None):
+        """q, k, v, each (B, H, T, D), of x (B, T, C)."""
+        qkv = self.qkv(x).view(*x.shape[:2], 3, self.n_head, self.head_size).permute(2, 0, 3, 1, 4)
+        return split_heads(qkv, rotation)
+
+    def map(self, x, rotation=None, lengths=None):
+        """The weights (B, H, T, T) by which `forward` of x joins values."""
+        q, k, _ = self.project(x, rotation)
+        return self.weights(q, k, lengths=lengths)
+
     def forward(self, x, rotation=None, lengths=None, cache=None):
         """x (B, T, C) -> (B, T, C).
 
@@ -178,8 +188,7 @@ class Attention(nn.Module):
         lengths: (B,), see `weights`. cache: a `Cache`; x then continues the text it holds.
         """
         B, T, C = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.n_head, self.head_size).permute(2, 0, 3, 1, 4)
-        q, k, v = split_heads(qkv, rotation)  # (B, H, T, D)
+        q, k, v = self.project(x, rotation)
         if cache is None or cache.length == 0:
             if cache is not None:
                 cache.extend(k, v)

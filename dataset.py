@@ -156,6 +156,7 @@ class ReviewBatches:
         self.tokens, self.offsets, self.labels = data.texts(split)
         self.batch_size, self.block_size, self.seed = batch_size, block_size, seed
         self.lengths = np.minimum(np.diff(self.offsets), block_size)
+        self.by_length = np.argsort(self.lengths, kind="stable")  # shortest first
         self.count = len(self.labels)
         if self.count < 1:
             raise UserError(f"the {split} split of {data.folder} holds no text")
@@ -187,7 +188,7 @@ class ReviewBatches:
 
     def in_order(self, count=0):
         """The whole split, shortest text first; with `count`, that many batches spread over it."""
-        for group in spread(cut(np.argsort(self.lengths, kind="stable"), self.batch_size), count):
+        for group in spread(cut(self.by_length, self.batch_size), count):
             yield self.stack(group)
 
 

@@ -2,6 +2,7 @@
 
 With `n_class = 0` the model is a decoder: causal attention, the next token at every position.
 With classes it is an encoder: attention in both directions, pooled to one label per text.
+`Model` is what it shares with the baseline that is no transformer, `bilstm.py`.
 
 Letters: B batch, T time, C channels, V vocabulary.
 """
@@ -22,6 +23,9 @@ from engine import wide
 from runs import write_whole
 
 
+MODELS = ("gpt", "bilstm")
+
+
 @dataclass
 class GPTConfig:
     block_size: int = 256  # tokens a query may see; the longest training text
@@ -35,10 +39,11 @@ class GPTConfig:
     norm: str = "rmsnorm"  # 'rmsnorm' or 'layernorm'
     tie: bool = True  # the output layer is the token embedding
     n_class: int = 0  # 0: a language model
+    model: str = "gpt"  # one of MODELS
     pool: str = "mean"  # how a classifier sums up a text: 'mean', 'max' or 'first'
     attention: str = "dense"  # 'dense', or a file beside this one without its .py
     kernel: str = "auto"  # how attention is computed: see attention.KERNELS
-    options: dict = field(default_factory=dict)  # the mechanism's own, by name
+    options: dict = field(default_factory=dict)  # the mechanism's and the model's own, by name
 
     @property
     def causal(self):
@@ -54,10 +59,16 @@ class GPTConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         step = 2 * self.n_head if self.pos == "rope" else self.n_head
-        if self.n_embd % step:
+        if self.model == "gpt" and self.n_embd % step:
             raise UserError(f"n_embd must be a multiple of {step} (n_head = {self.n_head}, pos = {self.pos}), got {self.n_embd}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+
+
+def mechanisms():
+    """The names of the mechanisms: dense, and every file beside this one with a class Attention."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return ["dense"] + [f.stem for f in files if f.stem != "attention" and "\nclass Attention(" in f.read_text("utf-8")]
 
 
 def mechanism(name):
@@ -66,11 +77,15 @@ def mechanism(name):
     The options are the plain lower-case values at the top of the file. Raises UserError for a
     name that is none of the mechanisms beside this file.
     """
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    names = ["dense"] + [f.stem for f in files if f.stem != "attention" and "\nclass Attention(" in f.read_text("utf-8")]
-    choose("attention", name, names)
+    choose("attention", name, mechanisms())
     module = importlib.import_module("attention" if name == "dense" else name)
     return module.Attention, plain_values(vars(module))
+
+
+def options_of(model, attention):
+    """The default options, by name, of a kind of model with a mechanism. Raises UserError for an unknown one."""
+    choose("model", model, MODELS)
+    return mechanism(attention)[1] if model == "gpt" else importlib.import_module(model).options_of(attention)
 
 
 EPSILON = 1e-6  # in RMSNorm: next to the mean square
@@ -142,17 +157,95 @@ class Layer(nn.Module):
         return x + attention.drop(y, self.dropout if self.training else 0.0)
 
 
-class GPT(nn.Module):
-    """Token embedding, positions, `n_layer` blocks, and a head over V tokens or n_class labels."""
+class Model(nn.Module):
+    """What all kinds of models share. A kind sets `layers`, whose `attention` is a mechanism, where it has some,
+    and defines `forward`, `work_per_token` and `maps`.
+
+    Raises UserError for a configuration or an option that cannot be.
+    """
 
     def __init__(self, config):
         super().__init__()
         config.check()
-        self.config, C = config, config.n_embd
-        attention_class, defaults = mechanism(config.attention)
+        defaults = options_of(config.model, config.attention)
         for name in config.options.keys() - defaults.keys():
             raise UserError(f"{config.attention} has no option {name}{nearest(name, defaults)}")
         config.options = {**defaults, **config.options}
+        self.config = config
+
+    def attentions(self):
+        """The attention mechanisms, one for each layer that has one."""
+        return [layer.attention for layer in self.layers]
+
+    def penalty(self):
+        """The mechanisms' term of the loss, summed over layers: a scalar tensor, or 0."""
+        return sum(attention.penalty() for attention in self.attentions())
+
+    def pool(self, x, lengths=None):
+        """(B, T, C) -> (B, C) over each text's own tokens."""
+        if self.config.pool == "first":
+            return x[:, 0]
+        if lengths is None:
+            return x.mean(1) if self.config.pool == "mean" else x.amax(1)
+        padded = (torch.arange(x.size(1), device=x.device) >= lengths[:, None])[..., None]
+        if self.config.pool == "max":
+            return x.masked_fill(padded, -math.inf).amax(1)
+        return x.masked_fill(padded, 0).sum(1) / lengths[:, None]
+
+    def word_weights(self, idx, lengths=None):
+        """How much a classifier looks at each token, (B, T): the attention that it receives in the last layer, the
+        mean over heads and a text's own tokens. Sums to 1 over these; padding has 0."""
+        T = idx.size(1)
+        lengths = torch.full((len(idx),), T, device=idx.device) if lengths is None else lengths
+        weights = self.maps(idx, lengths)[-1]
+        there = (torch.arange(T, device=idx.device) < lengths[:, None]).to(weights.dtype)
+        received = torch.einsum("bhij,bi->bj", weights, there) * there
+        return received / received.sum(1, keepdim=True)
+
+    def parameter_count(self):
+        return sum(p.numel() for p in self.parameters())
+
+    def activation_bytes(self, *batch):
+        """Bytes that the forward pass of a batch (forward's arguments) keeps for the backward pass."""
+        own = {p.data_ptr() for p in self.parameters()}
+        kept = {}
+
+        def pack(x):
+            if x.data_ptr() not in own:
+                kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            self(*batch)
+        return sum(kept.values())
+
+    def optimizer(self, learning_rate, weight_decay, betas):
+        """AdamW, fused; matrices decay, vectors do not."""
+        matrices = [p for p in self.parameters() if p.dim() >= 2]
+        others = [p for p in self.parameters() if p.dim() < 2]
+        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+
+    def compiled(self):
+        """This model through torch.compile. The engine's loops, which it would unroll, stay outside.
+
+        Raises UserError on a CPU without a C++ compiler.
+        """
+        device = self.embedding.weight.device.type
+        if device == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
+            raise UserError("compile=True needs a C++ compiler on a CPU and found none; install g++, or leave it False")
+        for attention in self.attentions():
+            if attention.choose_kernel(device) == "engine":
+                attention.attend = torch.compiler.disable(attention.attend)
+        return torch.compile(self)
+
+
+class GPT(Model):
+    """Token embedding, positions, `n_layer` blocks, and a head over V tokens or n_class labels."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        C, attention_class = config.n_embd, mechanism(config.attention)[0]
         self.embedding = nn.Embedding(config.vocab_size, C)
         if config.pos == "learned":
             self.positions = nn.Embedding(config.block_size, C)
@@ -222,25 +315,14 @@ class GPT(nn.Module):
             return logits, None
         return logits, F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), ignore_index=-1)
 
-    def pool(self, x, lengths=None):
-        """(B, T, C) -> (B, C) over each text's own tokens."""
-        if self.config.pool == "first":
-            return x[:, 0]
-        if lengths is None:
-            return x.mean(1) if self.config.pool == "mean" else x.amax(1)
-        padded = (torch.arange(x.size(1), device=x.device) >= lengths[:, None])[..., None]
-        if self.config.pool == "max":
-            return x.masked_fill(padded, -math.inf).amax(1)
-        return x.masked_fill(padded, 0).sum(1) / lengths[:, None]
-
-    def penalty(self):
-        """The mechanisms' term of the loss, summed over layers: a scalar tensor, or 0."""
-        return sum(layer.attention.penalty() for layer in self.layers)
-
-    # ---- what it costs ---------------------------------------------------------------------
-
-    def parameter_count(self):
-        return sum(p.numel() for p in self.parameters())
+    @torch.no_grad()
+    def maps(self, idx, lengths=None):
+        """The softmax weights (B, H, T, T) of each layer, as it uses them: for pictures. Evaluation mode."""
+        (x, rotation), found = self.embed(idx), []
+        for layer in self.layers:
+            found.append(layer.attention.map(layer.norm1(x), rotation, lengths))
+            x = layer(x, rotation, lengths)
+        return found
 
     def work_per_token(self, T):
         """Floating-point operations to train on one token of a text of T: 2 per multiply and add,
@@ -249,40 +331,6 @@ class GPT(nn.Module):
         linear = 12 * C * C * layers + (C * self.config.vocab_size if self.config.causal else 0)
         pairs = sum(layer.attention.pairs(T) for layer in self.layers)
         return 3 * 2 * (linear + 2 * C * pairs / T)
-
-    def activation_bytes(self, *batch):
-        """Bytes that the forward pass of a batch (forward's arguments) keeps for the backward pass."""
-        own = {p.data_ptr() for p in self.parameters()}
-        kept = {}
-
-        def pack(x):
-            if x.data_ptr() not in own:
-                kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
-
-        with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            self(*batch)
-        return sum(kept.values())
-
-    def optimizer(self, learning_rate, weight_decay, betas):
-        """AdamW, fused; matrices decay, vectors do not."""
-        matrices = [p for p in self.parameters() if p.dim() >= 2]
-        others = [p for p in self.parameters() if p.dim() < 2]
-        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
-
-    def compiled(self):
-        """This model through torch.compile. The engine's loops, which it would unroll, stay outside.
-
-        Raises UserError on a CPU without a C++ compiler.
-        """
-        device = self.embedding.weight.device.type
-        if device == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
-            raise UserError("compile=True needs a C++ compiler on a CPU and found none; install g++, or leave it False")
-        for layer in self.layers:
-            if layer.attention.choose_kernel(device) == "engine":
-                layer.attention.attend = torch.compiler.disable(layer.attention.attend)
-        return torch.compile(self)
 
     # ---- sampling --------------------------------------------------------------------------
 
@@ -350,6 +398,12 @@ def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     return torch.multinomial(p, 1, generator=generator)[:, 0]
 
 
+def new_model(config):
+    """The model that a GPTConfig describes. Raises UserError where it cannot be."""
+    choose("model", config.model, MODELS)
+    return GPT(config) if config.model == "gpt" else importlib.import_module(config.model).BiLSTM(config)
+
+
 # ---- checkpoints -----------------------------------------------------------------------------
 
 
@@ -370,7 +424,7 @@ def load(path, device="cpu", options=None, **changes):
         given = {key: value for key, value in (options or {}).items() if config["options"].get(key, value) != value}
         config["options"] = {**config["options"], **given}
         with torch.random.fork_rng(devices=[]):  # the run's random stream is not for weights that are replaced
-            model = GPT(GPTConfig(**config))
+            model = new_model(GPTConfig(**config))
         unlike = model.state_dict().keys() ^ checkpoint["model"].keys()
         if given and unlike:
             raise UserError(f"the weights in {path} are of another model than {given} makes (they differ in "

@@ -87,23 +87,37 @@ def write_text(model, tokenizer, text):
         print(f"{max_new_tokens} tokens, {speed:,.0f} tokens/s", file=sys.stderr)
 
 
+def review_batch(model, tokenizer, texts, device):
+    """(x (B, T), lengths (B,)) of texts, each cut to the block size."""
+    # reviews on one line keep their line ends as HTML; data/imdb stores them as line ends
+    ids = [encode(tokenizer, re.sub(r"<br\s*/?>", "\n", text, flags=re.I)) for text in texts]
+    ids = [torch.tensor(each[: model.config.block_size]) for each in ids]
+    lengths = torch.tensor([len(each) for each in ids], device=device)
+    return torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device), lengths
+
+
 @torch.no_grad()
+def predict(model, tokenizer, texts, device, dtype):
+    """The probability of class 1 of each text, (N,). Raises UserError where a text has no tokens."""
+    found = []
+    for first in range(0, len(texts), 32):
+        x, lengths = review_batch(model, tokenizer, texts[first : first + 32], device)
+        if lengths.min() < 1:
+            raise UserError(f"expected texts to classify, got an empty one: {texts[first + int(lengths.argmin())]!r}")
+        with hardware.autocast(device, dtype):
+            found.append(torch.softmax(model(x, lengths=lengths)[0].float(), -1)[:, 1])
+    return torch.cat(found)
+
+
 def classify(model, tokenizer, classes, texts):
     """Print the label of each text with its probability and the text's beginning."""
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise UserError('expected a text to classify, got none; give --start="...", FILE:path or -')
-    for first in range(0, len(texts), 32):
+    for first in range(0, len(texts), 32):  # as they are done
         group = texts[first : first + 32]
-        # reviews on one line keep their line ends as HTML; data/imdb stores them as line ends
-        ids = [encode(tokenizer, re.sub(r"<br\s*/?>", "\n", text, flags=re.I)) for text in group]
-        ids = [torch.tensor(each[: model.config.block_size]) for each in ids]
-        lengths = torch.tensor([len(each) for each in ids], device=device)  # (B,)
-        x = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)  # (B, T)
-        with hardware.autocast(device, dtype):
-            p = torch.softmax(model(x, lengths=lengths)[0].float(), -1)  # (B, n_class)
-        for text, row in zip(group, p):
-            print(f"{classes[int(row.argmax())]} {row.max():.3f}  {' '.join(text.split())[:80]}", flush=True)
+        for text, p in zip(group, predict(model, tokenizer, group, device, dtype).tolist()):
+            print(f"{classes[p > 0.5]} {max(p, 1 - p):.3f}  {' '.join(text.split())[:80]}", flush=True)
 
 
 def main():

@@ -11,13 +11,14 @@ from collections import Counter
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import hardware
 from configurator import UserError, choose, configure, run
 from dataset import Dataset, batches, scores
-from model import GPT, GPTConfig, load, mechanism, save
-from runs import Log, Stop, asked, leave_if_asked, listen, mend_log, prepare_folder, write_text
+from model import GPTConfig, load, new_model, options_of, save
+from runs import Log, Stop, asked, leave_if_asked, listen, mend_log, prepare_folder, write_text, write_whole
 
 # ---- settings: every name here is a key of the command line and of config files ---------------
 
@@ -29,6 +30,7 @@ eval_only = False  # evaluate out_dir's best.pt and leave
 eval_test = False  # after training, open the test split, once, with the best weights
 eval_interval = 175  # steps between evaluations, each with a checkpoint
 eval_iters = 20  # batches of an evaluation while training, spread over the split; 0: the whole split
+eval_train = False  # evaluate the training split as well, likewise: what has been learnt by heart
 patience = 0  # stop after so many evaluations without a better one; 0: never
 log_interval = 10
 wandb_log = False
@@ -42,6 +44,7 @@ batch_size = 8  # texts of one forward pass
 gradient_accumulation_steps = 1  # forward passes of one step
 
 # the model: see GPTConfig in model.py
+model = "gpt"
 block_size = 256
 n_layer = 4
 n_head = 4
@@ -87,13 +90,15 @@ def rate(step):
 
 @torch.no_grad()
 def evaluate(model, data, split, count=0):
-    """Scores of a split as a dict of floats: loss in nats, and what else the task is judged by.
+    """(scores, p) of a split: a dict of floats, the loss in nats and what else the task is judged by; and of
+    a classifier and a whole split each text's probability of class 1, (N,), in the file's order, else None.
 
     count: batches to look at, spread over the split; 0: all of them, in order.
     """
-    was_training, total, seen, said, truth = model.training, 0.0, 0, [], []
+    was_training, total, seen, said, truth, p = model.training, 0.0, 0, [], [], None
     model.eval()
-    for batch in batches(data, split, batch_size, model.config.block_size).in_order(count):
+    source = batches(data, split, batch_size, model.config.block_size)
+    for batch in source.in_order(count):
         leave_if_asked()
         x, y, lengths = to_device(*batch)
         with hardware.autocast(device, dtype):
@@ -106,10 +111,14 @@ def evaluate(model, data, split, count=0):
     model.train(was_training)
     result = {"loss": total / seen}
     if data.kind == "classify":
-        result |= scores(torch.cat(said), torch.cat(truth))
+        said = torch.cat(said).numpy()
+        result |= scores(said, torch.cat(truth))
+        if not count:
+            p = np.empty_like(said)
+            p[source.by_length] = said
     elif data.bytes_per_token(split):
         result["bits_per_byte"] = result["loss"] / math.log(2) / data.bytes_per_token(split)
-    return result
+    return result, p
 
 
 def to_device(*tensors):
@@ -135,7 +144,7 @@ def say(result):
 
 def health(model):
     """What a record of an evaluation says of the mechanisms: each layer's stats, and FLOP to train on a token."""
-    stats = [layer.attention.stats() for layer in model.layers]
+    stats = [attention.stats() for attention in model.attentions()]
     return {"stats": stats, "work_per_token": model.work_per_token(model.config.block_size)}
 
 
@@ -170,16 +179,21 @@ def check(settings):
             raise UserError(f"{key} must be below 1, got {settings[key]}")
 
 
+def further_options(settings):
+    """The options of the chosen model and mechanism with their defaults."""
+    return options_of(settings["model"], settings["attention"])
+
+
 def build(data, settings, options):
     """(model, checkpoint or None): new, or as out_dir holds it, which then decides the model's shape."""
     if init_from == "scratch" and not eval_only:
         torch.manual_seed(seed)
         shape = {f.name: settings[f.name] for f in fields(GPTConfig) if f.name in settings}
         config = GPTConfig(**shape, vocab_size=data.vocab_size, n_class=len(data.classes), options=options)
-        return GPT(config).to(device), None
+        return new_model(config).to(device), None
     # what changes no weight's shape follows the command line: of options, those that are not at their default
     free = {"kernel": kernel, "dropout": dropout}
-    defaults = mechanism(attention)[1]
+    defaults = further_options(settings)
     given = {key: value for key, value in options.items() if value != defaults[key]}
     model, checkpoint = load(Path(out_dir) / ("best.pt" if eval_only else "ckpt.pt"), device, given, **free)
     for key, value in {**settings, **given}.items():
@@ -197,9 +211,10 @@ def build(data, settings, options):
     return model, checkpoint
 
 
-def main():
+def main(arguments=None):
+    """Train as `arguments` say (default: the command line). Returns the exit code of a run that was stopped, else None."""
     global device, dtype
-    settings, options = configure(globals(), more=lambda settings: mechanism(settings["attention"])[1])
+    settings, options = configure(globals(), arguments, further_options)
     check(settings)
     hardware.keep_freed_memory()
     folder, data = Path(out_dir), Dataset(dataset, task)
@@ -209,20 +224,21 @@ def main():
     model, checkpoint = build(data, settings, options)
     dtype = hardware.pick_dtype(dtype, device)
     peak = hardware.matmul_rate(device, dtype)
+    kernels = {mechanism.choose_kernel(device) for mechanism in model.attentions()}
     print(f"{device} ({torch.get_num_threads()} threads), products in {dtype}: {peak / 1e9:,.0f} GFLOP/s; "
-          f"{attention} attention by {model.layers[0].attention.choose_kernel(device)}")
+          f"{attention} attention{' by ' * bool(kernels)}{' and '.join(sorted(kernels))}")
     if eval_only:
         for split in ["val"] + ["test"] * eval_test:
-            print(f"{split}: {say(evaluate(model, data, split))}")
+            print(f"{split}: {say(evaluate(model, data, split)[0])}")
         return
 
     optimizer = model.optimizer(learning_rate, weight_decay, (beta1, beta2))
     scaler = torch.amp.GradScaler(device.split(":")[0], enabled=dtype == "float16")
-    state = {"step": 0, "evaluated": -1, "best": math.inf, "best_step": 0, "worse": 0, "seconds": 0.0}
+    state = {"step": 0, "evaluated": -1, "best": math.inf, "best_step": 0, "worse": 0, "seconds": 0.0, "work": 0.0}
     source = batches(data, "train", batch_size, block_size, seed)
     announce(model, *(t if t is None else t[:1] for t in source.batch(0)))
     if checkpoint:
-        state = checkpoint["state"]
+        state |= checkpoint["state"]
         optimizer.load_state_dict(checkpoint["optimizer"])
         for group, decay in zip(optimizer.param_groups, (weight_decay, 0.0)):
             group.update(weight_decay=decay, betas=(beta1, beta2))
@@ -238,13 +254,14 @@ def main():
     write_text(folder / "config.json", json.dumps({
         "settings": settings, "options": options, "device": device, "dtype": dtype, "source": data.meta["source"],
         "parameters": model.parameter_count(), "machine": hardware.describe()}, indent=1))
-    log = Log(folder, wandb)
+    log, positions = Log(folder, wandb), Counter()  # tokens and padding read since the last `tally`, by the text's length
 
     def snapshot(**more):
         return {"model": model.state_dict(), "model_config": asdict(model.config), "settings": settings,
                 "source": data.meta["source"], "meta": data.meta, "state": state, **more}
 
     def save_all():
+        tally()
         random = {"random": torch.get_rng_state()}
         if device.startswith("cuda"):
             random["cuda_random"] = torch.cuda.get_rng_state()
@@ -255,15 +272,24 @@ def main():
             raise UserError(f"{name} is {value} at step {state['step']}: stopped; what is saved in {folder} is from before; "
                             "try a lower learning_rate, a smaller grad_clip or dtype=float32")
 
+    def tally():
+        """Count the work done since the last time into state["work"], FLOP."""
+        done = sum(n * model.work_per_token(T) for T, n in positions.items())
+        positions.clear()
+        state["work"] += done
+
     def evaluation():
         """Validation, the log's line of it, and the checkpoints."""
-        result = evaluate(model, data, "val", eval_iters)
+        tally()
+        result, _ = evaluate(model, data, "val", eval_iters)
         check_finite(result["loss"], "the validation loss")
+        if eval_train:
+            result |= {f"train_{name}": score for name, score in evaluate(model, data, "train", eval_iters)[0].items()}
         score = -result["accuracy"] if data.kind == "classify" else result["loss"]
         better = score < state["best"]
         state.update({"best": score, "best_step": state["step"], "worse": 0} if better else {"worse": state["worse"] + 1})
         state["evaluated"] = state["step"]
-        record = {"step": state["step"], "split": "val", **result, **health(model)}
+        record = {"step": state["step"], "split": "val", **result, **health(model), "work": state["work"]}
         log(record, f"step {state['step']}: val {say(result)}{say_stats(record['stats'])}{' *' if better else ''}", keep=True)
         if better:
             save(folder / "best.pt", snapshot())
@@ -272,7 +298,7 @@ def main():
     forward = model.compiled() if compile else model
     model.train()
     listen()
-    began, since, tokens, positions, total = time.perf_counter() - state["seconds"], time.perf_counter(), 0, Counter(), 0.0
+    began, since, tokens, work, total = time.perf_counter() - state["seconds"], time.perf_counter(), 0, state["work"], 0.0
     try:
         while True:
             leave_if_asked()
@@ -288,18 +314,8 @@ def main():
                 break
             for group in optimizer.param_groups:
                 group["lr"] = rate(step)
-            total = 0.0
-            for micro in range(gradient_accumulation_steps):
-                batch = source.batch(step * gradient_accumulation_steps + micro)
-                x, y, lengths = to_device(*batch)
-                with hardware.autocast(device, dtype):
-                    _, loss = forward(x, y, lengths)
-                total = total + loss.detach() / gradient_accumulation_steps
-                scaler.scale((loss + model.penalty()) / gradient_accumulation_steps).backward()
-                tokens += x.numel() if lengths is None else int(batch[2].sum())
-                positions[x.size(1)] += x.numel()
-            scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+            total, norm, read = gradients(model, forward, source, step, scaler, optimizer, positions)
+            tokens += read
             if step % log_interval == 0 or device == "cpu":  # elsewhere a look at each step would make the device wait
                 check_finite(float(total), "the training loss")
                 if dtype != "float16":  # whose scaler skips such steps
@@ -310,9 +326,9 @@ def main():
             state["step"] = step + 1
             if step % log_interval == 0:
                 now = time.perf_counter()
-                work = sum(n * model.work_per_token(T) for T, n in positions.items())
-                speed, share = tokens / (now - since), work / (now - since) / peak
-                since, tokens, positions, state["seconds"] = now, 0, Counter(), now - began
+                tally()
+                speed, share = tokens / (now - since), (state["work"] - work) / (now - since) / peak
+                since, tokens, work, state["seconds"] = now, 0, state["work"], now - began
                 left = state["seconds"] / (step + 1) * (max_iters - step - 1)
                 record = {"step": step, "split": "train", "loss": float(total), "lr": rate(step), "grad_norm": float(norm),
                           "tokens_per_second": speed, "matmul_share": share, "seconds": state["seconds"]}
@@ -325,6 +341,26 @@ def main():
         save_all()
         print(f"\nstopped at step {state['step']}, saved; go on with --init_from=resume")
         return 128 + asked[0]
+
+
+def gradients(model, forward, source, step, scaler, optimizer, positions):
+    """The gradients of one step, clipped: (loss, their norm before that, tokens read).
+
+    forward: the model, or what torch.compile made of it. positions: a Counter to which the tokens and the padding that
+    were read are added, by the length of the texts.
+    """
+    total, tokens = 0.0, 0
+    for micro in range(gradient_accumulation_steps):
+        batch = source.batch(step * gradient_accumulation_steps + micro)
+        x, y, lengths = to_device(*batch)
+        with hardware.autocast(device, dtype):
+            _, loss = forward(x, y, lengths)
+        total = total + loss.detach() / gradient_accumulation_steps
+        scaler.scale((loss + model.penalty()) / gradient_accumulation_steps).backward()
+        tokens += x.numel() if lengths is None else int(batch[2].sum())
+        positions[x.size(1)] += x.numel()
+    scaler.unscale_(optimizer)
+    return total, torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf), tokens
 
 
 def announce(model, x, y, lengths):
@@ -340,8 +376,12 @@ def finish(data, folder, log, state):
     """The scores that count: of the best weights, over whole splits; the test split only on request."""
     best, _ = load(folder / "best.pt", device)
     for split in ["val"] + ["test"] * eval_test:
-        result = evaluate(best, data, split)
-        log({"step": state["best_step"], "split": split, "whole": True, **result, **health(best)},
+        result, p = evaluate(best, data, split)
+        if p is not None:
+            label = data.texts(split)[2]
+            write_whole(folder / f"predictions-{split}.npz", lambda file: np.savez(file, p=p, label=label))
+        cost = {"seconds": state["seconds"], "work": state["work"]}
+        log({"step": state["best_step"], "split": split, "whole": True, **result, **health(best), **cost},
             f"best weights (step {state['best_step']}), whole {split} split: {say(result)}", keep=True)
     print(f"{clock(state['seconds'])} in all; sample with: python sample.py --out_dir={folder}")
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, call, write_bytes
@@ -48,7 +49,7 @@ def log_of(out, *splits):
     for record in records:
         assert type(record["step"]) is int and record["split"] in ("train", "val", "test")
         for key in ("seconds", "tokens_per_second", "matmul_share"):
-            assert (key in record) == (record["split"] == "train")
+            assert (key in record) == (record["split"] == "train" or key == "seconds" and "whole" in record)
             record.pop(key, None)
     return [record for record in records if not splits or record["split"] in splits]
 
@@ -272,12 +273,12 @@ def test_a_loss_that_is_not_finite(text, tmp_path, monkeypatch, at_batch, refuse
     if poison == "learning rate":
         arguments += ["--learning_rate=1e30", "--grad_clip=0", "--warmup_iters=0", "--norm=layernorm"]
     elif poison == "weights":
-        made, new = [], train.GPT
-        monkeypatch.setattr(train, "GPT", lambda config: made.append(new(config)) or made[-1])
+        made, new = [], train.new_model
+        monkeypatch.setattr(train, "new_model", lambda config: made.append(new(config)) or made[-1])
         at_batch(7, lambda: made[0].embedding.weight.data.fill_(math.nan))
     else:
-        made, new = [], train.GPT
-        monkeypatch.setattr(train, "GPT", lambda config: made.append(new(config)) or made[-1])
+        made, new = [], train.new_model
+        monkeypatch.setattr(train, "new_model", lambda config: made.append(new(config)) or made[-1])
         at_batch(7, lambda: made[0].embedding.weight.register_hook(lambda grad: grad * math.inf))
     line = refused(train, f"--out_dir={tmp_path}", f"--dataset={text}", *SMALL, *arguments)
     assert "the norm of the gradient is" in line if poison == "gradient" else "the training loss is" in line
@@ -292,7 +293,7 @@ def test_patience(text, tmp_path, monkeypatch, capsys):
     losses = iter([5.0, 4.0, 4.5, 3.0, 3.0, 3.5, 1.0])  # better at steps 0, 5 and 15, then not at 20 and 25
     evaluate = train.evaluate
     monkeypatch.setattr(train, "evaluate", lambda model, data, split, count=0:
-                        {"loss": next(losses)} if count else evaluate(model, data, split, count))
+                        ({"loss": next(losses)}, None) if count else evaluate(model, data, split, count))
     assert not fit(tmp_path, text, "--max_iters=99", "--patience=2")
     state = torch.load(tmp_path / "ckpt.pt")["state"]
     assert (state["step"], state["best_step"], state["best"]) == (25, 15, 3.0)
@@ -303,7 +304,7 @@ def test_patience(text, tmp_path, monkeypatch, capsys):
 
 def scores_of(record):
     """A record without what it says of the mechanism."""
-    return {key: value for key, value in record.items() if key not in ("stats", "work_per_token")}
+    return {key: value for key, value in record.items() if key not in ("stats", "work_per_token", "work")}
 
 
 def evaluate_again(out, data, split):
@@ -338,6 +339,45 @@ def test_the_last_scores_are_of_the_whole_split(folder, tmp_path):
     last = [scores_of(record) for record in log_of(tmp_path) if record.pop("whole", False)]
     best = torch.load(tmp_path / "best.pt")["state"]["step"]
     assert last == [{"step": best, "split": split, **evaluate_again(tmp_path, folder, split)} for split in ("val", "test")]
+
+
+def test_predictions(reviews, tmp_path):
+    """Of each text of a split, in the order of its file, what the best weights say."""
+    assert not fit(tmp_path, reviews, "--max_iters=5", "--eval_test=True")
+    (model, _), data = load(tmp_path / "best.pt"), Dataset(reviews)
+    for split in ("val", "test"):
+        tokens, offsets, labels = data.texts(split)
+        texts = [torch.tensor(tokens[a:b][:16].astype(int))[None] for a, b in zip(offsets, offsets[1:])]
+        with np.load(tmp_path / f"predictions-{split}.npz") as found, torch.no_grad():
+            assert found["label"].tolist() == labels.tolist() and len(set(map(len, texts))) >= 1
+            expected = [model(text)[0].softmax(-1)[0, 1].item() for text in texts]
+            assert found["p"].tolist() == pytest.approx(expected, rel=1e-5) and len(set(expected)) > 3
+
+
+def test_training_scores(folder, tmp_path, capsys):
+    """eval_train adds the training split's scores to each validation; the rest of the run is as without it."""
+    assert not fit(tmp_path / "plain", folder, "--max_iters=5")
+    assert not fit(tmp_path / "both", folder, "--max_iters=5", "--eval_train=True", "--eval_iters=0")
+    records = [r for r in log_of(tmp_path / "both", "val") if "whole" not in r]
+    (model, _), data = load(tmp_path / "both" / "ckpt.pt"), Dataset(folder)
+    with torch.no_grad():
+        each = [model(x, y, lengths)[1].item() * (y != -1).sum().item() for x, y, lengths in batches(data, "train", 4, 16).in_order()]
+        count = sum((y != -1).sum().item() for _, y, _ in batches(data, "train", 4, 16).in_order())
+    assert records[-1]["train_loss"] == pytest.approx(sum(each) / count, rel=1e-5)
+    assert ("train_accuracy" in records[-1]) == (data.kind == "classify") and "train loss" in capsys.readouterr().out
+    one, other = (torch.load(tmp_path / name / "ckpt.pt")["model"] for name in ("plain", "both"))
+    assert_same(one, other)
+
+
+def test_work_is_counted(text, tmp_path):
+    """Tokens read times what the model says that training on one takes; a stop and a start count nothing twice."""
+    assert not fit(tmp_path, text, "--max_iters=3", "--log_interval=2")
+    assert not fit(tmp_path, text, "--max_iters=7", "--log_interval=2", "--init_from=resume")
+    last = log_of(tmp_path)[-1]
+    model, _ = load(tmp_path / "best.pt")
+    tokens = json.loads((tmp_path / "config.json").read_text())["settings"]
+    tokens = 7 * tokens["batch_size"] * tokens["block_size"] * tokens["gradient_accumulation_steps"]
+    assert last["whole"] and last["work"] == pytest.approx(tokens * model.work_per_token(16))
 
 
 def test_eval_only(folder, tmp_path, capsys, refused):
@@ -387,7 +427,8 @@ def test_evaluation_does_not_touch_the_training(text, tmp_path):
 def test_the_folder_of_a_run(folder, tmp_path):
     out = tmp_path / "not" / "yet" / "there"
     assert not fit(out, f"{folder}/", "--max_iters=6", "--log_interval=2")
-    assert {file.name for file in out.iterdir()} == {"config.json", "log.jsonl", "ckpt.pt", "best.pt"}
+    answers = {"predictions-val.npz"} if "reviews" in str(folder) else set()
+    assert {file.name for file in out.iterdir()} == {"config.json", "log.jsonl", "ckpt.pt", "best.pt"} | answers
     config = json.loads((out / "config.json").read_text())
     assert config["settings"]["max_iters"] == 6 and config["source"] == Dataset(folder).meta["source"]
     assert config["device"] == "cpu" and config["dtype"] == "float32" and config["machine"]["torch"] == torch.__version__
@@ -397,7 +438,7 @@ def test_the_folder_of_a_run(folder, tmp_path):
     extra = {"accuracy", "f1", "precision", "recall", "auc"} if "reviews" in str(folder) else {"bits_per_byte"}
     for record in log:
         assert math.isfinite(record["loss"])
-        more = {"lr", "grad_norm"} if record["split"] == "train" else extra | {"stats", "work_per_token"}
+        more = {"lr", "grad_norm"} if record["split"] == "train" else extra | {"stats", "work_per_token", "work"}
         assert record.keys() - {"whole"} == {"step", "split", "loss"} | more
     raw = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert all(record["tokens_per_second"] > 0 and record["seconds"] > 0 for record in raw if record["split"] == "train")
@@ -802,7 +843,7 @@ def test_options_of_a_mechanism_in_a_config_file(text, tmp_path):
 
 def test_what_an_evaluation_says_of_the_mechanism(text, tmp_path, monkeypatch, capsys):
     """The mean over layers and heads of every number, whatever its name; and as much work as its plan has now."""
-    layer = train.GPT(train.GPTConfig(**SHAPE)).layers[0].attention
+    layer = train.new_model(train.GPTConfig(**SHAPE)).layers[0].attention
     health = [{"kept_share": 0.25, "reach_of_it": [10, 1000.5]}, {"kept_share": 0.2, "reach_of_it": [30.0, 3000], "kind": "x"}]
     assert train.say_stats(health) == ", kept share 0.225, reach of it 1,010"
     assert train.say_stats([{}, {"a": [], "b": "x", "c": -0.012345, "d": None}]) == ", c -0.0123"

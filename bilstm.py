@@ -1,0 +1,128 @@
+"""The baseline that is no transformer: a BiLSTM for classifiers. python train.py --model=bilstm --attention=additive
+
+    none       the pooled outputs of the BiLSTM (--pool=max)
+    additive   one weight for each token, softmax(c . tanh(W h + b)): the context vector of Yang et al. 2016,
+               section 2.2, after Bahdanau et al. 2015
+    multihead  queries, keys and values among the outputs (Vaswani et al. 2017), then pooled;
+               any other mechanism's name puts that in its place
+
+Letters: B batch, T time, C the outputs' channels, hidden of either direction.
+"""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from attention import drop
+from configurator import UserError, choose
+from engine import FLOOR
+from model import GPTConfig, Model, mechanism, mechanisms
+
+hidden = 128  # channels of each direction
+
+OWN = ("none", "additive")
+
+
+def options_of(attention):
+    """The default options, by name, of a BiLSTM with this attention."""
+    choose("attention", attention, [*OWN, "multihead", *mechanisms()])
+    return {"hidden": hidden} | ({} if attention in OWN else mechanism(mechanism_of(attention))[1])
+
+
+def mechanism_of(attention):
+    return "dense" if attention == "multihead" else attention
+
+
+class BiLSTM(Model):
+    """Embedding -> BiLSTM -> attention -> one summary of each text -> logits. Padding is neither read nor pooled.
+
+    config: of `GPTConfig` vocab_size, n_class, n_layer, n_head, n_embd (the embedding), dropout, bias, pool, attention, kernel.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        for name in ("pos", "norm", "tie"):
+            if getattr(config, name) != getattr(GPTConfig, name):
+                raise UserError(f"a BiLSTM has no {name}; leave it out, or use model=gpt")
+        if config.causal:
+            raise UserError("a BiLSTM reads in both directions, the tokens too that a language model is to predict: "
+                            "train a classifier, or use model=gpt")
+        width = config.options["hidden"]
+        C = 2 * width
+        if width < 1 or C % config.n_head:
+            raise UserError(f"hidden must be at least 1 and 2 hidden a multiple of n_head = {config.n_head}, got {width}")
+        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        nn.init.normal_(self.embedding.weight, std=0.1)
+        self.lstm = nn.LSTM(config.n_embd, width, config.n_layer, batch_first=True, bidirectional=True,
+                            dropout=config.dropout if config.n_layer > 1 else 0.0)
+        self.layers = []
+        if config.attention == "additive":
+            self.inner, self.context = nn.Linear(C, C), nn.Parameter(torch.randn(C) / C**0.5)
+        elif config.attention != "none":
+            self.attention = mechanism(mechanism_of(config.attention))[0](replace(config, n_embd=C))
+            self.layers = [SimpleNamespace(attention=self.attention)]
+        self.head = nn.Linear(C, config.n_class)
+
+    def read(self, idx, lengths):
+        """The BiLSTM's outputs (B, T, C); 0 for padding."""
+        x = drop(self.embedding(idx), self.config.dropout if self.training else 0.0)
+        packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        with torch.autocast(idx.device.type, enabled=idx.device.type != "cpu"):  # one step's products are too small for bfloat16
+            return pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=idx.size(1))[0]
+
+    def additive(self, x, lengths):
+        """The weight of each token, (B, T), from outputs (B, T, C)."""
+        padded = torch.arange(x.size(1), device=x.device) >= lengths[:, None]
+        return torch.softmax((torch.tanh(self.inner(x)) @ self.context).masked_fill(padded, FLOOR), -1)
+
+    def forward(self, idx, targets=None, lengths=None):
+        """idx (B, T) token ids -> logits (B, n_class), and the loss to targets (B,) or None. lengths: (B,) tokens of each text."""
+        lengths = whole(idx) if lengths is None else lengths
+        x = self.read(idx, lengths)
+        if self.config.attention == "additive":
+            x = torch.einsum("bt,btc->bc", self.additive(x, lengths), x)
+        else:
+            x = self.pool(self.attention(x, lengths=lengths) if self.layers else x, lengths)
+        logits = self.head(drop(x, self.config.dropout if self.training else 0.0))
+        return logits, None if targets is None else F.cross_entropy(logits.float(), targets)
+
+    @torch.no_grad()
+    def maps(self, idx, lengths=None):
+        """The softmax weights: [(B, H, T, T)], [(B, 1, 1, T)] of additive attention, [] without. Evaluation mode."""
+        lengths = whole(idx) if lengths is None else lengths
+        if self.config.attention == "none":
+            return []
+        x = self.read(idx, lengths)
+        return [self.attention.map(x, lengths=lengths) if self.layers else self.additive(x, lengths)[:, None, None]]
+
+    @torch.no_grad()
+    def word_weights(self, idx, lengths=None):
+        """How much each token counts, (B, T), sums to 1: the additive weights; without attention the share of channels
+        whose largest output is the token's; else as in `Model`."""
+        lengths = whole(idx) if lengths is None else lengths
+        if self.config.attention == "additive":
+            return self.maps(idx, lengths)[0][:, 0, 0]
+        if self.layers:
+            return super().word_weights(idx, lengths)
+        padded = torch.arange(idx.size(1), device=idx.device) >= lengths[:, None]
+        best = self.read(idx, lengths).masked_fill(padded[..., None], float("-inf")).argmax(1)  # (B, C)
+        return F.one_hot(best, idx.size(1)).float().mean(1)
+
+    def work_per_token(self, T):
+        """Floating-point operations to train on one token of a text of T: see `GPT.work_per_token`."""
+        width, C = self.config.options["hidden"], 2 * self.config.options["hidden"]
+        work = sum(2 * 4 * width * ((C if n else self.config.n_embd) + width) for n in range(self.config.n_layer))
+        if self.config.attention == "additive":
+            work += C * C + 2 * C
+        for attention in self.attentions():
+            work += 4 * C * C + 2 * C * attention.pairs(T) / T
+        return 3 * 2 * work
+
+
+def whole(idx):
+    """(B,) lengths of texts (B, T) without padding."""
+    return torch.full((len(idx),), idx.size(1), device=idx.device)

@@ -1,0 +1,444 @@
+"""Which is better, under one budget, over several seeds: python compare.py config/compare_x.py [--key=value ...]
+
+Trains each of `variants` with each of `seeds` by train.py's own loop, with the same order of the data, and
+writes into out_dir a folder for each run, results.jsonl (a line a run) and, at `results`, the comparison as FILE.json,
+a table (FILE.md) and a picture (FILE.png). Stopped at any moment and started again, it goes on and runs nothing twice.
+
+What a step takes is measured first, all variants side by side, and kept in out_dir/speeds.json: minutes are steps
+times that, and no run is judged by what else the machine did meanwhile.
+"""
+
+import json
+import math
+import shlex
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import mpmath  # comes with torch; scipy.stats takes the file sparse.py beside this one for a package of that name, and fails
+import numpy as np
+import torch
+
+import hardware
+import plot
+import train
+from configurator import UserError, choose, configure, plain_values, run
+from dataset import Dataset, batches
+from model import load
+from runs import Stop, asked, leave_if_asked, write_text
+from sample import encode, predict
+from tokenizer import Tokenizer
+
+TRAIN = plain_values(vars(train))  # its defaults, before any run has changed them
+
+out_dir = "out-compare"
+results = ""  # where FILE.json, FILE.md and FILE.png go, without the ending; default: out_dir/comparison
+title = ""
+base = []  # arguments of train.py for all: config files and --key=value
+variants = []  # "NAME: --key=value ...": what each adds; the first is what the others are held against
+seeds = [1, 2, 3, 4, 5, 6]
+budget = "steps"  # what every run gets the same of: 'steps', 'seconds' of training, or 'work', in 1e12 operations
+amount = 0.0  # of that
+warmup = 0.05  # share of the steps in which the learning rate rises
+evaluations = 10  # of the validation split in a run, evenly spaced, besides the one at its beginning
+hard = ""  # of classifiers: a file of {"text", "label", "kind"} lines that are judged as well, by kind
+prompts = []  # of language models: what is likeliest to come next is told
+resamples = 2000  # of the bootstrap
+
+SCORES = {"bits_per_byte": -1, "accuracy": 1, "f1": 1, "precision": 1, "recall": 1, "auc": 1, "loss": -1}  # 1: more is better
+LEVEL = 0.05  # of a verdict; intervals hold 1 - LEVEL
+
+
+class Variant(NamedTuple):
+    """What is compared: a model with its mechanism."""
+
+    name: str
+    arguments: list  # of train.py
+    settings: dict
+    options: dict
+
+
+def parse(text):
+    """The `Variant` of a text like 'local: --attention=sparse --window=64'."""
+    name, colon, rest = str(text).partition(":")
+    if not colon or not name.strip():
+        raise UserError(f"variants: expected texts like 'local: --attention=sparse --window=64', got {text!r}")
+    arguments = [*base, *shlex.split(rest)]
+    return Variant(name.strip(), arguments, *configure(dict(TRAIN), arguments, train.further_options))
+
+
+def slug(name):
+    """A name as part of a folder's."""
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+
+
+# ---- what a variant costs ----------------------------------------------------------------------
+
+
+def set_up(variant):
+    """(model, its source of batches), with train.py's settings as in a run of the variant."""
+    vars(train).update(TRAIN | variant.settings)
+    train.check(variant.settings)
+    train.device = hardware.pick_device(train.device)
+    train.dtype = hardware.pick_dtype(train.dtype, train.device)
+    data = Dataset(train.dataset, train.task)
+    model, _ = train.build(data, dict(variant.settings), dict(variant.options))
+    return model.train(), batches(data, "train", train.batch_size, train.block_size)
+
+
+def measure(variants):
+    """{name: what it costs}: seconds of a step, all variants side by side, operations of a step, parameters."""
+    calls, costs = [], {}
+    for variant in variants:
+        model, source = set_up(variant)
+        settings, forward = plain_values(vars(train)), model.compiled() if train.compile else model
+        optimizer = model.optimizer(0.0, 0.0, (train.beta1, train.beta2))  # a rate of 0: the weights stay as they are
+        scaler = torch.amp.GradScaler(train.device.split(":")[0], enabled=train.dtype == "float16")
+
+        def steps(settings=settings, forward=forward, model=model, source=source, optimizer=optimizer, scaler=scaler):
+            vars(train).update(settings)
+            for step in range(5):
+                train.gradients(model, forward, source, step, scaler, optimizer, Counter())
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+
+        positions = Counter()
+        for step in range(50):
+            x = source.batch(step)[0]
+            positions[x.size(1)] += x.numel() * train.gradient_accumulation_steps / 50
+        costs[variant.name] = {"work_per_step": sum(n * model.work_per_token(T) for T, n in positions.items()),
+                               "parameters": model.parameter_count()}
+        calls.append(steps)
+    for cost, timed in zip(costs.values(), hardware.side_by_side(calls, train.device, 9, budget=120)):
+        cost["seconds_per_step"] = timed.seconds / 5
+    return costs
+
+
+def costs_of(variants):
+    """`measure`, or what it found before for the same variants."""
+    path, of = Path(out_dir) / "speeds.json", [variant._asdict() for variant in variants]
+    try:
+        saved = json.loads(path.read_text("utf-8"))
+        if saved["variants"] == of:
+            return saved["costs"], saved["machine"], saved["dtype"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    print(f"measuring a step of {len(variants)} variants, side by side ...", flush=True)
+    found = {"variants": of, "costs": measure(variants), "machine": hardware.describe(), "dtype": train.dtype}
+    write_text(path, json.dumps(found, indent=1))
+    return found["costs"], found["machine"], found["dtype"]
+
+
+def steps_of(cost):
+    """The steps that the budget buys."""
+    price = {"steps": 1, "seconds": cost["seconds_per_step"], "work": cost["work_per_step"] / 1e12}[budget]
+    return max(1, round(amount / price))
+
+
+# ---- the runs ----------------------------------------------------------------------------------
+
+
+def same(path, wanted):
+    """The JSON object at `path` where it is of a run with the wanted settings, else None."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        have = {**found["settings"], **found["options"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if all(key in have and have[key] == value for key, value in wanted.items()) else None
+
+
+def plan(variant, seed, steps):
+    """(folder, arguments, settings) of a run, the settings as its folder tells them."""
+    folder = Path(out_dir) / f"{slug(variant.name)}-{seed}"
+    arguments = [*variant.arguments, f"--seed={seed}", f"--max_iters={steps}", f"--warmup_iters={round(warmup * steps)}",
+                 f"--eval_interval={max(1, steps // evaluations)}", f"--out_dir={folder}"]
+    settings, options = configure(dict(TRAIN), arguments, train.further_options)
+    del settings["init_from"]
+    return folder, arguments, {**settings, **options}
+
+
+def result_of(variant, seed, steps):
+    """The result of a run that is done, as a dict, else None."""
+    folder, _, wanted = plan(variant, seed, steps)
+    return same(folder / "result.json", wanted)
+
+
+def train_one(variant, seed, steps):
+    """Train one run, or the rest of it, and return its result. Raises Stop where the user stops it."""
+    folder, arguments, wanted = plan(variant, seed, steps)
+    if (folder / "ckpt.pt").exists() and same(folder / "config.json", wanted):
+        arguments.append("--init_from=resume")
+    elif folder.exists() and not (folder / "ckpt.pt").exists() and not (folder / "result.json").exists():
+        shutil.rmtree(folder)  # stopped before anything was saved
+    vars(train).update(TRAIN)
+    if train.main(arguments):
+        raise Stop
+    saved = json.loads((folder / "config.json").read_text("utf-8"))
+    result = {"variant": variant.name, "seed": seed, "steps": steps, **read_run(folder),
+              "settings": saved["settings"], "options": saved["options"]}
+    write_text(folder / "result.json", json.dumps(result))
+    (folder / "ckpt.pt").unlink(missing_ok=True)  # the last state; best.pt stays
+    return result
+
+
+def read_run(folder):
+    """Scores, curves and costs of a finished run."""
+    records, whole = plot.read_log(folder / "log.jsonl")
+    last = whole[-1]  # the test split where it was opened, else validation
+    records = [r for r in records if r["split"] == "val"]
+    score = next(name for name in SCORES if name in last)
+    kept = [layer["kept_share"] for layer in last["stats"] if "kept_share" in layer]
+    found = {"split": last["split"], "scores": {name: last[name] for name in SCORES if name in last},
+             "seconds": last["seconds"], "work": last["work"], "kept_share": float(np.mean(kept)) if kept else None,
+             "curve": [[r["step"], r[score]] for r in records]}
+    if f"train_{score}" in records[0]:
+        found["train_curve"] = [[r["step"], r[f"train_{score}"]] for r in records]
+    if hard or prompts:
+        model, checkpoint = load(folder / "best.pt", train.device)
+        more = judge_hard if model.config.n_class else continue_prompts
+        found |= more(model, Tokenizer(checkpoint["meta"]))
+    return found
+
+
+def judge_hard(model, tokenizer):
+    """{"hard": {kind: share of its texts that are told right}}."""
+    if not hard:
+        return {}
+    try:
+        rows = [json.loads(line) for line in Path(hard).read_text("utf-8").splitlines()]
+        texts, labels, kinds = zip(*[(row["text"], row["label"], row["kind"]) for row in rows])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f'hard: expected a file of {{"text": ..., "label": 0 or 1, "kind": ...}} lines, got {hard} ({error!r})')
+    right = (predict(model, tokenizer, texts, train.device, train.dtype).cpu().numpy() > 0.5) == np.array(labels)
+    return {"hard": {kind: float(right[[k == kind for k in kinds]].mean()) for kind in dict.fromkeys(kinds)}}
+
+
+@torch.no_grad()
+def continue_prompts(model, tokenizer):
+    """{"next": {prompt: [likeliest token, its probability]}}."""
+    found = {}
+    for prompt in prompts:
+        p = torch.softmax(model(torch.tensor([encode(tokenizer, prompt)], device=train.device))[0][0, -1].float(), -1)
+        found[prompt] = [tokenizer.token(int(p.argmax())), p.max().item()]
+    return {"next": found}
+
+
+# ---- statistics --------------------------------------------------------------------------------
+
+
+def chance(t, df):
+    """The chance that Student's t with `df` degrees of freedom is at least t away from 0."""
+    return float(mpmath.betainc(df / 2, 0.5, 0, df / (df + t * t), regularized=True))
+
+
+def interval(mean, error, count):
+    """{"mean", "low", "high"} by Student's t for `count` seeds and a standard error."""
+    low, high = 0.0, 1e4
+    for _ in range(80):  # halve: the t that is exceeded with the chance LEVEL
+        t = (low + high) / 2
+        low, high = (t, high) if chance(t, count - 1) > LEVEL else (low, t)
+    return {"mean": float(mean), "low": float(mean - t * error), "high": float(mean + t * error)}
+
+
+def mcnemar(a, b):
+    """The p-value of McNemar's exact test: a texts that only one model, b that only the other tells right."""
+    tail = sum(math.comb(a + b, k) for k in range(min(a, b) + 1))
+    return min(1.0, 2 * tail / 2 ** (a + b))
+
+
+def right_answers(variant, seed):
+    """Whether each text of the split that was judged is told right, (N,)."""
+    folder = Path(out_dir) / f"{slug(variant)}-{seed}"
+    path = next(p for p in (folder / "predictions-test.npz", folder / "predictions-val.npz") if p.exists())
+    with np.load(path) as found:
+        return (found["p"] > 0.5) == (found["label"] == 1)
+
+
+def standard_error(difference, random):
+    """Of the mean of a difference (seeds,) or (seeds, texts), by a bootstrap over both: resampled means, widened
+    by sqrt(n / (n - 1)) since n seeds drawn from n vary too little. Of seeds alone it is the one of a paired t-test."""
+    n = len(difference)
+    if difference.ndim == 1:
+        return difference.std(ddof=1) / math.sqrt(n)
+    means, texts = [], difference.shape[1]
+    for _ in range(resamples):
+        drawn = np.bincount(random.integers(texts, size=texts), minlength=texts).astype(np.float32)
+        means.append((difference @ drawn)[random.integers(n, size=n)].mean() / texts)
+    return np.std(means) * math.sqrt(n / (n - 1))
+
+
+def held_against(first, runs, score, kind):
+    """How the runs of one variant differ from those of the first, seed by seed: mean, interval, p, and of classifiers
+    McNemar's exact test for each pair of models."""
+    pairs = list(zip(first, runs))
+    means = np.array([b["scores"][score] - a["scores"][score] for a, b in pairs])
+    found, difference = {}, means
+    if kind == "classify":
+        right = np.array([[right_answers(r["variant"], r["seed"]) for r in pair] for pair in pairs])  # (seeds, 2, texts)
+        difference = right[:, 1].astype(np.float32) - right[:, 0]
+        only = [[int((a & ~b).sum()), int((b & ~a).sum())] for a, b in right]
+        found["mcnemar"] = [{"only_first": a, "only_this": b, "p": mcnemar(a, b)} for a, b in only]
+    error = standard_error(difference, np.random.default_rng(0))
+    mean = float(means.mean())
+    p = chance(mean / error, len(pairs) - 1) if error > 0 else float(mean == 0)
+    return {**interval(mean, error, len(pairs)), "p": p, **found}
+
+
+def holm(values):
+    """Holm's step-down correction of p-values (Holm 1979)."""
+    corrected, least = [0.0] * len(values), 0.0
+    for rank, n in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+        least = max(least, min(1.0, values[n] * (len(values) - rank)))
+        corrected[n] = least
+    return corrected
+
+
+def compare(found, costs):
+    """The comparison's rows, one a variant, from its runs' results, {name: [result, ...]}."""
+    rows, first = [], next(iter(found.values()))
+    kind, score = "classify" if "accuracy" in first[0]["scores"] else "lm", next(s for s in SCORES if s in first[0]["scores"])
+    for name, runs in found.items():
+        mean = lambda key: None if runs[0][key] is None else float(np.mean([r[key] for r in runs]))  # noqa: E731
+        row = {"variant": name, "parameters": costs[name]["parameters"], "steps": runs[0]["steps"],
+               "seconds_per_step": costs[name]["seconds_per_step"],
+               "minutes": runs[0]["steps"] * costs[name]["seconds_per_step"] / 60, "work": mean("work"),
+               "kept_share": mean("kept_share"), "scores": {}, "difference": None}
+        for s in runs[0]["scores"]:
+            values = np.array([r["scores"][s] for r in runs])
+            row["scores"][s] = interval(values.mean(), standard_error(values, None), len(runs))
+        if "train_curve" in runs[0]:
+            row["train_first"], row["train_last"] = (float(np.mean([r["train_curve"][n][1] for r in runs])) for n in (1, -1))
+            row["spread"] = float(np.mean([np.std([v for _, v in r["curve"][1:]], ddof=1) for r in runs]))
+        if "hard" in runs[0]:
+            row["hard"] = {kind: float(np.mean([r["hard"][kind] for r in runs])) for kind in runs[0]["hard"]}
+        if "next" in runs[0]:
+            row["next"] = {prompt: Counter(r["next"][prompt][0] for r in runs).most_common(1)[0] for prompt in runs[0]["next"]}
+        if runs is not first:
+            row["difference"] = held_against(first, runs, score, kind)
+        rows.append(row)
+    others = [row["difference"] for row in rows[1:]]
+    for difference, p in zip(others, holm([d["p"] for d in others])):
+        better = difference["mean"] * SCORES[score] > 0
+        difference |= {"p_holm": p, "verdict": "no difference shown" if p >= LEVEL else "better" if better else "worse"}
+    return {"kind": kind, "score": score, "split": first[0]["split"], "variants": rows}
+
+
+# ---- the table ---------------------------------------------------------------------------------
+
+
+def table(summary):
+    """The comparison as Markdown, all that a reader needs beside the figures included."""
+    score, rows, percent = summary["score"], summary["variants"], summary["kind"] == "classify"
+
+    def show(x, sign=""):
+        return f"{100 * x:{sign}.1f}" if percent else f"{x:{sign}.3f}"
+
+    def span(x, sign=""):
+        return f"{show(x['mean'], sign)} [{show(x['low'], sign)}, {show(x['high'], sign)}]"
+
+    def lines(head, body):
+        return ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(map(str, line))} |" for line in body)]
+
+    machine, unit = summary["machine"], " (%)" if percent else ""
+    text = [f"**{summary['title']}.** {len(summary['seeds'])} seeds; every run gets the same "
+            f"{summary['budget']}, {summary['amount']:,g}{' x 1e12 operations' if summary['budget'] == 'work' else ''}, of "
+            f"{summary['dataset']}; {score.replace('_', ' ')}{unit} of the {summary['split']} split, with the weights that did best on "
+            f"validation. {machine['gpu'] or machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, "
+            f"products in {summary['dtype']}. In brackets 95 % intervals; p after Holm. `{summary['command']}`"]
+    first = rows[0]["variant"]
+    head = ["variant", f"{score.replace('_', ' ')}{unit}", f"against {first}", "p", "verdict"]
+    head += ["McNemar: seeds better / worse"] * percent + ["steps", "minutes", "work (TFLOP)", "kept share", "parameters"]
+    body = []
+    for row in rows:
+        d, cells = row["difference"], [row["variant"], span(row["scores"][score])]
+        cells += [span(d, "+"), f"{d['p_holm']:.3f}", d["verdict"]] if d else ["", "", ""]
+        if percent:
+            shown = [test["only_this"] - test["only_first"] for test in (d or {}).get("mcnemar", []) if test["p"] < LEVEL]
+            cells.append(f"{sum(x > 0 for x in shown)} / {sum(x < 0 for x in shown)}" if d else "")
+        cells += [f"{row['steps']:,}", f"{row['minutes']:.1f}", f"{row['work'] / 1e12:,.1f}"]
+        cells += ["" if row["kept_share"] is None else f"{row['kept_share']:.0%}", f"{row['parameters']:,}"]
+        body.append(cells)
+    text += lines(head, body)
+    if percent:
+        names = [s for s in rows[0]["scores"] if s not in (score, "loss")]
+        text += lines(["variant", *names], [[row["variant"], *(span(row["scores"][s]) for s in names)] for row in rows])
+    if "train_first" in rows[0]:
+        text += lines(["variant", "training split, first evaluation", "training split, last", "spread of validation over evaluations"],
+                      [[row["variant"], *(show(row[key]) for key in ("train_first", "train_last", "spread"))] for row in rows])
+    if "hard" in rows[0]:
+        text += lines(["hard reviews, right (%)", *rows[0]["hard"]],
+                      [[row["variant"], *(f"{100 * x:.0f}" for x in row["hard"].values())] for row in rows])
+    if "next" in rows[0]:
+        text += lines(["after", *(row["variant"] for row in rows)],
+                      [[prompt, *("{} ({})".format(*row["next"][prompt]) for row in rows)] for prompt in rows[0]["next"]])
+    return "\n".join(text) + "\n"
+
+
+# ---- the script --------------------------------------------------------------------------------
+
+
+def check():
+    """Raise UserError for settings that no comparison can have."""
+    choose("budget", budget, ("steps", "seconds", "work"))
+    if amount <= 0:
+        raise UserError(f"amount must be above 0, how many {budget} a run gets; got {amount}")
+    if len(seeds) < 2 or len(set(seeds)) < len(seeds) or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        raise UserError(f"seeds: expected at least two different whole numbers, got {seeds}")
+    if len(variants) < 2 or len({slug(str(text).partition(":")[0]) for text in variants}) < len(variants):
+        raise UserError(f"variants: expected at least two of different names, got {variants}")
+    if evaluations < 1 or resamples < 100 or not 0 <= warmup < 1:
+        raise UserError(f"expected evaluations >= 1, resamples >= 100 and 0 <= warmup < 1, got {evaluations}, {resamples}, {warmup}")
+
+
+def draw(path):
+    """The picture of a comparison's JSON file, where matplotlib is there."""
+    try:
+        plot.draw_comparison(path)
+    except UserError as error:  # the table alone is worth having
+        print(f"no picture: {error}")
+
+
+def main():
+    configure(globals())
+    check()
+    hardware.keep_freed_memory()
+    chosen = [parse(text) for text in variants]
+    Path(out_dir).mkdir(parents=True, exist_ok=True)
+    costs, machine, dtype = costs_of(chosen)
+    todo = [(variant, seed, steps_of(costs[variant.name])) for seed in seeds for variant in chosen]
+    seconds = [steps * costs[variant.name]["seconds_per_step"] for variant, _, steps in todo]
+    found, ratio = [], 1.0  # how much longer a run takes than its steps: evaluations, and what else the machine does
+    try:
+        for n, (variant, seed, steps) in enumerate(todo):
+            result = result_of(variant, seed, steps)
+            if not result:
+                waiting = sum(s for s, (v, *how) in zip(seconds[n:], todo[n:]) if not result_of(v, *how))
+                print(f"\nrun {n + 1} of {len(todo)}: {variant.name}, seed {seed}, {steps:,} steps; "
+                      f"about {train.clock(ratio * waiting)} left in all", flush=True)
+                result = train_one(variant, seed, steps)
+            found.append(result)
+            ratio = sum(r["seconds"] for r in found) / sum(seconds[: n + 1])
+            write_text(Path(out_dir) / "results.jsonl", "".join(json.dumps(result) + "\n" for result in found))
+            leave_if_asked()
+    except Stop:
+        print(f"\nstopped with {len(found)} of {len(todo)} runs done; start it again to go on")
+        return 128 + asked[0]
+    by_name = {variant.name: [r for r in found if r["variant"] == variant.name] for variant in chosen}
+    path = Path(results or Path(out_dir) / "comparison")
+    summary = {"compare": path.name, "title": title or path.name, "budget": budget, "amount": amount,
+               "dataset": chosen[0].settings["dataset"], "seeds": seeds, "machine": machine, "dtype": dtype,
+               "command": shlex.join(["python", "compare.py", *sys.argv[1:]]), **compare(by_name, costs),
+               "runs": [{key: value for key, value in r.items() if key not in ("settings", "options")} for r in found]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path.with_name(path.name + ".json"), json.dumps(summary))
+    write_text(path.with_name(path.name + ".md"), table(summary))
+    print("\n" + table(summary))
+    draw(path.with_name(path.name + ".json"))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,7 @@
+# config/compare_attention.py with the same time for all instead of the same steps.
+from config.compare_attention import *
+
+title = "Language models of reviews as bytes, equal seconds"
+out_dir = "out-compare-attention-seconds"
+budget = "seconds"
+amount = 40
