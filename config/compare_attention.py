@@ -13,5 +13,6 @@ variants = [
     "log: --attention=sparse --sparse_pattern=log --window=32",
     "ATRT: --attention=atrt",
 ]
-amount = 600
-evaluations = 6
+seeds = [1, 2, 3]
+amount = 400
+evaluations = 4
