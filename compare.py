@@ -21,12 +21,13 @@ import mpmath  # comes with torch; scipy.stats takes the file sparse.py beside t
 import numpy as np
 import torch
 
+import charts
 import hardware
-import plot
 import train
 from configurator import UserError, choose, configure, plain_values, run
 from dataset import Dataset, batches
 from model import load
+from plot import read_log
 from runs import Stop, asked, leave_if_asked, write_text
 from sample import encode, predict
 from tokenizer import Tokenizer
@@ -187,7 +188,7 @@ def train_one(variant, seed, steps):
 
 def read_run(folder):
     """Scores, curves and costs of a finished run."""
-    records, whole = plot.read_log(folder / "log.jsonl")
+    records, whole = read_log(folder / "log.jsonl")
     last = whole[-1]  # the test split where it was opened, else validation
     records = [r for r in records if r["split"] == "val"]
     score = next(name for name in SCORES if name in last)
@@ -397,7 +398,7 @@ def check():
 def draw(path):
     """The picture of a comparison's JSON file, where matplotlib is there."""
     try:
-        plot.draw_comparison(path)
+        charts.draw_comparison(path)
     except UserError as error:  # the table alone is worth having
         print(f"no picture: {error}")
 

@@ -14,5 +14,5 @@ variants = [
     "ATRT: --attention=atrt",
 ]
 seeds = [1, 2, 3]
-amount = 400
-evaluations = 4
+amount = 300
+evaluations = 3
