@@ -69,7 +69,7 @@ def draw_comparison(path, folder=None):
     work; and FILE_hard.png: accuracy on hard reviews, where there are some. Into a folder, by default the file's."""
     (saved, found), folder = read_comparison(path), folder or path.parent
     validation, final = f"validation {saved['towards']}", f"{saved['split']} {saved['towards']}"
-    looks = [plot.style(n) for n in range(len(found))]
+    looks = [plot.style(0) | {"color": "black", "marker": "X"}, *(plot.style(n) for n in range(len(found) - 1))]
     fig = plot.figure(11, 7.6 + 0.2 * -(-len(found) // 4))
     (curves, finals), scatters = fig.subplots(2, 2)
     for look, (name, of) in zip(looks, found.items()):
@@ -120,7 +120,7 @@ def draw_hard(found, looks, title, path):
     ax.axvline(0.5, color="gray", linestyle=":", linewidth=1)
     ax.set_yticks(range(len(kinds)), [plot.plain(kind) for kind in kinds], fontsize=9)
     ax.set(xlabel="accuracy (dotted: chance)", xlim=(-0.03, 1.03), ylim=(len(kinds) - 0.5, -0.5))
-    ax.set_title(f"hard reviews by kind: {title}", fontsize=10)
+    ax.set_title(f"{title}: hard reviews", fontsize=10)
     ax.grid(alpha=0.3, axis="x")
     plot.below_all(fig, ax, 4)
     plot.write(fig, path)

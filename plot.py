@@ -48,15 +48,15 @@ def figure(width=1, height=1):
     return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
 
 
-def write(fig, path):
-    """Write a figure as a PNG of 256 colours, a third of the bytes of one of all, and say where it is."""
+def write(fig, path, colours=256):
+    """Write a figure as a PNG of so many colours, a third of the bytes of one of all, and say where it is."""
     from PIL import Image  # comes with matplotlib
 
     drawn = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the picture shows a box for it
         fig.savefig(drawn, format="png")
-    picture = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    picture = Image.open(drawn).convert("RGB").quantize(colours, dither=Image.Dither.NONE)
     write_whole(path, lambda file: picture.save(file, "png", optimize=True))
     print(path)
 
@@ -96,10 +96,10 @@ def below_all(fig, ax, columns=3):
 
 
 def focus(ax, points):
-    """Limit a panel to the scores that `points`, [(steps, scores)], have after the first tenth of the steps, so
+    """Limit a panel to the scores that `points`, [(steps, scores)], have after the first third of the steps, so
     that the fall at the beginning does not flatten all that follows."""
     last = max((steps[-1] for steps, _ in points if len(steps)), default=0)
-    late = [y for steps, scores in points for x, y in zip(steps, scores) if x >= last / 10 and math.isfinite(y)]
+    late = [y for steps, scores in points for x, y in zip(steps, scores) if x >= last / 3 and math.isfinite(y)]
     if late and max(late) > min(late):
         room = 0.06 * (max(late) - min(late))
         ax.set_ylim(min(late) - room, max(late) + room)
@@ -151,10 +151,11 @@ def draw_curves(logs, path):
     for ax, key in zip(np.ravel(fig.subplots(1, len(keys))), keys):
         points = []
         for n, (name, (records, whole)) in enumerate(logs.items()):
-            training, validation = (series([r for r in records if r["split"] == split], key) for split in ("train", "val"))
-            points.append(validation)
+            validation = series([r for r in records if r["split"] == "val"], key)
+            training = series([r for r in records if r["split"] == "train"], key)
             if key != "loss":  # of batches there is only the loss; --eval_train=True logs the others
                 training = series(records, f"train_{key}")
+            points += validation, training
             look = {"color": PALETTE[0], "marker": "o", "markersize": 3} if one else style(n)
             whole = [r for r in whole if key in r]
             if training[0] and one:
@@ -174,8 +175,7 @@ def draw_curves(logs, path):
         ax.set(xlabel="step", ylabel=SCORES[key])
         ax.grid(alpha=0.3)
         below(ax, 1 if one or len(logs) < 3 else 2)
-    fig.suptitle(plain(*logs) if one else "validation while training (thin: training); the best weights on whole splits",
-                 fontsize=10)
+    fig.suptitle(plain(*logs) if one else "lines: validation (thin: training); figures: best weights, whole splits", fontsize=10)
     write(fig, path)
 
 
@@ -202,7 +202,7 @@ def draw_kept(logs, path):
         ax.plot(*points, **style(n), linewidth=1.2, label=f"{label}: {points[1][-1]:.1f} %")
     ax.set(xlabel="step", ylabel="kept pairs (%)", ylim=(0, 104))
     ax.grid(alpha=0.3)
-    ax.set_title(f"share of the pairs of dense attention that are kept{', mean over layers' * (len(logs) > 1)}", fontsize=10)
+    ax.set_title("share of the pairs of dense attention that are kept" + ", mean over layers" * (len(logs) > 1), fontsize=10)
     below_all(fig, ax)
     write(fig, path)
 

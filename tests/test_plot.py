@@ -17,8 +17,8 @@ def drawn(monkeypatch):
     pytest.importorskip("matplotlib")
     figures, write = {}, plot.write
 
-    def keep(fig, path):
-        write(fig, path)
+    def keep(fig, path, *colours):
+        write(fig, path, *colours)
         figures[path.name] = fig
         assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size < 100_000
 
