@@ -55,6 +55,24 @@ def read_comparison(path):
     return saved, found
 
 
+def beside(places):
+    """(places, limits of their axis): those so close that one would hide the other, side by side. The axis covers at
+    least a quarter of the largest, so that small differences look small."""
+    span = max(max(places) - min(places), max(places) / 4)
+    clusters = []
+    for n in sorted(range(len(places)), key=places.__getitem__):
+        if clusters and places[n] - places[clusters[-1][-1]] < 0.03 * span:
+            clusters[-1].append(n)
+        else:
+            clusters.append([n])
+    moved = dict(enumerate(places))
+    for cluster in clusters:
+        middle = sum(places[n] for n in cluster) / len(cluster)
+        moved |= {n: middle + 0.03 * span * (k - (len(cluster) - 1) / 2) for k, n in enumerate(cluster)}
+    middle = (max(places) + min(places)) / 2
+    return [moved[n] for n in range(len(places))], (middle - 0.6 * span, middle + 0.6 * span)
+
+
 def dots(ax, places, found, looks, upright=True):
     """A dot for each variant at its place, with the interval of its score: upright, or from left to right."""
     for place, of, look in zip(places, found.values(), looks):
@@ -68,7 +86,7 @@ def draw_comparison(path, folder=None):
     """FILE.png: validation while training, the final score of each variant with its interval, and that against time and
     work; and FILE_hard.png: accuracy on hard reviews, where there are some. Into a folder, by default the file's."""
     (saved, found), folder = read_comparison(path), folder or path.parent
-    validation, final = f"validation {saved['towards']}", f"{saved['split']} {saved['towards']}"
+    validation, final = f"validation {saved['towards']}", f"{saved['split']} {saved['towards']}".replace("val ", "validation ")
     looks = [plot.style(0) | {"color": "black", "marker": "X"}, *(plot.style(n) for n in range(len(found) - 1))]
     fig = plot.figure(11, 7.6 + 0.2 * -(-len(found) // 4))
     (curves, finals), scatters = fig.subplots(2, 2)
@@ -93,10 +111,11 @@ def draw_comparison(path, folder=None):
     for ax, key, name, units in zip(scatters, ("minutes", "work"), ("measured time", "work of training"), (TIMES, FLOPS)):
         most = max(of[key] for of in found.values())
         size, unit = next((pair for pair in units if most >= 2 * pair[0]), units[-1])
-        dots(ax, [of[key] / size for of in found.values()], found, looks)
-        ax.set(xlabel=f"{name} ({unit})", ylabel=final)
-        ax.set_title(f"final score against {name}", fontsize=10)
-        ax.margins(0.1)
+        places = [of[key] / size for of in found.values()]
+        moved, limits = beside(places)
+        dots(ax, moved, found, looks)
+        ax.set(xlabel=f"{name} ({unit})", ylabel=final, xlim=limits)
+        ax.set_title(f"final score against {name}{'; equal ones side by side' * (moved != places)}", fontsize=10)
     for ax in fig.axes:
         ax.grid(alpha=0.3)
     fig.suptitle(f"{saved['name']}\n{saved['about']}", fontsize=11)

@@ -120,7 +120,7 @@ def draw_page(blocks, title, path):
                 ax.add_patch(Rectangle((column - 0.2, line + 0.05), len(word) + 0.4, 0.9, color=colours(shade), linewidth=0))
             ax.text(column, line + 0.5, word, family="monospace", size=SIZE, color=colour, va="center", parse_math=False,
                     weight="normal" if shade is not None else "bold")
-    plot.write(fig, path, 32)
+    plot.write(fig, path, 64)
 
 
 def draw_reviews(name, run, rows, path):

@@ -119,6 +119,13 @@ def test_comparison(tmp_path, drawn, capsys):
     assert not any(legend.overlaps(ax.get_tightbbox()) for ax in drawn["x.png"].axes)
 
 
+def test_equal_ones_stand_side_by_side():
+    places, (low, high) = charts.beside([100.0, 50.0, 100.5, 20.0])
+    assert places == pytest.approx([99.05, 50, 101.45, 20], abs=0.01) and (low, high) == pytest.approx((11.95, 108.55), abs=0.01)
+    places, (low, high) = charts.beside([8.0, 8.0, 8.0])  # a quarter of 8: 2
+    assert places == pytest.approx([7.94, 8, 8.06]) and (low, high) == pytest.approx((6.8, 9.2))
+
+
 def test_one_variant_looks_the_same_in_all_panels(tmp_path, drawn):
     names = [f"variant {n}" for n in range(9)]
     call(plot, comparison(tmp_path / "x.json", names))
@@ -126,10 +133,10 @@ def test_one_variant_looks_the_same_in_all_panels(tmp_path, drawn):
     colours = [line.get_color() for line in curves.lines]
     looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in curves.lines}
     assert len(looks) == 9
-    for ax in others:
-        from matplotlib.colors import to_hex
+    from matplotlib.colors import to_hex
 
-        assert [to_hex(line.get_color()[0]).upper() for line in ax.collections] == colours
+    for ax in others:
+        assert [to_hex(line.get_color()[0]) for line in ax.collections] == [to_hex(colour) for colour in colours]
     assert [line.get_color() for line in drawn["x_hard.png"].axes[0].lines[:9]] == colours
 
 
@@ -157,6 +164,6 @@ def test_comparison_of_text_by_work(tmp_path, drawn):
     curves, finals, *_ = drawn["x.png"].axes
     assert lines(curves)["a"] == ([0, 20], [4.25, 1.65])
     assert curves.get_ylabel() == "validation bits per byte (lower is better)"
-    assert finals.get_xlabel() == "val bits per byte (lower is better)"
+    assert finals.get_xlabel() == "validation bits per byte (lower is better)"
     assert np.allclose(finals.collections[1].get_segments()[0], [[0.81, 1], [0.81, 1]])
     assert "2 seeds, 2,000 TFLOP each" in drawn["x.png"].get_suptitle()
