@@ -4,4 +4,4 @@ from config.compare_attention import *
 title = "Language models of reviews as bytes, equal seconds"
 out_dir = "out-compare-attention-seconds"
 budget = "seconds"
-amount = 25.0
+amount = 15.0

@@ -39,10 +39,33 @@ def test_padding_is_neither_read_nor_pooled(kind, pool):
     assert (together[0] - together[1]).abs().max() > 1e-4
 
 
+def test_reads_as_pytorch_reads_packed_texts():
+    """Outputs and the gradients of all weights are those of a bidirectional nn.LSTM of packed texts, layer by layer."""
+    model, (idx, lengths) = make("none", n_layer=2), batch()
+    packed = torch.nn.LSTM(6, 4, 2, batch_first=True, bidirectional=True).double()
+    for n in range(2):
+        for part, ending in ((model.onward[n], ""), (model.back[n], "_reverse")):
+            for name, weight in part.named_parameters():
+                getattr(packed, name[:-1] + f"{n}{ending}").data = weight.data
+    x = torch.nn.utils.rnn.pack_padded_sequence(model.embedding(idx), lengths, batch_first=True, enforce_sorted=False)
+    expected = torch.nn.utils.rnn.pad_packed_sequence(packed(x)[0], batch_first=True)[0]
+    found = model.read(idx, lengths).masked_fill((torch.arange(9) >= lengths[:, None])[..., None], 0)
+    assert (found - expected).abs().max() < 1e-12
+    (expected * torch.arange(8)).sum().backward()
+    theirs = {name: weight.grad for name, weight in packed.named_parameters()}
+    embedded, model.embedding.weight.grad = model.embedding.weight.grad, None
+    (found * torch.arange(8)).sum().backward()
+    assert (model.embedding.weight.grad - embedded).abs().max() < 1e-12
+    for n in range(2):
+        for part, ending in ((model.onward[n], ""), (model.back[n], "_reverse")):
+            for name, weight in part.named_parameters():
+                assert (weight.grad - theirs[name[:-1] + f"{n}{ending}"]).abs().max() < 1e-12
+
+
 def test_additive_by_hand():
     """softmax over tokens of c . tanh(W h + b), and the logits of the sum of outputs so weighted."""
     model, (x, lengths) = make("additive"), batch()
-    h = model.lstm(model.embedding(x[3:4, :6]))[0][0]  # (6, 8)
+    h = model.read(x[3:4, :6], lengths[3:4])[0]  # (6, 8)
     scores = torch.stack([model.context @ torch.tanh(model.inner.weight @ one + model.inner.bias) for one in h])
     weights = torch.exp(scores) / torch.exp(scores).sum()
     expected = model.head.weight @ sum(w * one for w, one in zip(weights, h)) + model.head.bias
