@@ -97,7 +97,7 @@ def draw_page(blocks, title, path):
     from matplotlib.patches import Rectangle
 
     colours = LinearSegmentedColormap.from_list("weight", ["white", plot.PALETTE[4]])  # black letters can be read on all of it
-    rows, shown = [], 0  # (what, column, text, colour), a list a line
+    rows, shown = [], 0  # a list a line, of (column, text, colour, shade), the shade of a heading None
     for heading, colour, words in blocks:
         block = [[(0, line, colour, None)] for line in textwrap.wrap(heading, COLUMNS)]
         lit = [(word, shade) for (word, _), shade in zip(words, shades(words))]
@@ -127,8 +127,8 @@ def draw_reviews(name, run, rows, path):
     """The page of reviews: what the model says, the truth, and the words that weighed most. rows: see `read_reviews`."""
     model, tokenizer, classes = run
     blocks, right = [], []
-    p = predict(model, tokenizer, [row["text"] for row in rows], "cpu", "float32").tolist()
-    for n, (row, p) in enumerate(zip(rows, p), 1):
+    predicted = predict(model, tokenizer, [row["text"] for row in rows], "cpu", "float32").tolist()
+    for n, (row, p) in enumerate(zip(rows, predicted), 1):
         x, lengths = review_batch(model, tokenizer, [row["text"]], "cpu")
         ids = x[0, : lengths[0]].tolist()
         words = words_of(tokenizer, ids, model.word_weights(x, lengths)[0].tolist())

@@ -195,19 +195,19 @@ def test_roc_of_known_predictions():
 def test_confusion_and_roc(tmp_path, drawn, reviews, capsys):
     """Of the test split where there is one, with the data's names of the classes."""
     run = classifier(tmp_path / "out", "val", [0.5], [1])
-    classifier(run, "test", [0.9, 0.2, 0.6, 0.7, 0.4], [1, 1, 0, 1, 0])
+    classifier(run, "test", [0.9, 0.2, 0.6, 0.7, 0.4, 0.1, 0.8], [1, 1, 0, 1, 0, 1, 1])
     (run / "config.json").write_text(json.dumps({"settings": {"dataset": str(reviews)}}))
     call(plot, run)
     assert [line.rsplit("/", 1)[1] for line in capsys.readouterr().out.split()] == ["curves.png", "confusion.png", "roc.png"]
     (ax,) = drawn["confusion.png"].axes
     assert {(text.get_position(), text.get_text()) for text in ax.texts} == {
-        ((0, 0), "1\n50.0 %"), ((1, 0), "1\n50.0 %"), ((0, 1), "1\n33.3 %"), ((1, 1), "2\n66.7 %")}
-    assert ax.get_title() == "out: accuracy 0.6000" and "test split" in drawn["confusion.png"].get_suptitle()
+        ((0, 0), "1\n50.0 %"), ((1, 0), "1\n50.0 %"), ((0, 1), "2\n40.0 %"), ((1, 1), "3\n60.0 %")}
+    assert ax.get_title() == "out: accuracy 0.5714" and "test split" in drawn["confusion.png"].get_suptitle()
     for labels in (ax.get_xticklabels(), ax.get_yticklabels()):
         assert [label.get_text() for label in labels] == ["negative", "positive"]
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("said", "true") and ax.yaxis_inverted()
     (ax,) = drawn["roc.png"].axes
-    x, y = lines(ax)["out: AUC 0.6667"]  # 4 of 6 pairs in order
+    x, y = lines(ax)["out: AUC 0.6000"]  # 6 of 10 pairs in order
     assert (x[0], y[0], x[-1], y[-1]) == (0, 0, 1, 1)
     assert ax.get_xlabel() == "share of negative texts said to be positive"
 
