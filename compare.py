@@ -89,33 +89,34 @@ def set_up(variant):
     return model.train(), batches(data, "train", train.batch_size, train.block_size)
 
 
+def typical_steps(variant):
+    """(a call that trains for five steps, from one with short texts to one with long ones; operations of a mean step,
+    parameters)."""
+    model, source = set_up(variant)
+    settings, forward = plain_values(vars(train)), model.compiled() if train.compile else model
+    optimizer = model.optimizer(0.0, 0.0, (train.beta1, train.beta2))  # a rate of 0: the weights stay as they are
+    scaler = torch.amp.GradScaler(train.device.split(":")[0], enabled=train.dtype == "float16")
+    texts = [source.batch(step)[0] for step in range(50)]
+    work = sum(x.numel() * model.work_per_token(x.size(1)) for x in texts) / len(texts) * train.gradient_accumulation_steps
+    chosen = sorted(range(len(texts)), key=lambda step: texts[step].size(1))[5::10]
+
+    def call():
+        vars(train).update(settings)
+        for step in chosen:
+            train.gradients(model, forward, source, step, scaler, optimizer, Counter())
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+
+    return call, work, model.parameter_count()
+
+
 def measure(variants):
     """{name: what it costs}: seconds of a step, all variants side by side, operations of a step, parameters."""
-    calls, costs = [], {}
-    for variant in variants:
-        model, source = set_up(variant)
-        settings, forward = plain_values(vars(train)), model.compiled() if train.compile else model
-        optimizer = model.optimizer(0.0, 0.0, (train.beta1, train.beta2))  # a rate of 0: the weights stay as they are
-        scaler = torch.amp.GradScaler(train.device.split(":")[0], enabled=train.dtype == "float16")
-
-        def steps(settings=settings, forward=forward, model=model, source=source, optimizer=optimizer, scaler=scaler):
-            vars(train).update(settings)
-            for step in range(5):
-                train.gradients(model, forward, source, step, scaler, optimizer, Counter())
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad(set_to_none=True)
-
-        positions = Counter()
-        for step in range(50):
-            x = source.batch(step)[0]
-            positions[x.size(1)] += x.numel() * train.gradient_accumulation_steps / 50
-        costs[variant.name] = {"work_per_step": sum(n * model.work_per_token(T) for T, n in positions.items()),
-                               "parameters": model.parameter_count()}
-        calls.append(steps)
-    for cost, timed in zip(costs.values(), hardware.side_by_side(calls, train.device, 9, budget=120)):
-        cost["seconds_per_step"] = timed.seconds / 5
-    return costs
+    calls, works, counts = zip(*map(typical_steps, variants))
+    costs = hardware.side_by_side(calls, train.device, 9, budget=120)
+    return {variant.name: {"seconds_per_step": cost.seconds / 5, "work_per_step": work, "parameters": count}
+            for variant, cost, work, count in zip(variants, costs, works, counts)}
 
 
 def costs_of(variants):

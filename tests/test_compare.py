@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, call
 
 import compare
@@ -101,6 +102,22 @@ def test_budgets(budget, amount, steps, monkeypatch):
     monkeypatch.setattr(compare, "budget", budget)
     monkeypatch.setattr(compare, "amount", amount or 24.0)
     assert tuple(map(compare.steps_of, costs)) == steps
+
+
+def test_what_a_step_costs(reviews, tmp_path, monkeypatch, quick):
+    """Timed are five batches from short to long, the weights stay as they are, and work is the mean over fifty."""
+    monkeypatch.setattr(compare, "base", [f"--dataset={reviews}", "--block_size=96", "--batch_size=2", *SMALL])
+    call_five, work, count = compare.typical_steps(compare.parse("dense:"))
+    model, source = compare.set_up(compare.parse("dense:"))
+    seen, gradients = [], train.gradients
+    monkeypatch.setattr(train, "gradients", lambda model, *rest: seen.append((rest[2], model)) or gradients(model, *rest))
+    call_five()
+    widths = [source.batch(step)[0].size(1) for step, _ in seen]
+    assert len(seen) == 5 and widths == sorted(widths) and widths[0] < widths[-1]
+    assert all(torch.equal(a, b) for a, b in zip(seen[0][1].state_dict().values(), model.state_dict().values()))
+    every = [source.batch(step)[0] for step in range(50)]
+    assert work == pytest.approx(sum(x.numel() * model.work_per_token(x.size(1)) for x in every) / 50)
+    assert count == model.parameter_count()
 
 
 def test_reviews(reviews, tmp_path, timed):
