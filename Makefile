@@ -4,7 +4,7 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-.PHONY: train test bench clean
+.PHONY: train test bench demo test-demo clean
 
 train: .venv/installed
 	$(RUN) data/stdlib/prepare.py
@@ -20,6 +20,21 @@ bench: .venv/installed
 	$(RUN) bench.py step
 	$(RUN) bench.py sample
 
+# The page opens on a model: a toy, trained in seconds where there is none yet.
+demo: .venv/installed-demo | out-sentences/best.pt
+	$(RUN) -m streamlit run app.py
+
+out-sentences/best.pt: | .venv/installed
+	$(RUN) data/sentences/prepare.py
+	$(RUN) train.py config/train_sentences.py
+
+# In a real browser: Chromium, which Debian and Ubuntu have as a package.
+test-demo: .venv/installed-test-demo
+	@command -v chromium chromium-browser google-chrome >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+		apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium >/dev/null; } || \
+		{ echo "The demo's tests need a browser: install chromium (as root: apt-get install chromium)" >&2; exit 2; }
+	$(RUN) -m pytest -q tests/demo
+
 .venv/created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "Python 3.10 or newer is needed; name one: make train PYTHON=python3.12" >&2; exit 2; }
@@ -32,6 +47,14 @@ bench: .venv/installed
 
 .venv/installed-test: requirements-test.txt .venv/installed
 	$(RUN) -m pip install -q --disable-pip-version-check -r requirements-test.txt
+	touch $@
+
+.venv/installed-demo: requirements-demo.txt .venv/installed
+	$(RUN) -m pip install -q --disable-pip-version-check -r requirements-demo.txt
+	touch $@
+
+.venv/installed-test-demo: requirements-test-demo.txt .venv/installed-test .venv/installed-demo
+	$(RUN) -m pip install -q --disable-pip-version-check -r requirements-test-demo.txt
 	touch $@
 
 clean:

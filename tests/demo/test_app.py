@@ -1,0 +1,491 @@
+"""The page in a real browser: Chromium, driven by Playwright, clicks through it and reads off what it shows."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("streamlit", reason="needs requirements-demo.txt; make test-demo installs it")
+api = pytest.importorskip("playwright.sync_api", reason="needs requirements-test-demo.txt; make test-demo installs it")
+
+from PIL import Image
+
+import heat
+import sample
+import train
+from conftest import ROOT, call, write_bytes
+from data.sentences import prepare as sentences
+from data.toy import prepare as toy
+from model import GPT, GPTConfig
+
+REVIEW = "The effects were amazing, but the story was trash."
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-software-rasterizer", "--disable-dev-shm-usage"]  # as root in a container
+TINY = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--log_interval=5", "--device=cpu", "--dtype=float32"]
+
+
+# ---- a working folder, the page, a browser -----------------------------------------------------
+
+
+def environment(home):
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(home), "STREAMLIT_SERVER_HEADLESS": "true"}
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory):
+    """A working folder with a small run of each kind, and two files that are no checkpoints."""
+    folder, data = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("prepared")
+    for prepare in (toy, sentences):
+        prepare.main(["--out_dir", str(data / prepare.HERE.name)])
+    source = Path(socket.__file__).read_text("utf-8").encode("ascii", "replace").decode()
+    write_bytes(data / "bytes", train=source[:15000], val=source[15000:17000])
+
+    def made(name, dataset, *settings):
+        call(train, f"--out_dir={folder / name}", f"--dataset={data / dataset}", "--eval_iters=2", *TINY, *settings)
+
+    made("toy", "toy", "--block_size=8", "--max_iters=20")
+    made("bytes", "bytes", "--block_size=64", "--max_iters=20", "--attention=adaptive_attention_span",
+         "--use_triangle_wave_masking=True")
+    made("deep/additive", "sentences", "--model=bilstm", "--hidden=16", "--max_iters=5", "--attention=additive")
+    made("none", "sentences", "--model=bilstm", "--hidden=16", "--max_iters=5", "--attention=none", "--pool=max")
+    made("sentences", "sentences", "--block_size=32", "--max_iters=200", "--n_layer=2", "--batch_size=32", "--learning_rate=3e-3")
+    for name in ("damaged", "foreign"):
+        (folder / name).mkdir()
+    (folder / "damaged" / "best.pt").write_bytes((folder / "toy" / "best.pt").read_bytes()[:3000])
+    torch.save({"state_dict": {"weight": torch.zeros(2)}}, folder / "foreign" / "best.pt")
+    return folder
+
+
+@contextlib.contextmanager
+def served(folder):
+    """The page's address while a server runs in `folder`, started as its users start it."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    with open(folder / "server.txt", "w+") as said:
+        command = [sys.executable, "-m", "streamlit", "run", ROOT / "app.py", f"--server.port={port}"]
+        server = subprocess.Popen(command, cwd=folder, stdout=said, stderr=subprocess.STDOUT, start_new_session=True,
+                                  env=environment(folder))
+        try:
+            end = time.time() + 120
+            while time.time() < end:
+                with contextlib.suppress(OSError), socket.create_connection(("localhost", port), 1):
+                    break
+                assert server.poll() is None, Path(said.name).read_text()
+                time.sleep(0.1)
+            yield f"http://localhost:{port}"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGTERM)
+            server.wait(30)
+    said = (folder / "server.txt").read_text()
+    assert "Traceback" not in said and "Exception" not in said and "usage statistics" not in said, said
+
+
+@pytest.fixture(scope="session")
+def address(work):
+    with served(work) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def browser():
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    assert path, "no browser: install chromium"
+    with api.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=ARGUMENTS)
+        yield browser.new_context()  # one for all pages, which then share its cache
+        browser.close()
+
+
+@contextlib.contextmanager
+def opened(browser, address, width=1280, height=900):
+    """A page that is open at `address`. At its end: no error on the console, nothing asked of any other machine, no traceback."""
+    errors, elsewhere = [], []
+    page = browser.new_page()
+    page.set_viewport_size({"width": width, "height": height})
+    page.set_default_timeout(60_000)
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("request", lambda request: None if re.match(rf"({address}|ws{address[4:]}|data:|blob:)", request.url)
+            else elsewhere.append(request.url))
+    page.goto(address)
+    page.get_by_role("tab").first.wait_for()
+    idle(page)
+    yield page
+    assert not errors and not elsewhere, (errors, elsewhere)
+    assert page.get_by_test_id("stException").count() == 0 and "Traceback" not in page.content()
+    page.close()
+
+
+@pytest.fixture
+def page(browser, address):
+    with opened(browser, address) as page:
+        yield page
+
+
+def idle(page):
+    """Wait until what was asked for is shown."""
+    page.wait_for_timeout(150)  # until the request is on its way
+    page.wait_for_function("document.querySelector('[data-testid=stApp]').dataset.testScriptState == 'notRunning'")
+    page.wait_for_timeout(150)
+
+
+def until(page, what, expected, seconds=60):
+    """`what()` is `expected`, now or when the page has caught up."""
+    end = time.time() + seconds
+    while (found := what()) != expected and time.time() < end:
+        page.wait_for_timeout(100)
+    assert found == expected
+
+
+def part(page, name):
+    page.get_by_role("tab", name=name).click()
+    page.locator("[data-testid=stTabPanel]:visible [data-testid=stWidgetLabel]").first.wait_for()
+    idle(page)
+
+
+def choose(page, label, option):
+    """Pick an option of a selection box (exactly named), or one more of a box for several."""
+    page.get_by_label(label).last.click()
+    page.get_by_role("option", name=option, exact=True).click()
+    idle(page)
+    page.keyboard.press("Escape")
+
+
+def write(page, label, text):
+    """Put a text into a field, as by pasting it, and hand it in."""
+    page.get_by_label(label, exact=True).fill(text)
+    page.get_by_label(label, exact=True).press("Control+Enter")
+    idle(page)
+
+
+def metric(page, label, expected, n=0):
+    """The n-th figure with this label becomes `expected`."""
+    found = page.get_by_test_id("stMetric").filter(has_text=label).nth(n).get_by_test_id("stMetricValue")
+    until(page, found.inner_text, expected)
+
+
+def told(page, words):
+    page.get_by_test_id("stAlert").filter(has_text=words).first.wait_for()
+
+
+def shaded(page):
+    """[(word, how dark)] of the first review."""
+    found = page.locator(".shaded").first.locator("span").evaluate_all(
+        "all => all.map(e => [e.textContent, getComputedStyle(e).backgroundColor])")
+    return [(word, float((re.findall(r"[\d.]+", colour)[3:] or [1])[0])) for word, colour in found]  # rgba(r, g, b, alpha)
+
+
+def colours(picture):
+    """How many colours a screenshot or one element has, each on 20 points or more."""
+    points = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")).reshape(-1, 3)
+    return (np.unique(points, axis=0, return_counts=True)[1] >= 20).sum()
+
+
+# ---- reviews -----------------------------------------------------------------------------------
+
+
+def said_of(folder, text):
+    """What sample.py says of a text, and the model's weights of its tokens."""
+    model, tokenizer, classes = heat.read_run(folder)
+    p = float(sample.predict(model, tokenizer, [text], "cpu", "float32")[0])
+    x, lengths = sample.review_batch(model, tokenizer, [text], "cpu")
+    return f"{classes[p > 0.5]} {max(p, 1 - p):.1%}", model.word_weights(x, lengths)[0].tolist(), model.maps(x, lengths)
+
+
+def test_review(page, work):
+    said, weights, _ = said_of(work / "sentences", REVIEW)
+    metric(page, "The model says", said)
+    words = shaded(page)
+    assert [word for word, _ in words] == "<s> the effects were amazing , but the story was trash .".split()
+    assert int(np.argmax([dark for _, dark in words])) == int(np.argmax(weights)) and max(dark for _, dark in words) == 1
+    assert colours(page.screenshot()) > 30
+    assert colours(page.get_by_test_id("stVegaLiteChart").screenshot()) > 10  # the heat map
+
+
+def test_another_layer_and_head(page, work):
+    *_, maps = said_of(work / "sentences", REVIEW)
+    before = page.get_by_test_id("stVegaLiteChart").screenshot()
+    for layer, head in ((0, 1), (1, 0)):
+        choose(page, "Layer", str(layer))
+        choose(page, "Head", str(head))
+        until(page, lambda: int(np.argmax([dark for _, dark in shaded(page)])), int(maps[layer][0, head].mean(0).argmax()))
+    assert page.get_by_test_id("stVegaLiteChart").screenshot() != before
+
+
+def test_another_review(page, work):
+    for text in ("What a wonderful film!", "zebras dislike unheard of things"):
+        write(page, "A review", text)
+        metric(page, "The model says", said_of(work / "sentences", text)[0])
+    words = shaded(page)
+    assert [word for word, _ in words] == ["<s>", "zebras", "dislike", "unheard", "of", "things"]  # as typed
+    assert page.locator('.shaded span[title*="not in the vocabulary"]').all_inner_texts() == ["zebras", "unheard", "of", "things"]
+
+
+def test_models_side_by_side(page, work):
+    choose(page, "Runs, newest first", "deep/additive")
+    choose(page, "Runs, newest first", "none")
+    for n, name in enumerate(("sentences", "deep/additive", "none")):
+        metric(page, "The model says", said_of(work / name, REVIEW)[0], n)
+    assert page.locator(".shaded").count() == 3 and page.get_by_test_id("stVegaLiteChart").count() == 1
+
+
+def test_second_review_in_a_second(page, work):
+    taken = []
+    for text in ("The film was fine.", "I hated it.", "I loved it.", "The plot was not bad."):
+        expected = said_of(work / "sentences", text)[0]
+        page.get_by_label("A review").fill(text)
+        began = time.perf_counter()
+        page.get_by_label("A review").press("Control+Enter")
+        page.get_by_test_id("stMetricValue").filter(has_text=expected).wait_for()
+        taken.append(time.perf_counter() - began)
+    print("seconds to an answer:", taken)
+    assert min(taken[1:]) < 1  # of several, since other work on the machine may come between
+
+
+ODD = {
+    "long": " ".join(f"the film was {word}," for word in ("good", "bad", "great", "dull") * 500),
+    "emoji": "😀 the film was 👍🏽 great \u202e evil \u200b \0 end",
+    "html": "<img src=x onerror='window.hacked=1'><b id=bold>the film</b><script>window.hacked=1</script> &amp; was <br> great",
+    "markdown": "# great ![x](http://example.org/x.png) [y](http://example.org) :smile: $x^2$ **bold** ``` `",
+    "one word": "a" * 1_000_000,
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_review(page, work, kind):
+    write(page, "A review", ODD[kind])
+    metric(page, "The model says", said_of(work / "sentences", ODD[kind][:100_000])[0])
+    assert page.evaluate("window.hacked === undefined && document.getElementById('bold') === null")
+    assert page.locator("[data-testid=stMain] img, [data-testid=stMain] a[href*=example]").count() == 0
+    seen = " ".join(word for word, _ in shaded(page))
+    if kind == "html":
+        assert "img" in seen and "script" in seen and "onerror" in seen
+    if kind == "one word":
+        assert seen == "<s> " + 60 * "a" + "…" and page.get_by_text("the first 100,000 are looked at").count() == 1
+    if kind == "long":
+        assert page.get_by_text("It reads 32 tokens at most").count() == 1
+
+
+def test_empty_review(page):
+    for text in ("", " \n "):
+        write(page, "A review", text)
+        told(page, "Type a review above")
+
+
+@pytest.mark.parametrize("name, said", [("damaged", "damaged/best.pt is damaged"), ("foreign", "not a checkpoint of train.py")])
+def test_what_is_no_checkpoint(page, name, said):
+    for tab in ("Reviews", "Text"):
+        part(page, tab)
+        choose(page, "Runs, newest first", name)
+        if tab == "Text":
+            page.get_by_role("button", name="Write").click()
+        told(page, said)
+
+
+# ---- text --------------------------------------------------------------------------------------
+
+
+def drawn(page, count):
+    """What the page shows when so many tokens are drawn."""
+    page.get_by_text(re.compile(f"^{count} tokens, [\\d,]+ tokens/s")).first.wait_for()
+    idle(page)
+    return page.get_by_test_id("stCode").first.inner_text().strip()
+
+
+def test_text(page, work):
+    part(page, "Text")
+    page.get_by_role("button", name="Write").click()
+    early = page.get_by_text(re.compile(r"^\d+ tokens, [\d,]+ tokens/s")).first.inner_text()
+    assert 0 < int(early.split()[0]) < 300  # it came as it was drawn
+    first = drawn(page, 300)
+    write(page, "Tokens", "120")
+    page.get_by_role("button", name="Write").click()
+    shorter = drawn(page, 120)
+    assert 10 < len(shorter) < len(first) and first.startswith(shorter)  # the same seed
+    write(page, "Seed", "7")
+    page.get_by_role("button", name="Write").click()
+    until(page, lambda: page.get_by_test_id("stCode").inner_text().strip()[:20] == shorter[:20], False)
+    drawn(page, 120)
+
+
+def test_stop(page):
+    part(page, "Text")
+    write(page, "Tokens", "10000")
+    page.get_by_role("button", name="Write").click()
+    page.get_by_text(re.compile(r"^\d+ tokens, ")).first.wait_for()
+    page.get_by_role("button", name="Stop").click()
+    page.wait_for_timeout(1000)
+    idle(page)
+    count = page.get_by_text(re.compile(r"^\d+ tokens, ")).first
+    stopped = count.inner_text()
+    page.wait_for_timeout(1000)
+    assert count.inner_text() == stopped and 0 < int(stopped.split()[0]) < 10000
+
+
+def test_two_models_write_side_by_side(page):
+    part(page, "Text")
+    choose(page, "Runs, newest first", "toy")
+    write(page, "Tokens", "20")
+    page.get_by_role("button", name="Write").click()
+    page.get_by_text(re.compile("^20 tokens, ")).nth(1).wait_for()
+    assert page.get_by_test_id("stCode").count() == 2
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_prompt(page, kind):
+    part(page, "Text")
+    write(page, "Tokens", "5")
+    write(page, "Prompt", ODD[kind])
+    page.get_by_role("button", name="Write").click()
+    drawn(page, 5)
+    longer = page.get_by_text("longer than the context: its last 64 tokens are read").count()
+    assert longer == (len(ODD[kind]) > 64)
+    assert page.evaluate("window.hacked === undefined && document.getElementById('bold') === null")
+    assert page.locator("[data-testid=stMain] img").count() == 0
+
+
+def test_word_that_the_model_cannot_read(page):
+    part(page, "Text")
+    choose(page, "Runs, newest first", "toy")
+    write(page, "Prompt", "i love <b>![x](http://example.org/x.png)")
+    page.get_by_role("button", name="Write").click()
+    told(page, "the word '<' is not in the vocabulary of 13 words")
+
+
+# ---- patterns ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, attention, options", [
+    ("dense", "dense", {}), ("sparse, strided", "sparse", {"sparse_pattern": "strided"}), ("atrt", "atrt", {}),
+    ("adaptive span", "adaptive_attention_span", {"span_init": [4.0, 16.0, 48.0, 112.0], "softness_span_mask": 16})])
+def test_pattern(page, name, attention, options):
+    part(page, "Patterns")
+    choose(page, "Mechanism", name)
+    config = GPTConfig(block_size=256, vocab_size=1, n_layer=1, n_head=4, n_embd=64, attention=attention, options=options)
+    layer, dense = GPT(config).layers[0].attention, 256 * 257 / 2
+    kept, pairs = layer.kept(256), layer.pairs(256)
+    metric(page, "Pairs kept", f"{kept:,.0f}")
+    metric(page, "Kept of dense", f"{kept / dense:.1%}")
+    metric(page, "Work against", f"{pairs / dense:.1%}")
+    assert colours(page.locator("[data-testid=stImage] img").first.screenshot()) > 2
+
+
+def test_options_and_time(page):
+    part(page, "Patterns")
+    write(page, "window", "8")
+    metric(page, "Pairs kept", f"{8 * 256 - 28:,}")  # the first queries have fewer keys
+    write(page, "window", "wide")
+    told(page, "window expects int")
+    write(page, "window", "8")
+    page.get_by_role("button", name="Measure the time at T = 256").click()
+    page.get_by_test_id("stTable").wait_for(timeout=120_000)
+    rows = [row.split("\t") for row in page.get_by_test_id("stTable").inner_text().splitlines()]
+    times = [float(row[-2]) for row in rows if row[0] in ("dense", "as above") and len(row) > 2]
+    assert len(times) == 2 and min(times) > 0, rows
+
+
+def test_spans_of_a_run(page):
+    part(page, "Patterns")
+    assert page.get_by_label("Spans that a run has learned").input_value() == "bytes"
+    pictures = page.locator("[data-testid=stImage] img")
+    assert pictures.count() == 2 and colours(pictures.nth(1).screenshot()) > 5
+
+
+# ---- training ----------------------------------------------------------------------------------
+
+
+def test_training_that_goes_on(page, work):
+    live = work / "live"
+    live.mkdir()
+    try:
+        with open(live / "log.jsonl", "a") as log:
+            def record(step, **more):
+                log.write(json.dumps({"step": step, "loss": 3.0 - step / 100, "split": "train", **more}) + "\n")
+                log.flush()
+
+            speed = {"tokens_per_second": 1234.5, "matmul_share": 0.5, "grad_norm": 1.5, "lr": 1e-3}
+            record(0, **{**speed, "split": "val", "accuracy": 0.5, "stats": []})
+            record(10, **speed)
+            part(page, "Training")
+            page.get_by_text("live: training now").wait_for()
+            metric(page, "Step", "10")
+            metric(page, "Tokens/s", "1,234")
+            log.write('{"step": 20, "los')  # a line that is being written
+            log.flush()
+            page.wait_for_timeout(2500)
+            metric(page, "Step", "10")
+            log.write("\n")
+            record(30, **speed)
+            page.get_by_test_id("stMetricValue").filter(has_text="30").wait_for()  # by itself
+            assert page.get_by_test_id("stVegaLiteChart").count() == 2  # the loss, and the accuracy
+            assert colours(page.get_by_test_id("stVegaLiteChart").first.screenshot()) > 5
+    finally:
+        shutil.rmtree(live)
+
+
+def test_finished_run(page):
+    part(page, "Training")
+    choose(page, "Runs, newest first", "bytes")
+    for name, score in (("sentences", "accuracy"), ("bytes", "bits per byte")):
+        page.get_by_text(f"{name}: finished").wait_for()
+        page.get_by_text(re.compile(rf"^val, whole, best weights, step \d+: loss \d\.\d+ nats, {score}")).wait_for()
+
+
+def test_run_that_goes_away(page, work):
+    shutil.copytree(work / "toy", work / "away")
+    try:
+        part(page, "Text")
+        choose(page, "Runs, newest first", "away")
+    finally:
+        shutil.rmtree(work / "away")
+    write(page, "Prompt", "another")
+    until(page, lambda: page.get_by_test_id("stMultiSelect").inner_text().split()[-1:] != ["away"], True)
+
+
+# ---- the first visit, a phone --------------------------------------------------------------------
+
+
+def test_first_visit(browser, tmp_path):
+    """Nothing is there: one press of a button leads to a shaded review, another to text."""
+    with served(tmp_path) as address, opened(browser, address) as page:
+        told(page, "There is no trained model")
+        page.get_by_role("button", name="Train sentences").click()
+        page.get_by_test_id("stProgress").wait_for()
+        page.get_by_test_id("stMetricValue").wait_for(timeout=240_000)
+        idle(page)
+        assert page.get_by_test_id("stMetricValue").inner_text().startswith("negative") and len(shaded(page)) == 12
+        part(page, "Text")
+        page.get_by_role("button", name="Train toy").click()
+        page.get_by_role("button", name="Write").wait_for(timeout=240_000)
+        idle(page)
+        page.get_by_role("button", name="Write").click()
+        assert "learning" in drawn(page, 300)
+
+
+def test_training_that_fails(browser, tmp_path):
+    (tmp_path / "out-sentences").write_text("a file where the run's folder should be")
+    with served(tmp_path) as address, opened(browser, address) as page:
+        page.get_by_role("button", name="Train sentences").click()
+        page.get_by_test_id("stAlert").filter(has_text="Training sentences ended: ").wait_for(timeout=240_000)
+        assert page.get_by_role("button", name="Train sentences").count() == 1
+
+
+def test_phone(browser, address):
+    with opened(browser, address, 390, 844) as page:
+        for name in ("Reviews", "Text", "Patterns", "Training"):
+            part(page, name)
+            assert page.evaluate("document.querySelector('[data-testid=stMain]').scrollWidth") <= 390, name
+            assert colours(page.screenshot()) > 10
