@@ -5,6 +5,5 @@ base = ["config/train_imdb.py", "--model=bilstm", "--n_embd=100", "--block_size=
         "--batch_size=64", "--learning_rate=2e-3", "--min_lr=1e-4", "--weight_decay=0.1", "--log_interval=100"]
 variants = ["none: --attention=none", "additive: --attention=additive", "multi-head: --attention=multihead"]
 amount = 528  # one and a half passes
-seeds = [1, 2, 3]
 evaluations = 4
 hard = "data/hard_reviews.jsonl"
