@@ -32,6 +32,7 @@ from model import GPT, GPTConfig
 
 REVIEW = "The effects were amazing, but the story was trash."
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-software-rasterizer", "--disable-dev-shm-usage"]  # as root in a container
+TRAINING = 900_000  # milliseconds for one from the page, which takes ten seconds on a machine that has nothing else to do
 TINY = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--log_interval=5", "--device=cpu", "--dtype=float32"]
 
 
@@ -251,8 +252,9 @@ def test_second_review_in_a_second(page, work):
         page.get_by_label("A review").press("Control+Enter")
         page.get_by_test_id("stMetricValue").filter(has_text=expected).wait_for()
         taken.append(time.perf_counter() - began)
-    print("seconds to an answer:", taken)
-    assert min(taken[1:]) < 1  # of several, since other work on the machine may come between
+    if os.getloadavg()[0] > 2 * os.cpu_count():
+        pytest.skip(f"other work keeps this machine busy: answers took {min(taken):.1f} to {max(taken):.1f} s")
+    assert min(taken) < 1, taken  # the best of several: the machine may do something else in between
 
 
 ODD = {
@@ -392,9 +394,9 @@ def test_options_and_time(page):
     write(page, "window", "8")
     page.get_by_role("button", name="Measure the time at T = 256").click()
     page.get_by_test_id("stTable").wait_for(timeout=120_000)
-    rows = [row.split("\t") for row in page.get_by_test_id("stTable").inner_text().splitlines()]
-    times = [float(row[-2]) for row in rows if row[0] in ("dense", "as above") and len(row) > 2]
-    assert len(times) == 2 and min(times) > 0, rows
+    rows = [row.locator("th, td").all_inner_texts() for row in page.get_by_test_id("stTable").locator("tbody tr").all()]
+    assert [row[-3] for row in rows] == ["dense", "as above"], rows
+    assert all(float(row[-2]) > 0 for row in rows) and float(rows[0][-1]) == 1
 
 
 def test_spans_of_a_run(page):
@@ -464,12 +466,12 @@ def test_first_visit(browser, tmp_path):
         told(page, "There is no trained model")
         page.get_by_role("button", name="Train sentences").click()
         page.get_by_test_id("stProgress").wait_for()
-        page.get_by_test_id("stMetricValue").wait_for(timeout=240_000)
+        page.get_by_test_id("stMetricValue").wait_for(timeout=TRAINING)
         idle(page)
         assert page.get_by_test_id("stMetricValue").inner_text().startswith("negative") and len(shaded(page)) == 12
         part(page, "Text")
         page.get_by_role("button", name="Train toy").click()
-        page.get_by_role("button", name="Write").wait_for(timeout=240_000)
+        page.get_by_role("button", name="Write").wait_for(timeout=TRAINING)
         idle(page)
         page.get_by_role("button", name="Write").click()
         assert "learning" in drawn(page, 300)
@@ -479,7 +481,7 @@ def test_training_that_fails(browser, tmp_path):
     (tmp_path / "out-sentences").write_text("a file where the run's folder should be")
     with served(tmp_path) as address, opened(browser, address) as page:
         page.get_by_role("button", name="Train sentences").click()
-        page.get_by_test_id("stAlert").filter(has_text="Training sentences ended: ").wait_for(timeout=240_000)
+        page.get_by_test_id("stAlert").filter(has_text="Training sentences ended: ").wait_for(timeout=TRAINING)
         assert page.get_by_role("button", name="Train sentences").count() == 1
 
 
