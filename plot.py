@@ -96,13 +96,17 @@ def below_all(fig, ax, columns=3):
 
 
 def focus(ax, points):
-    """Limit a panel to the scores that `points`, [(steps, scores)], have after the first third of the steps, so
-    that the fall at the beginning does not flatten all that follows."""
-    last = max((steps[-1] for steps, _ in points if len(steps)), default=0)
-    late = [y for steps, scores in points for x, y in zip(steps, scores) if x >= last / 3 and math.isfinite(y)]
-    if late and max(late) > min(late):
-        room = 0.06 * (max(late) - min(late))
-        ax.set_ylim(min(late) - room, max(late) + room)
+    """Limit a panel to the scores that `points`, [(steps, scores)], have after they came three quarters of the way from their
+    first to the one farthest from it, so that the beginning does not flatten all that follows."""
+    shown = []
+    for _, scores in points:
+        scores = [y for y in scores if math.isfinite(y)]
+        far = max((abs(y - scores[0]) for y in scores), default=0)
+        arrived = next((n for n, y in enumerate(scores) if abs(y - scores[0]) >= 0.75 * far), 0)
+        shown += scores[arrived:]
+    if shown and max(shown) > min(shown):
+        room = 0.06 * (max(shown) - min(shown))
+        ax.set_ylim(min(shown) - room, max(shown) + room)
 
 
 # ---- runs --------------------------------------------------------------------------------------
