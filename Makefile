@@ -30,8 +30,9 @@ out-sentences/best.pt: | .venv/installed
 
 # In a real browser: Chromium, which Debian and Ubuntu have as a package.
 test-demo: .venv/installed-test-demo
-	@command -v chromium chromium-browser google-chrome >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
-		apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium >/dev/null; } || \
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || { \
+		[ "$$(id -u)" = 0 ] && command -v apt-get && apt-get -qq update && \
+		apt-get -qq install -y --no-install-recommends chromium >/dev/null; } || \
 		{ echo "The demo's tests need a browser: install chromium (as root: apt-get install chromium)" >&2; exit 2; }
 	$(RUN) -m pytest -q tests/demo
 
