@@ -411,6 +411,8 @@ def main():
     chosen = [parse(text) for text in variants]
     Path(out_dir).mkdir(parents=True, exist_ok=True)
     costs, machine, dtype = costs_of(chosen)
+    # in the precision that was measured: another look at a busy machine may choose another
+    chosen = [variant._replace(arguments=[*variant.arguments, f"--dtype={dtype}"]) for variant in chosen]
     todo = [(variant, seed, steps_of(costs[variant.name])) for seed in seeds for variant in chosen]
     seconds = [steps * costs[variant.name]["seconds_per_step"] for variant, _, steps in todo]
     found, ratio = [], 1.0  # how much longer a run takes than its steps: evaluations, and what else the machine does

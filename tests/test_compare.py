@@ -95,6 +95,17 @@ def test_the_same_data_for_all(text, tmp_path, timed, monkeypatch):
     assert seen["dense", 1] == seen["sparse", 1] != seen["dense", 2] == seen["sparse", 2] and len(seen["dense", 1]) == 4
 
 
+def test_one_precision_for_all(text, tmp_path, timed, monkeypatch):
+    """What was chosen when the steps were timed holds for runs that are added later, whatever the machine says then."""
+    arguments = settings(tmp_path, text, amount=2)
+    arguments = [a.replace("'--dtype=float32', ", "") for a in arguments]
+    call(compare, *arguments)
+    monkeypatch.setattr(hardware, "matmul_rate", lambda device, dtype: 4e9 if dtype == "bfloat16" else 1e9)
+    call(compare, *arguments, "--seeds=[1, 2, 3]")
+    configs = [json.loads(file.read_text()) for file in tmp_path.glob("*/config.json")]
+    assert len(configs) == 6 and {config["dtype"] for config in configs} == {read(tmp_path)["dtype"]} == {"float32"}
+
+
 @pytest.mark.parametrize("budget, amount, steps", [("steps", 6, (6, 6)), ("seconds", 6, (6, 3)), ("work", None, (8, 16))])
 def test_budgets(budget, amount, steps, monkeypatch):
     """Equal seconds are fewer steps of a slower variant; equal work more of one that does less."""
