@@ -26,7 +26,7 @@ import plot
 import sample
 import train
 from configurator import Text, UserError, typed
-from model import GPT, GPTConfig, mechanism
+from model import GPT, GPTConfig, mechanism, mechanisms
 from pattern import draw_pattern, patterns
 from tokenizer import UNKNOWN
 
@@ -311,11 +311,9 @@ def turn():
     return threading.Lock()
 
 
-def mechanisms():
+def masks():
     choices, place, known = dict(EXAMPLES), st.columns([2, 2, 1]), {name for name, _ in EXAMPLES.values()}
-    for file in sorted(HERE.glob("*.py")):  # a stranger's mechanisms, too
-        if file.stem not in known and "\nclass Attention(attention.Attention)" in file.read_text("utf-8"):
-            choices[file.stem] = file.stem, {}
+    choices |= {other: (other, {}) for other in mechanisms() if other not in known}  # a stranger's, too
     name, given = choices[place[0].selectbox("Mechanism", list(choices), 1, key="keep mechanism")]
     T = place[1].select_slider("T, tokens of a text", [2**n for n in range(5, 13)], 256, key="keep T")
     causal = place[2].toggle("Causal", True, key="keep causal", help="off: both directions, as in a classifier")
@@ -407,7 +405,7 @@ def main():
         st.session_state[key] = st.session_state[key]  # Streamlit forgets the settings of a part that is not shown
     st.html(STYLE)
     st.subheader("nanoAttention", anchor=False)
-    parts = {"Reviews": [reviews], "Text": [text], "Patterns": [mechanisms, spans], "Training": [training]}
+    parts = {"Reviews": [reviews], "Text": [text], "Patterns": [masks, spans], "Training": [training]}
     for tab, shown in zip(st.tabs(list(parts), on_change="rerun", key="part"), parts.values()):
         if tab.open:
             for part in shown:

@@ -58,10 +58,15 @@ def choose(key, value, names):
         raise UserError(f"unknown {key} {value!r}{nearest(str(value), names)}")
 
 
-def mechanisms_with(option):
-    """The attention mechanisms beside this file that have an option of this name; by their text, none is imported."""
+def mechanism_files():
+    """{name: text} of the files beside this one that hold an attention mechanism; none is imported."""
     files = {file.stem: file.read_text("utf-8", "replace") for file in sorted(Path(__file__).parent.glob("*.py"))}
-    return [name for name, text in files.items() if "\nclass Attention(" in text and f"\n{option} = " in text]
+    return {name: text for name, text in files.items() if "\nclass Attention(" in text}
+
+
+def mechanisms_with(option):
+    """The attention mechanisms that have an option of this name."""
+    return [name for name, text in mechanism_files().items() if f"\n{option} = " in text]
 
 
 def plain_values(space):

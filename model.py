@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import attention
-from configurator import UserError, choose, nearest, plain_values
+from configurator import UserError, choose, mechanism_files, nearest, plain_values
 from engine import wide
 from runs import write_whole
 
@@ -66,9 +66,8 @@ class GPTConfig:
 
 
 def mechanisms():
-    """The names of the mechanisms: dense, and every file beside this one with a class Attention."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return ["dense"] + [f.stem for f in files if f.stem != "attention" and "\nclass Attention(" in f.read_text("utf-8")]
+    """The names of the attention mechanisms beside this file."""
+    return ["dense"] + [name for name in mechanism_files() if name != "attention"]
 
 
 def mechanism(name):
@@ -179,7 +178,7 @@ class Model(nn.Module):
 
     def penalty(self):
         """The mechanisms' term of the loss, summed over layers: a scalar tensor, or 0."""
-        return sum(attention.penalty() for attention in self.attentions())
+        return sum(each.penalty() for each in self.attentions())
 
     def pool(self, x, lengths=None):
         """(B, T, C) -> (B, C) over each text's own tokens."""
@@ -234,9 +233,9 @@ class Model(nn.Module):
         device = self.embedding.weight.device.type
         if device == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
             raise UserError("compile=True needs a C++ compiler on a CPU and found none; install g++, or leave it False")
-        for attention in self.attentions():
-            if attention.choose_kernel(device) == "engine":
-                attention.attend = torch.compiler.disable(attention.attend)
+        for each in self.attentions():
+            if each.choose_kernel(device) == "engine":
+                each.attend = torch.compiler.disable(each.attend)
         return torch.compile(self)
 
 
