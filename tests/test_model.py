@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import configurator
 import model as model_file
 from configurator import UserError
 from model import GPT, GPTConfig, Normalize, draw, load, mechanism, save
@@ -209,7 +210,7 @@ def test_a_file_dropped_beside_is_a_mechanism(monkeypatch, tmp_path):
     for name in ("model.py", "attention.py", "engine.py"):
         (tmp_path / name).write_text((root / name).read_text("utf-8"), "utf-8")
     (tmp_path / "my_attention.py").write_text('"""' + source, "utf-8")
-    monkeypatch.setattr(model_file, "__file__", str(tmp_path / "model.py"))
+    monkeypatch.setattr(configurator, "__file__", str(tmp_path / "configurator.py"))
     monkeypatch.syspath_prepend(str(tmp_path))
     assert mechanism("my_attention")[1] == {"window": 128}
     model = make(attention="my_attention", options={"window": 3}, block_size=300)

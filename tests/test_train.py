@@ -702,8 +702,7 @@ def beside(tmp_path_factory, monkeypatch):
     for name in FILES:
         shutil.copy(ROOT / f"{name}.py", folder)
     (folder / "my_attention.py").write_text(MY_ATTENTION)
-    for module in (model_file, configurator):
-        monkeypatch.setattr(module, "__file__", str(folder / "model.py"))
+    monkeypatch.setattr(configurator, "__file__", str(folder / "configurator.py"))
     monkeypatch.setattr(sys, "path", [*sys.path, str(folder)])  # after the repository, whose own modules stay its own
     yield folder
     sys.modules.pop("my_attention", None)
