@@ -24,6 +24,14 @@ SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=8", "--dtype=float32", "--log_in
 HARD = [{"text": "so good", "label": 1, "kind": "plain"}, {"text": "not so good", "label": 0, "kind": "negation"}]
 
 
+@pytest.fixture(autouse=True)
+def train_as_it_was():
+    """compare.py sets train.py's own settings, which other tests have yet to read."""
+    before = dict(vars(train))
+    yield
+    vars(train).update(before)
+
+
 @pytest.fixture
 def timed(monkeypatch, quick):
     """Steps of `dense` take a second, of everything else two."""
