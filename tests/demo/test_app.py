@@ -153,7 +153,7 @@ def until(page, what, expected, seconds=60):
 
 def part(page, name):
     page.get_by_role("tab", name=name).click()
-    page.locator("[role=tabpanel]:visible [data-testid=stElementContainer]").first.wait_for()
+    page.locator("[role=tabpanel]:visible [data-testid=stElementContainer]:visible").first.wait_for()
     idle(page)
 
 
