@@ -26,9 +26,9 @@ import hardware
 import train
 from configurator import UserError, choose, configure, plain_values, run
 from dataset import Dataset, batches
-from model import load
+from model import PREVIOUS, load
 from plot import read_log
-from runs import Stop, asked, leave_if_asked, write_text
+from runs import Stop, asked, leave_if_asked, locked, write_text
 from sample import encode, predict
 from tokenizer import Tokenizer
 
@@ -183,7 +183,8 @@ def train_one(variant, seed, steps):
     result = {"variant": variant.name, "seed": seed, "steps": steps, **read_run(folder),
               "settings": saved["settings"], "options": saved["options"]}
     write_text(folder / "result.json", json.dumps(result))
-    (folder / "ckpt.pt").unlink(missing_ok=True)  # the last state; best.pt stays
+    for name in (PREVIOUS, "ckpt.pt"):  # the last states; best.pt stays
+        (folder / name).unlink(missing_ok=True)
     return result
 
 
@@ -409,7 +410,12 @@ def main():
     check()
     hardware.keep_freed_memory()
     chosen = [parse(text) for text in variants]
-    Path(out_dir).mkdir(parents=True, exist_ok=True)
+    with locked(Path(out_dir)):
+        return run_all(chosen)
+
+
+def run_all(chosen):
+    """Train and compare the variants. Returns the exit code where it was stopped, else None."""
     costs, machine, dtype = costs_of(chosen)
     # in the precision that was measured: another look at a busy machine may choose another
     chosen = [variant._replace(arguments=[*variant.arguments, f"--dtype={dtype}"]) for variant in chosen]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 PLAIN = (bool, int, float, str, list)
 ALIASES = {"use_adaptive_attention": ("attention", "adaptive_attention_span")}  # KEY=True means this key and value
+TOO_LARGE = ("out of memory", "allocate memory", "size calculation overflowed")  # how torch says it
 
 
 class UserError(Exception):
@@ -40,6 +41,11 @@ def run(main, stopped="stopped"):
         line, code = f"{error.name} is not installed: pip install {error.name}", 2
     except (UserError, OSError) as error:
         line, code = str(error), 2
+    except (MemoryError, RuntimeError) as error:  # torch says it as a RuntimeError
+        said = (str(error).splitlines() or [""])[0]
+        if not (isinstance(error, MemoryError) or any(part in said.lower() for part in TOO_LARGE)):
+            raise
+        line, code = f"there is not memory enough ({said[:150]}); make the batch, the block or the model smaller", 2
     except KeyboardInterrupt:
         line, code = stopped, 130
     print(f"{name}: {line}", file=sys.stderr)

@@ -12,8 +12,22 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from configurator import UserError, nearest
+from configurator import UserError, nearest, shown
+from runs import digest
 from tokenizer import Tokenizer
+
+
+class DataChanged(UserError):
+    """A file of the data is no longer what it was when it was opened."""
+
+
+def stamp(path):
+    """What tells that a file was touched: (bytes, time, number on its disk); None where it is gone."""
+    try:
+        info = path.stat()
+        return info.st_size, info.st_mtime_ns, info.st_ino
+    except OSError:
+        return None
 
 
 class Dataset:
@@ -24,7 +38,7 @@ class Dataset:
     """
 
     def __init__(self, folder, task=""):
-        self.folder = find(folder)
+        self.folder, self.opened = find(folder), {}  # {path: its stamp}
         try:
             self.meta = json.loads((self.folder / "meta.json").read_text("utf-8"))
             self.vocab_size, self.kind, self.lossless = (self.meta[key] for key in ("vocab_size", "kind", "lossless"))
@@ -44,9 +58,11 @@ class Dataset:
     def array(self, name, dtype, count):
         """A file of the folder as a read-only array, refused unless it holds `count` values."""
         path, size = self.folder / name, count * np.dtype(dtype).itemsize
-        found = path.stat().st_size if path.exists() else 0
+        now = stamp(path)
+        self.opened.setdefault(path, now)
+        found = now[0] if now else 0
         if found != size:
-            raise UserError(f"{path}: expected {size:,} bytes, found {found:,}; run its prepare.py again")
+            raise DataChanged(f"{path}: expected {size:,} bytes, found {found:,}; run its prepare.py again")
         return np.memmap(path, dtype, "r") if found else np.empty(0, dtype)
 
     def number(self, split, key):
@@ -58,6 +74,25 @@ class Dataset:
             raise UserError(f"{self.folder / 'meta.json'} is damaged (expected a number as {key} of {split}, "
                             f"found {count!r}); run its prepare.py again")
         return count
+
+    def check_digest(self, path):
+        """Raise DataChanged where a file of tokens is not the one that meta.json gives the sha256 of."""
+        expected = self.splits.get(path.stem, {}).get("sha256")
+        if expected and path.exists():
+            with open(path, "rb") as file:
+                if (found := digest(file)) != expected:
+                    raise DataChanged(f"{path}: expected sha256 {expected}, as its meta.json says, found {found}; it is damaged or "
+                                      "of other data: run its prepare.py again")
+
+    def check_unchanged(self):
+        """Raise DataChanged where a file that is in use was cut, replaced or taken away; one rewritten as it was may stay."""
+        for path, before in self.opened.items():
+            if (now := stamp(path)) != before:
+                if not now or now[0] != before[0] or "sha256" not in self.splits.get(path.stem, {}):
+                    raise DataChanged(f"{path} was changed while it was in use: expected {before[0]:,} bytes as they were, "
+                                      f"found {f'{now[0]:,} others' if now else 'no file'}; put it back or run its prepare.py again")
+                self.check_digest(path)
+                self.opened[path] = now
 
     def tokens(self, split):
         """The tokens of a split, in the file's type."""
@@ -92,6 +127,18 @@ class Dataset:
     def bytes_per_token(self, split):
         """How many bytes of text a token of the split stands for; None where decoding loses some."""
         return self.number(split, "bytes") / self.number(split, "tokens") if self.lossless else None
+
+
+IDENTITY = ("source", "kind", "tokenizer", "vocab_size", "mark", "classes", "vocab", "pattern", "ranks")  # of meta.json
+
+
+def difference(before, now):
+    """The first thing in which two meta.json are of different data, in words, or '': what was and what is."""
+    pairs = [(key, before.get(key), now.get(key)) for key in IDENTITY]
+    for split in ("train", "val"):
+        counts = [meta.get("splits", {}).get(split, {}) for meta in (before, now)]
+        pairs += [(f"{key} of {split}", *(count.get(key) for count in counts)) for key in ("tokens", "documents", "sha256")]
+    return next((f"{key}: expected {shown(a)}, found {shown(b)}" for key, a, b in pairs if a != b), "")
 
 
 def find(folder):

@@ -10,6 +10,7 @@ Letters: B batch, T time, C channels, V vocabulary.
 import importlib
 import math
 import shutil
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 import attention
 from configurator import UserError, choose, mechanism_files, nearest, plain_values
 from engine import wide
-from runs import write_whole
+from runs import digest, write_whole
 
 
 MODELS = ("gpt", "bilstm")
@@ -406,9 +407,58 @@ def new_model(config):
 # ---- checkpoints -----------------------------------------------------------------------------
 
 
-def save(path, checkpoint):
-    """Write tensors and plain values so that `path` is at every moment whole: old or new."""
-    write_whole(Path(path), lambda file: torch.save(checkpoint, file))
+SEAL = b"\nsha256 "  # after the zip file that torch.save writes, then the digest of all before: torch.load checks none
+
+
+def save(path, checkpoint, keep=None):
+    """Write tensors and plain values so that `path` is at every moment whole: old or new. keep: see `write_whole`."""
+
+    def write(file):
+        torch.save({**checkpoint, "sealed": True}, file)
+        seal = SEAL + digest(file).encode()
+        file.seek(0, 2)
+        file.write(seal)
+
+    write_whole(Path(path), write, keep)
+
+
+def check_whole(path):
+    """Raise ValueError unless every bit of a checkpoint is as it was written. Returns whether it is sealed: those of
+    earlier versions are not, and their parts have checksums."""
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, 2) - len(SEAL) - 64))
+        size, end = file.tell(), file.read()
+        if end.startswith(SEAL):
+            if digest(file, size).encode() != end[len(SEAL) :]:
+                raise ValueError("it is not what was written, by its digest")
+            return True
+        if end[-22:-18] != b"PK\5\6":
+            raise ValueError("its end is missing, or it is none")
+        with zipfile.ZipFile(file) as archive:
+            parts = archive.infolist()
+            if any(part.compress_type for part in parts) or archive.testzip():
+                raise ValueError("a part of it is not what was written, by its checksum")
+    return False
+
+
+def beside(path):
+    """What to do about a checkpoint that is damaged, by the others in its folder that are whole."""
+    whole = []
+    for name in ("ckpt.pt", PREVIOUS, "best.pt"):
+        try:
+            if name != path.name:
+                check_whole(path.with_name(name))
+                whole.append(name)
+        except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
+            pass
+    if path.name == "ckpt.pt" and PREVIOUS in whole:
+        return f"the save before it is whole: rename {PREVIOUS} to ckpt.pt to go on from there"
+    if whole:
+        return f"whole beside it: {' and '.join(whole)}"
+    return "no other beside it is whole: train again"
+
+
+PREVIOUS = "ckpt-previous.pt"  # the save before the last one
 
 
 def load(path, device="cpu", options=None, **changes):
@@ -418,7 +468,10 @@ def load(path, device="cpu", options=None, **changes):
     Raises UserError where the file is missing, damaged or none of ours, or its weights do not fit.
     """
     try:
+        sealed = check_whole(path)
         checkpoint = torch.load(path, map_location=device, weights_only=True)
+        if checkpoint.get("sealed") and not sealed:
+            raise ValueError("its end is missing")
         config = {**checkpoint["model_config"], **changes}
         given = {key: value for key, value in (options or {}).items() if config["options"].get(key, value) != value}
         config["options"] = {**config["options"], **given}
@@ -435,5 +488,5 @@ def load(path, device="cpu", options=None, **changes):
         raise
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        raise UserError(f"{path} is damaged or not a checkpoint of train.py ({reason}); is there another beside it?")
+        raise UserError(f"{path} is damaged or not a checkpoint of train.py ({reason}); {beside(Path(path))}")
     return model.to(device).eval(), checkpoint

@@ -1,5 +1,7 @@
-"""A run as a folder: its log, made to survive crashes, and how to leave it in order."""
+"""A run as a folder: one process holds it, its files are at every moment whole, and how to leave it in order."""
 
+import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -8,43 +10,119 @@ import sys
 
 from configurator import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows: there nothing guards a folder against a second run
+    fcntl = None
+
+
+class SaveError(UserError):
+    """Something could not be written; what was there before is unchanged."""
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Hold out_dir, which is made where it is missing, for this process alone: another one is refused with UserError.
+
+    The system takes the lock back when the process ends, however it ends; the file `lock` that stays means nothing.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "lock", "a+b", buffering=0)
+    except OSError as error:
+        raise UserError(f"cannot write into {folder}: {error.strerror}; give another --out_dir, or see to the rights to this one")
+    with file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read(20).decode("ascii", "replace")
+            raise UserError(f"{folder} is in use by another run (process {owner or 'unknown'}); wait for its end or stop it, "
+                            "or give another --out_dir")
+        except OSError:
+            pass  # a file system without locks, as some network drives are
+        with contextlib.suppress(OSError):  # for people alone
+            file.truncate(0)
+            file.write(str(os.getpid()).encode())
+        yield
+
 
 def prepare_folder(folder):
-    """Make out_dir for a new run; an earlier run there is moved aside, not overwritten."""
+    """Clear out_dir, which is locked, for a new run; an earlier run there is moved aside, not overwritten.
+
+    Killed half way, the next call moves the rest to the same place.
+    """
     folder = folder.resolve()
-    if (folder / "log.jsonl").exists():
-        n = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
-        folder.rename(folder.with_name(f"{folder.name}.{n}"))
-        print(f"the earlier run in {folder.name} is now in {folder.name}.{n}")
-    folder.mkdir(parents=True, exist_ok=True)
+    earlier = folder / "earlier.part"
+    if not (earlier.exists() or (folder / "log.jsonl").exists()):
+        return
+    earlier.mkdir(exist_ok=True)
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == "log.jsonl"):  # the log last: it marks a run
+        if path.name not in ("lock", earlier.name):
+            path.rename(earlier / path.name)
+    n = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
+    earlier.rename(folder.with_name(f"{folder.name}.{n}"))
+    print(f"the earlier run in {folder.name} is now in {folder.name}.{n}")
 
 
-def mend_log(path, step):
-    """Drop what a run resumed at `step` writes again, and a line cut by a crash."""
+def mend_log(path, step, evaluated):
+    """Drop what a run resumed at `step` writes again, and a line cut by a crash. evaluated: the step last evaluated."""
     kept = []
     for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
         try:
             record = json.loads(line)
-            before = record["step"] < step or (record["step"] == step and record["split"] == "val")
+            before = record["step"] < step or (record["step"] == step == evaluated and record["split"] == "val")
             if before and not record.get("whole"):
                 kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             pass
     write_text(path, "".join(kept))
 
 
-def write_whole(path, write):
-    """Write a file that is at every moment whole, old or new: `write` gets it open for bytes."""
+def write_whole(path, write, keep=None):
+    """Write a file that is at every moment whole, old or new: `write` gets it open for bytes.
+
+    keep: a name beside it under which the old file stays, where the file system knows hard links.
+    Raises SaveError where the system refuses.
+    """
     temporary = path.with_name(path.name + ".part")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "w+b") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if keep and path.exists():
+            keep_as(path, path.with_name(keep))
         os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"could not write {path}: {error.strerror}; what was there before is unchanged")
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides what the system said
+        if not isinstance(cause, OSError):
+            raise
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise SaveError(f"could not write {path}: {cause.strerror}; what was there before is unchanged")
+
+
+def keep_as(path, name):
+    """Let the file `path` have the other name, too; nothing where that cannot be."""
+    link = name.with_name(name.name + ".part")
+    with contextlib.suppress(OSError):
+        link.unlink(missing_ok=True)
+        os.link(path, link)
+        os.replace(link, name)
+    with contextlib.suppress(OSError):
+        link.unlink(missing_ok=True)  # it stays where both were names of one file already
+
+
+def digest(file, size=None):
+    """The sha256 of a file that is open for bytes, or of its first `size` bytes, in hexadecimal."""
+    found, left = hashlib.sha256(), file.seek(0, os.SEEK_END) if size is None else size
+    file.seek(0)
+    while left and (piece := file.read(min(left, 1 << 20))):
+        found.update(piece)
+        left -= len(piece)
+    return found.hexdigest()
 
 
 def write_text(path, text):
@@ -55,12 +133,11 @@ class Log:
     """log.jsonl, and the terminal: one line that rewrites itself, or plain lines in a file."""
 
     def __init__(self, folder, wandb):
-        self.file, self.wandb, self.live = open(folder / "log.jsonl", "a", encoding="utf-8"), wandb, sys.stdout.isatty()
+        self.path, self.wandb, self.live = folder / "log.jsonl", wandb, sys.stdout.isatty()
+        self.waiting = b""  # what could not be written yet
 
     def __call__(self, record, text, keep=False):
         """Log a record. `keep`: its text stays on the terminal; else the next one takes its place."""
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
         if self.wandb:
             named = {f"{record['split']}/{k}": v for k, v in record.items() if k not in ("split", "step")}
             self.wandb.summary.update(named) if "whole" in record else self.wandb.log(named, step=record["step"])
@@ -69,6 +146,23 @@ class Log:
             print(text, flush=True)
         else:
             print(f"\r{text:<{width}}" if keep else f"\r{text[:width]:<{width}}", end="\n" if keep else "", flush=True)
+        self.waiting += json.dumps(record).encode() + b"\n"
+        self.flush()
+
+    def flush(self):
+        """Write what waits, whole or not at all. Raises SaveError where the system refuses; it waits on then."""
+        end = None
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                end, rest = file.tell(), self.waiting
+                while rest:
+                    rest = rest[file.write(rest) :]
+            self.waiting = b""
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                if end is not None:
+                    os.truncate(self.path, end)  # half a line would spoil the next one
+            raise SaveError(f"could not write {self.path}: {error.strerror}; what was there before is unchanged")
 
 
 class Stop(Exception):

@@ -1,7 +1,7 @@
 """Train a language model or a classifier: python train.py [config/x.py] [--key=value ...]
 
 A run is a folder: config.json, log.jsonl (one object a line), ckpt.pt (the last state, from which
---init_from=resume goes on), best.pt (the weights that did best on validation).
+--init_from=resume goes on), ckpt-previous.pt (the one before), best.pt (the weights that did best on validation).
 """
 
 import json
@@ -10,15 +10,17 @@ import time
 from collections import Counter
 from dataclasses import asdict, fields
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 
 import hardware
 from configurator import UserError, choose, configure, run
-from dataset import Dataset, batches, scores
-from model import GPTConfig, load, new_model, options_of, save
-from runs import Log, Stop, asked, leave_if_asked, listen, mend_log, prepare_folder, write_text, write_whole
+from dataset import DataChanged, Dataset, batches, difference, scores
+from model import PREVIOUS, GPTConfig, check_whole, load, new_model, options_of, save
+from runs import (Log, SaveError, Stop, asked, leave_if_asked, listen, locked, mend_log, prepare_folder, write_text,
+                  write_whole)
 
 # ---- settings: every name here is a key of the command line and of config files ---------------
 
@@ -26,6 +28,7 @@ from runs import Log, Stop, asked, leave_if_asked, listen, mend_log, prepare_fol
 out_dir = "out"
 init_from = "scratch"  # or 'resume': go on from out_dir/ckpt.pt
 seed = 1337  # of weights, dropout and the order of the data
+on_save_error = "stop"  # where the disk is full, say; or 'warn': train on and try again at the next evaluation
 eval_only = False  # evaluate out_dir's best.pt and leave
 eval_test = False  # after training, open the test split, once, with the best weights
 eval_interval = 175  # steps between evaluations, each with a checkpoint
@@ -100,6 +103,7 @@ def evaluate(model, data, split, count=0):
     source = batches(data, split, batch_size, model.config.block_size)
     for batch in source.in_order(count):
         leave_if_asked()
+        data.check_unchanged()
         x, y, lengths = to_device(*batch)
         with hardware.autocast(device, dtype):
             logits, loss = model(x, y, lengths)
@@ -167,6 +171,7 @@ def clock(seconds):
 def check(settings):
     """Raise UserError for a value that no run can have."""
     choose("init_from", init_from, ("scratch", "resume"))
+    choose("on_save_error", on_save_error, ("stop", "warn"))
     choose("lr_schedule", lr_schedule, ("cosine", "linear"))
     at_least = dict.fromkeys(("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval"), 1)
     at_least |= dict.fromkeys(("seed", "max_iters", "warmup_iters", "lr_decay_iters", "eval_iters", "patience",
@@ -195,16 +200,23 @@ def build(data, settings, options):
     free = {"kernel": kernel, "dropout": dropout}
     defaults = further_options(settings)
     given = {key: value for key, value in options.items() if value != defaults[key]}
-    model, checkpoint = load(Path(out_dir) / ("best.pt" if eval_only else "ckpt.pt"), device, given, **free)
+    path = Path(out_dir) / ("best.pt" if eval_only else "ckpt.pt")
+    model, checkpoint = load(path, device, given, **free)
+    needed = {"settings", "state", "meta"} | (set() if eval_only else {"optimizer", "scaler", "random"})
+    if missing := needed - checkpoint.keys():
+        raise UserError(f"{path} holds no {', '.join(sorted(missing))}: expected what train.py saves as {path.name}; "
+                        "it is another file, copied there: put the right one back")
     for key, value in {**settings, **given}.items():
         fixed = key not in free and key in checkpoint["model_config"]
         before = {**checkpoint["settings"], **checkpoint["model_config"], **checkpoint["model_config"]["options"]}.get(key, value)
-        if before != value and key not in ("init_from", "eval_only", "eval_test", "out_dir"):
+        if before != value and key not in ("init_from", "eval_only", "eval_test", "out_dir", "device", "dtype"):
             print(f"checkpoint: {key} {'stays' if fixed else 'was'} {before!r}, {'not' if fixed else 'is now'} {value!r}")
-    same = model.config.vocab_size == data.vocab_size and model.config.n_class == len(data.classes)
-    if checkpoint["source"] != data.meta["source"] or not same:
-        raise UserError(f"{out_dir} was trained on other data ({checkpoint['source']}, {checkpoint['settings']['dataset']}) "
-                        f"than {data.folder} holds ({data.meta['source']}); give its dataset and task")
+    other = difference(checkpoint["meta"], data.meta)
+    if not other and model.config.n_class != len(data.classes):
+        other = f"classes: expected {model.config.n_class}, found {len(data.classes)}"
+    if other:
+        raise UserError(f"{out_dir} was trained on other data ({checkpoint['settings'].get('dataset')}) than {data.folder} holds "
+                        f"({other}); give its dataset and task")
     fixed = {key: value for key, value in asdict(model.config).items() if key in settings}
     settings.update(fixed)
     globals().update(fixed)
@@ -218,8 +230,10 @@ def main(arguments=None):
     check(settings)
     hardware.keep_freed_memory()
     folder, data = Path(out_dir), Dataset(dataset, task)
-    for split in ["val"] + ["test"] * eval_test:
+    for split in ["val"] + ["test"] * eval_test + ["train"] * (not eval_only):
         batches(data, split, 1, block_size)  # refuses now what would otherwise be missed after hours
+    for path in list(data.opened):
+        data.check_digest(path)
     device = hardware.pick_device(device)
     model, checkpoint = build(data, settings, options)
     dtype = hardware.pick_dtype(dtype, device)
@@ -230,27 +244,25 @@ def main(arguments=None):
     if eval_only:
         for split in ["val"] + ["test"] * eval_test:
             print(f"{split}: {say(evaluate(model, data, split)[0])}")
-        return
+        return None
+    with locked(folder):
+        return fit(folder, data, model, checkpoint, settings, peak)
 
+
+def fit(folder, data, model, checkpoint, settings, peak):
+    """Train in a folder that is held; peak: the machine's rate of products, FLOP/s. Returns what `main` returns."""
     optimizer = model.optimizer(learning_rate, weight_decay, (beta1, beta2))
     scaler = torch.amp.GradScaler(device.split(":")[0], enabled=dtype == "float16")
     state = {"step": 0, "evaluated": -1, "best": math.inf, "best_step": 0, "worse": 0, "seconds": 0.0, "work": 0.0}
     source = batches(data, "train", batch_size, block_size, seed)
     announce(model, *(t if t is None else t[:1] for t in source.batch(0)))
     if checkpoint:
-        state |= checkpoint["state"]
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        for group, decay in zip(optimizer.param_groups, (weight_decay, 0.0)):
-            group.update(weight_decay=decay, betas=(beta1, beta2))
-        if checkpoint["scaler"]:
-            scaler.load_state_dict(checkpoint["scaler"])
-        torch.set_rng_state(checkpoint["random"].cpu())
-        if device.startswith("cuda") and "cuda_random" in checkpoint:
-            torch.cuda.set_rng_state(checkpoint["cuda_random"].cpu())
+        restore(checkpoint, state, optimizer, scaler)
+        have_best(folder / "best.pt", state)
         print(f"resume: from step {state['step']} of {max_iters}")
     options = model.config.options  # those of the checkpoint, where there is one
     wandb = start_wandb(settings | options)
-    mend_log(folder / "log.jsonl", state["step"]) if checkpoint else prepare_folder(folder)
+    mend_log(folder / "log.jsonl", state["step"], state["evaluated"]) if checkpoint else prepare_folder(folder)
     write_text(folder / "config.json", json.dumps({
         "settings": settings, "options": options, "device": device, "dtype": dtype, "source": data.meta["source"],
         "parameters": model.parameter_count(), "machine": hardware.describe()}, indent=1))
@@ -258,14 +270,26 @@ def main(arguments=None):
 
     def snapshot(**more):
         return {"model": model.state_dict(), "model_config": asdict(model.config), "settings": settings,
-                "source": data.meta["source"], "meta": data.meta, "state": state, **more}
+                "source": data.meta["source"], "meta": data.meta, "state": state, "device": device, "dtype": dtype, **more}
+
+    def may_fail(write, *arguments):
+        """Write, and tell whether it was done; where it could not be, stop or go on as on_save_error says."""
+        try:
+            write(*arguments)
+            return True
+        except SaveError as error:
+            if on_save_error == "stop" or state["step"] >= max_iters:
+                raise
+            print(f"step {state['step']}: {error}; training goes on, the next evaluation tries again", flush=True)
+            return False
 
     def save_all():
         tally()
+        log.flush()  # the checkpoint must not know of an evaluation that the log lacks
         random = {"random": torch.get_rng_state()}
         if device.startswith("cuda"):
             random["cuda_random"] = torch.cuda.get_rng_state()
-        save(folder / "ckpt.pt", snapshot(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), **random))
+        save(folder / "ckpt.pt", snapshot(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), **random), PREVIOUS)
 
     def check_finite(value, name):
         if not math.isfinite(value):
@@ -286,14 +310,15 @@ def main(arguments=None):
         if eval_train:
             result |= {f"train_{name}": score for name, score in evaluate(model, data, "train", eval_iters)[0].items()}
         score = -result["accuracy"] if data.kind == "classify" else result["loss"]
-        better = score < state["best"]
+        better, before = score < state["best"], {key: state[key] for key in ("best", "best_step")}
         state.update({"best": score, "best_step": state["step"], "worse": 0} if better else {"worse": state["worse"] + 1})
         state["evaluated"] = state["step"]
         record = {"step": state["step"], "split": "val", **result, **health(model), "work": state["work"]}
-        log(record, f"step {state['step']}: val {say(result)}{say_stats(record['stats'])}{' *' if better else ''}", keep=True)
-        if better:
-            save(folder / "best.pt", snapshot())
-        save_all()
+        text = f"step {state['step']}: val {say(result)}{say_stats(record['stats'])}{' *' if better else ''}"
+        may_fail(log, record, text, True)
+        if better and not may_fail(save, folder / "best.pt", snapshot()):
+            state.update(before)  # the best is what best.pt holds
+        may_fail(save_all)
 
     forward = model.compiled() if compile else model
     model.train()
@@ -302,6 +327,7 @@ def main(arguments=None):
     try:
         while True:
             leave_if_asked()
+            data.check_unchanged()
             step = state["step"]
             if (step % eval_interval == 0 or step >= max_iters) and state["evaluated"] != step:
                 before = time.perf_counter()
@@ -332,15 +358,53 @@ def main(arguments=None):
                 left = state["seconds"] / (step + 1) * (max_iters - step - 1)
                 record = {"step": step, "split": "train", "loss": float(total), "lr": rate(step), "grad_norm": float(norm),
                           "tokens_per_second": speed, "matmul_share": share, "seconds": state["seconds"]}
-                log(record, f"step {step}/{max_iters}: loss {record['loss']:.4f}, {speed:,.0f} tokens/s, "
-                    f"{share:.0%} of the matmul rate, {clock(left)} left")
+                may_fail(log, record, f"step {step}/{max_iters}: loss {record['loss']:.4f}, {speed:,.0f} tokens/s, "
+                         f"{share:.0%} of the matmul rate, {clock(left)} left")
         state["seconds"] = time.perf_counter() - began
         finish(data, folder, log, state)
-    except Stop:
+    except (Stop, DataChanged) as reason:
         check_finite(float(total), "the training loss")
         save_all()
+        if isinstance(reason, DataChanged):
+            raise UserError(f"{reason}; stopped at step {state['step']}, saved: then go on with --init_from=resume")
         print(f"\nstopped at step {state['step']}, saved; go on with --init_from=resume")
         return 128 + asked[0]
+
+
+def restore(checkpoint, state, optimizer, scaler):
+    """Put everything but the weights, which are loaded already, as it was when the checkpoint was saved."""
+    for name, now in (("device", device), ("dtype", dtype)):
+        if checkpoint.get(name, now) != now:
+            print(f"checkpoint: {name} was {checkpoint[name]!r}, is now {now!r}: the losses from here on differ by rounding, and "
+                  "with dropout by its random stream, from those of an unbroken run")
+    try:
+        state |= checkpoint["state"]
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        for group, decay in zip(optimizer.param_groups, (weight_decay, 0.0)):
+            group.update(weight_decay=decay, betas=(beta1, beta2))
+        if checkpoint["scaler"]:
+            scaler.load_state_dict(checkpoint["scaler"])
+        torch.set_rng_state(checkpoint["random"].cpu())
+        if device.startswith("cuda"):
+            torch.cuda.manual_seed(seed)  # where the checkpoint was made elsewhere
+            if "cuda_random" in checkpoint:
+                torch.cuda.set_rng_state(checkpoint["cuda_random"].cpu())
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{out_dir}/ckpt.pt holds weights that fit and a state of the optimiser that does not ({error}); "
+                        "put the right file back")
+
+
+def have_best(path, state):
+    """Refuse a damaged best.pt now, not after the training; without one the best is counted from here on."""
+    try:
+        check_whole(path)
+    except FileNotFoundError:
+        if state["best"] < math.inf:
+            print(f"{path} is missing: the best weights are counted from here on")
+            state.update(best=math.inf, evaluated=-1)
+    except (ValueError, BadZipFile) as error:
+        raise UserError(f"{path} is damaged ({error}); take it away to go on without it: the best weights are then counted "
+                        "from here on")
 
 
 def gradients(model, forward, source, step, scaler, optimizer, positions):

@@ -227,11 +227,11 @@ def test_ctrl_c_in_the_last_save(text, tmp_path, monkeypatch):
     """Nothing looks at the signal before the training is over: it must not be lost, nor end in a traceback."""
     saved, save = [], model_file.save
 
-    def interrupted(path, checkpoint):
+    def interrupted(path, *what):
         saved.append(path.name)
         if len(saved) == 4:
             os.kill(os.getpid(), signal.SIGINT)
-        save(path, checkpoint)
+        save(path, *what)
 
     monkeypatch.setattr(train, "save", interrupted)
     with pytest.raises(SystemExit) as left:
@@ -428,7 +428,7 @@ def test_the_folder_of_a_run(folder, tmp_path):
     out = tmp_path / "not" / "yet" / "there"
     assert not fit(out, f"{folder}/", "--max_iters=6", "--log_interval=2")
     answers = {"predictions-val.npz"} if "reviews" in str(folder) else set()
-    assert {file.name for file in out.iterdir()} == {"config.json", "log.jsonl", "ckpt.pt", "best.pt"} | answers
+    assert {file.name for file in out.iterdir()} == {"config.json", "log.jsonl", "ckpt.pt", "ckpt-previous.pt", "best.pt", "lock"} | answers
     config = json.loads((out / "config.json").read_text())
     assert config["settings"]["max_iters"] == 6 and config["source"] == Dataset(folder).meta["source"]
     assert config["device"] == "cpu" and config["dtype"] == "float32" and config["machine"]["torch"] == torch.__version__
@@ -488,9 +488,9 @@ def test_mend_log(tmp_path):
     path = tmp_path / "log.jsonl"
     kept = line(0, "val") + line(0) + line(4) + line(5, "val")
     path.write_bytes((kept + line(0, "val", whole=True) + line(5) + line(6, "val") + "[]\n{}\n\n1\n").encode() + b'{"st\xff')
-    runs.mend_log(path, 5)
+    runs.mend_log(path, 5, 5)
     assert path.read_text() == kept
-    runs.mend_log(tmp_path / "none.jsonl", 5)
+    runs.mend_log(tmp_path / "none.jsonl", 5, 5)
 
 
 # ---- what is refused ---------------------------------------------------------------------------
