@@ -60,9 +60,9 @@ def prepare_folder(folder):
     earlier.mkdir(exist_ok=True)
     for path in sorted(folder.iterdir(), key=lambda path: path.name == "log.jsonl"):  # the log last: it marks a run
         if path.name not in ("lock", earlier.name):
-            path.rename(earlier / path.name)
+            os.rename(path, earlier / path.name)
     n = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
-    earlier.rename(folder.with_name(f"{folder.name}.{n}"))
+    os.rename(earlier, folder.with_name(f"{folder.name}.{n}"))
     print(f"the earlier run in {folder.name} is now in {folder.name}.{n}")
 
 
@@ -143,20 +143,32 @@ class Log:
             self.wandb.summary.update(named) if "whole" in record else self.wandb.log(named, step=record["step"])
         width = shutil.get_terminal_size().columns - 1
         if not self.live:
-            print(text, flush=True)
+            self.say(text)
         else:
-            print(f"\r{text:<{width}}" if keep else f"\r{text[:width]:<{width}}", end="\n" if keep else "", flush=True)
+            self.say(f"\r{text:<{width}}" if keep else f"\r{text[:width]:<{width}}", end="\n" if keep else "")
         self.waiting += json.dumps(record).encode() + b"\n"
         self.flush()
 
-    def flush(self):
-        """Write what waits, whole or not at all. Raises SaveError where the system refuses; it waits on then."""
+    def say(self, text, end="\n"):
+        """Print; into a file on a full disk nothing, which is no reason to stop."""
+        try:
+            print(text, end=end, flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError:
+            pass
+
+    def flush(self, sync=False):
+        """Write what waits, whole or not at all; sync: onto the disk itself. Raises SaveError where the system refuses;
+        it waits on then."""
         end = None
         try:
             with open(self.path, "ab", buffering=0) as file:
                 end, rest = file.tell(), self.waiting
                 while rest:
                     rest = rest[file.write(rest) :]
+                if sync:
+                    os.fsync(file.fileno())
             self.waiting = b""
         except OSError as error:
             with contextlib.suppress(OSError):

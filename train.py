@@ -280,12 +280,12 @@ def fit(folder, data, model, checkpoint, settings, peak):
         except SaveError as error:
             if on_save_error == "stop" or state["step"] >= max_iters:
                 raise
-            print(f"step {state['step']}: {error}; training goes on, the next evaluation tries again", flush=True)
+            log.say(f"step {state['step']}: {error}; training goes on, the next evaluation tries again")
             return False
 
     def save_all():
         tally()
-        log.flush()  # the checkpoint must not know of an evaluation that the log lacks
+        log.flush(sync=True)  # the checkpoint must not know of a step that the log lacks
         random = {"random": torch.get_rng_state()}
         if device.startswith("cuda"):
             random["cuda_random"] = torch.cuda.get_rng_state()
