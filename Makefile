@@ -4,7 +4,7 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-.PHONY: train test bench demo test-demo clean
+.PHONY: train test test-faults bench demo test-demo clean
 
 train: .venv/installed
 	$(RUN) data/stdlib/prepare.py
@@ -13,6 +13,10 @@ train: .venv/installed
 
 test: .venv/installed-test
 	$(RUN) -m pytest -q tests
+
+# Each fault many times, where `test` tries it a few times; the counts go to results/faults.json.
+test-faults: .venv/installed-test
+	FAULTS=1 $(RUN) -m pytest -q -s tests/test_faults.py tests/test_input.py
 
 bench: .venv/installed
 	$(RUN) bench.py attention

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import math
+import os
 import platform
 import statistics
 import time
@@ -127,6 +128,16 @@ def keep_freed_memory():
         trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
         malloc.mallopt(trim_threshold, 2**31 - 1)
         malloc.mallopt(mmap_threshold, 2**30)
+
+
+def memory_size(device="cpu"):
+    """Bytes of memory that a CUDA device, or the machine, has; inf where unknown."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 def reset_peak_memory(device="cpu"):

@@ -121,6 +121,33 @@ def names_of(folders):
     return {"/".join(path.parts[-depth:]): folder for path, folder in folders.items()}
 
 
+def number(value):
+    """Whether a value of a log is a number that can be drawn."""
+    return type(value) in (int, float) and abs(value) < 1e300
+
+
+def record_of(line):
+    """What of a line of a log.jsonl is like train.py's, as a dict; ValueError where not even step, split and loss are."""
+    try:
+        record = json.loads(line)
+        if not (type(record["step"]) is int and 0 <= record["step"] < 1e15 and number(record["loss"])
+                and record["split"] in ("train", "val", "test")):
+            raise ValueError("expected a step, a split and a loss")
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"expected a record of train.py ({error!r})")
+    kept = {key: value for key, value in record.items() if number(value) or key in ("split", "whole")}
+    layers = record.get("stats")
+    if isinstance(layers, list) and all(isinstance(layer, dict) for layer in layers):
+        kept["stats"] = [{key: value for key, value in layer.items()
+                          if number(value) or isinstance(value, list) and all(map(number, value))} for layer in layers]
+    return kept
+
+
+def shape(record):
+    """Which numbers each layer of a record has, and how many."""
+    return [{key: len(value) if isinstance(value, list) else 1 for key, value in layer.items()} for layer in record["stats"]]
+
+
 def read_log(path):
     """The records of a log.jsonl, (the running ones, those of the best weights on whole splits)."""
     if not path.exists():
@@ -128,12 +155,15 @@ def read_log(path):
     records = []
     for line in path.read_text("utf-8", "replace").splitlines():
         try:
-            record = json.loads(line)
-            records.append({**record, "step": int(record["step"]), "loss": float(record["loss"]), "split": record["split"]})
-        except (ValueError, KeyError, TypeError):
+            records.append(record_of(line))
+        except ValueError:
             pass  # a line cut by a crash, or that is being written just now
     if not records:
         raise UserError(f"{path} holds no records yet; train.py writes the first one after its first evaluation")
+    last = next((shape(r) for r in reversed(records) if "stats" in r), None)
+    for r in records:
+        if "stats" in r and shape(r) != last:  # of another model: no line goes from one to the other
+            del r["stats"]
     return [r for r in records if "whole" not in r], [r for r in records if "whole" in r]
 
 

@@ -179,9 +179,23 @@ def check(settings):
     for key, least in at_least.items():
         if not settings[key] >= least:
             raise UserError(f"{key} must be at least {least}, got {settings[key]}")
+    if seed >= 2**63:
+        raise UserError(f"seed must be below 2**63, got {seed}")
     for key in ("beta1", "beta2"):
         if settings[key] >= 1:
             raise UserError(f"{key} must be below 1, got {settings[key]}")
+
+
+def check_size(data):
+    """Raise UserError where weights, or the tokens of a batch, fill the memory by far: elsewhere the system would kill
+    the process, or the machine stand still, without a word."""
+    room, C = hardware.memory_size(device), n_embd
+    model_bytes = 16 * (12 * C * C * n_layer * (model == "gpt") + C * data.vocab_size)
+    batch_bytes = batch_size * block_size * (16 + 4 * C) if data.kind == "lm" else 0
+    for need, what in ((model_bytes, f"weights, gradients and AdamW of n_layer={n_layer}, n_embd={C}"),
+                       (batch_bytes, f"a batch of batch_size={batch_size}, block_size={block_size}")):
+        if need > room:
+            raise UserError(f"{what} need {need / 2**30:,.0f} GiB at least; {device} has {room / 2**30:,.0f}: make them smaller")
 
 
 def further_options(settings):
@@ -192,6 +206,7 @@ def further_options(settings):
 def build(data, settings, options):
     """(model, checkpoint or None): new, or as out_dir holds it, which then decides the model's shape."""
     if init_from == "scratch" and not eval_only:
+        check_size(data)
         torch.manual_seed(seed)
         shape = {f.name: settings[f.name] for f in fields(GPTConfig) if f.name in settings}
         config = GPTConfig(**shape, vocab_size=data.vocab_size, n_class=len(data.classes), options=options)
