@@ -6,6 +6,7 @@ what an unbroken one sees.
 Letters: B batch, T time, N texts.
 """
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -81,18 +82,28 @@ class Dataset:
         if expected and path.exists():
             with open(path, "rb") as file:
                 if (found := digest(file)) != expected:
-                    raise DataChanged(f"{path}: expected sha256 {expected}, as its meta.json says, found {found}; it is damaged or "
-                                      "of other data: run its prepare.py again")
+                    raise DataChanged(f"{path}: expected sha256 {expected}, as its meta.json says, found {found}; it is damaged "
+                                      "or of other data: run its prepare.py again")
 
     def check_unchanged(self):
         """Raise DataChanged where a file that is in use was cut, replaced or taken away; one rewritten as it was may stay."""
         for path, before in self.opened.items():
             if (now := stamp(path)) != before:
                 if not now or now[0] != before[0] or "sha256" not in self.splits.get(path.stem, {}):
-                    raise DataChanged(f"{path} was changed while it was in use: expected {before[0]:,} bytes as they were, "
-                                      f"found {f'{now[0]:,} others' if now else 'no file'}; put it back or run its prepare.py again")
+                    raise DataChanged(f"{path} was changed while in use: expected {before[0]:,} bytes as they were, found "
+                                      f"{f'{now[0]:,} others' if now else 'no file'}; put it back or run its prepare.py again")
                 self.check_digest(path)
                 self.opened[path] = now
+
+    @contextlib.contextmanager
+    def unchanged(self):
+        """Within, the files that are in use are as they were when they were opened; else DataChanged is raised.
+
+        (A file that is cut in the very moment of reading ends the process with SIGBUS, as mapped files do.)
+        """
+        self.check_unchanged()
+        yield
+        self.check_unchanged()
 
     def tokens(self, split):
         """The tokens of a split, in the file's type."""
@@ -159,6 +170,7 @@ class TextBatches:
     """Windows of running text: x, y (B, T) int64, y the tokens that follow x's."""
 
     def __init__(self, data, split, batch_size, block_size, seed=0):
+        self.data = data
         self.arrays = [array for array in data.running(split) if len(array) > 1]
         self.batch_size, self.block_size, self.seed = batch_size, block_size, seed
         self.count = sum(len(array) - 1 for array in self.arrays)  # tokens to predict
@@ -184,13 +196,16 @@ class TextBatches:
         starts = np.random.default_rng([self.seed, number]).integers(0, self.ends[-1], self.batch_size)
         which = np.searchsorted(self.ends, starts, side="right")
         firsts = np.concatenate([[0], self.ends[:-1]])
-        return self.stack([self.window(self.arrays[n], start - firsts[n]) for n, start in zip(which, starts)])
+        with self.data.unchanged():
+            return self.stack([self.window(self.arrays[n], start - firsts[n]) for n, start in zip(which, starts)])
 
     def in_order(self, count=0):
         """The whole split, every token predicted once; with `count`, that many batches spread over it."""
         starts = [(array, start) for array in self.arrays for start in range(0, len(array) - 1, self.block_size)]
         for group in spread(cut(starts, self.batch_size), count):
-            yield self.stack([self.window(array, start) for array, start in group])
+            with self.data.unchanged():
+                found = self.stack([self.window(array, start) for array, start in group])
+            yield found
 
 
 class ReviewBatches:
@@ -200,6 +215,7 @@ class ReviewBatches:
     """
 
     def __init__(self, data, split, batch_size, block_size, seed=0):
+        self.data = data
         self.tokens, self.offsets, self.labels = data.texts(split)
         self.batch_size, self.block_size, self.seed = batch_size, block_size, seed
         self.lengths = np.minimum(np.diff(self.offsets), block_size)
@@ -231,12 +247,15 @@ class ReviewBatches:
             order = np.concatenate([pool[np.argsort(self.lengths[pool], kind="stable")] for pool in pools])
             groups = cut(order, self.batch_size)
             self.epoch, self.groups = epoch, [groups[n] for n in random.permutation(len(groups))]
-        return self.stack(self.groups[number])
+        with self.data.unchanged():
+            return self.stack(self.groups[number])
 
     def in_order(self, count=0):
         """The whole split, shortest text first; with `count`, that many batches spread over it."""
         for group in spread(cut(self.by_length, self.batch_size), count):
-            yield self.stack(group)
+            with self.data.unchanged():
+                found = self.stack(group)
+            yield found
 
 
 def cut(items, size):

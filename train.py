@@ -103,7 +103,6 @@ def evaluate(model, data, split, count=0):
     source = batches(data, split, batch_size, model.config.block_size)
     for batch in source.in_order(count):
         leave_if_asked()
-        data.check_unchanged()
         x, y, lengths = to_device(*batch)
         with hardware.autocast(device, dtype):
             logits, loss = model(x, y, lengths)
@@ -301,10 +300,8 @@ def fit(folder, data, model, checkpoint, settings, peak):
     def save_all():
         tally()
         log.flush(sync=True)  # the checkpoint must not know of a step that the log lacks
-        random = {"random": torch.get_rng_state()}
-        if device.startswith("cuda"):
-            random["cuda_random"] = torch.cuda.get_rng_state()
-        save(folder / "ckpt.pt", snapshot(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), **random), PREVIOUS)
+        more = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), **random_state()}
+        save(folder / "ckpt.pt", snapshot(**more), PREVIOUS)
 
     def check_finite(value, name):
         if not math.isfinite(value):
@@ -339,10 +336,10 @@ def fit(folder, data, model, checkpoint, settings, peak):
     model.train()
     listen()
     began, since, tokens, work, total = time.perf_counter() - state["seconds"], time.perf_counter(), 0, state["work"], 0.0
+    random = None  # within a step: the random stream as it was at its beginning
     try:
         while True:
             leave_if_asked()
-            data.check_unchanged()
             step = state["step"]
             if (step % eval_interval == 0 or step >= max_iters) and state["evaluated"] != step:
                 before = time.perf_counter()
@@ -355,6 +352,7 @@ def fit(folder, data, model, checkpoint, settings, peak):
                 break
             for group in optimizer.param_groups:
                 group["lr"] = rate(step)
+            random = random_state()
             total, norm, read = gradients(model, forward, source, step, scaler, optimizer, positions)
             tokens += read
             if step % log_interval == 0 or device == "cpu":  # elsewhere a look at each step would make the device wait
@@ -364,7 +362,7 @@ def fit(folder, data, model, checkpoint, settings, peak):
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            state["step"] = step + 1
+            state["step"], random = step + 1, None
             if step % log_interval == 0:
                 now = time.perf_counter()
                 tally()
@@ -379,11 +377,26 @@ def fit(folder, data, model, checkpoint, settings, peak):
         finish(data, folder, log, state)
     except (Stop, DataChanged) as reason:
         check_finite(float(total), "the training loss")
+        if random:  # what was done of a step is done again
+            set_random_state(random)
         save_all()
         if isinstance(reason, DataChanged):
             raise UserError(f"{reason}; stopped at step {state['step']}, saved: then go on with --init_from=resume")
         print(f"\nstopped at step {state['step']}, saved; go on with --init_from=resume")
         return 128 + asked[0]
+
+
+def random_state():
+    """The random streams that training draws from, as tensors by name."""
+    state = {"random": torch.get_rng_state()}
+    return state | ({"cuda_random": torch.cuda.get_rng_state(device)} if device.startswith("cuda") else {})
+
+
+def set_random_state(saved):
+    """Put back what `random_state` gave, from among other things."""
+    torch.set_rng_state(saved["random"].cpu())
+    if device.startswith("cuda") and "cuda_random" in saved:
+        torch.cuda.set_rng_state(saved["cuda_random"].cpu(), device)
 
 
 def restore(checkpoint, state, optimizer, scaler):
@@ -399,11 +412,8 @@ def restore(checkpoint, state, optimizer, scaler):
             group.update(weight_decay=decay, betas=(beta1, beta2))
         if checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
-        torch.set_rng_state(checkpoint["random"].cpu())
-        if device.startswith("cuda"):
-            torch.cuda.manual_seed(seed)  # where the checkpoint was made elsewhere
-            if "cuda_random" in checkpoint:
-                torch.cuda.set_rng_state(checkpoint["cuda_random"].cpu())
+        torch.manual_seed(seed)  # of a device that the checkpoint knows nothing of
+        set_random_state(checkpoint)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{out_dir}/ckpt.pt holds weights that fit and a state of the optimiser that does not ({error}); "
                         "put the right file back")
@@ -426,10 +436,11 @@ def gradients(model, forward, source, step, scaler, optimizer, positions):
     """The gradients of one step, clipped: (loss, their norm before that, tokens read).
 
     forward: the model, or what torch.compile made of it. positions: a Counter to which the tokens and the padding that
-    were read are added, by the length of the texts.
+    were read are added, by the length of the texts. Raises Stop and DataChanged between the forward passes.
     """
-    total, tokens = 0.0, 0
+    total, tokens, widths = 0.0, 0, Counter()
     for micro in range(gradient_accumulation_steps):
+        leave_if_asked()
         batch = source.batch(step * gradient_accumulation_steps + micro)
         x, y, lengths = to_device(*batch)
         with hardware.autocast(device, dtype):
@@ -437,7 +448,8 @@ def gradients(model, forward, source, step, scaler, optimizer, positions):
         total = total + loss.detach() / gradient_accumulation_steps
         scaler.scale((loss + model.penalty()) / gradient_accumulation_steps).backward()
         tokens += x.numel() if lengths is None else int(batch[2].sum())
-        positions[x.size(1)] += x.numel()
+        widths[x.size(1)] += x.numel()
+    positions.update(widths)
     scaler.unscale_(optimizer)
     return total, torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf), tokens
 

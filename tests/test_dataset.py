@@ -1,5 +1,6 @@
 """The reader of prepared folders: batches that are right, repeatable and complete; scores; damaged folders."""
 
+import contextlib
 import json
 import shutil
 
@@ -23,6 +24,9 @@ class Given:
 
     def running(self, split):
         return self.arrays
+
+    def unchanged(self):
+        return contextlib.nullcontext()
 
 
 def same(a, b):

@@ -228,6 +228,14 @@ def test_signals_that_ask(whole, text, tmp_path, number):
         assert_nothing_lost(signal.Signals(number).name, whole, out, text)
 
 
+def test_stopped_within_a_step(whole, text, tmp_path):
+    """Between the forward passes of one step: what was done of it is done again."""
+    code, said = fit(tmp_path / "out", text, faults=[("at_batch", (24, "terminate"))])
+    assert code == 128 + signal.SIGTERM and "stopped at step 12, saved" in said
+    count("SIGTERM")
+    assert_nothing_lost("SIGTERM", whole, tmp_path / "out", text)
+
+
 def test_signals_as_a_user_sends_them(text, tmp_path):
     """Without any help of these tests: python train.py, and Ctrl-C."""
     command = [sys.executable, ROOT / "train.py", *line(tmp_path / "out", text, "--max_iters=100000", "--eval_interval=1000")]
@@ -482,13 +490,13 @@ CHANGES = [("truncate", (1000,)), ("truncate", (0,)), ("replace", (bytes(50000),
 
 @pytest.mark.parametrize("change, details", CHANGES[:: several(2, 1)])
 def test_data_changed_during_training(whole, text, tmp_path, data, change, details):
-    """Seen before the next step; what was learnt from the right data is saved, and once it is back the run goes on."""
+    """Seen before anything of it is used: what was learnt from the right data is saved, and once it is back the run goes on."""
     out, row = half_done(whole, text, tmp_path / "out"), "data replaced, cut or removed during training"
-    name = "val.bin" if change == "overwrite" else "train.bin"
+    name, at = "val.bin" if change == "overwrite" else "train.bin", 13
     good = (data / name).read_bytes()
-    code, words = fit(out, data, faults=[("at_batch", (26, change, str(data / name), *details))])
-    assert code == 2 and re.search(f"{name}.*expected .* found .*; stopped at step 14, saved: then go on with", words), words
-    assert torch.load(out / "ckpt.pt")["state"]["step"] == 14
+    code, words = fit(out, data, faults=[("at_batch", (27, change, str(data / name), *details))])
+    assert code == 2 and re.search(f"{name}.*expected .* found .*; stopped at step {at}, saved: then go on with", words), words
+    assert torch.load(out / "ckpt.pt")["state"]["step"] == at
     (data / name).write_bytes(good)
     count(row, refused=1)
     assert_nothing_lost(row, whole, out, data)

@@ -138,8 +138,8 @@ def test_review_files(fair, tmp_path):
             assert "\n" not in str(error)
 
     @tried(2, 40)
-    @given(st.lists(st.fixed_dictionaries({"text": st.text(min_size=1, max_size=60), "label": st.sampled_from([0, 1, None])}),
-                    min_size=1, max_size=3))
+    @given(st.lists(st.builds(lambda text, label: {"text": text, "label": label}, st.text(min_size=1, max_size=60),
+                              st.sampled_from([0, 1, None])), min_size=1, max_size=3))
     @example([{"text": "\ud800 $x$ \x07 \u202e \U0001f600 " + "a" * 200, "label": 1}])
     def draw(rows):
         file.write_text("\n".join(map(json.dumps, rows)))
@@ -197,7 +197,8 @@ def test_meta(text, reviews, tmp_path):
 LAYER = st.fixed_dictionaries({}, optional={
     "kept_share": st.floats(0, 1) | JSON, "spans": st.lists(st.floats(0, 9), max_size=3) | JSON, "periods": JSON})
 RECORD = st.fixed_dictionaries(
-    {"step": st.integers(0, 50) | JSON, "split": st.sampled_from(["train", "val", "test"]) | JSON, "loss": st.floats(0, 9) | JSON},
+    {"step": st.integers(0, 50) | JSON, "split": st.sampled_from(["train", "val", "test"]) | JSON,
+     "loss": st.floats(0, 9) | JSON},
     optional={"accuracy": st.floats(0, 1) | JSON, "bits_per_byte": JSON, "whole": st.just(True) | JSON, "train_loss": JSON,
               "stats": st.lists(LAYER, max_size=3) | JSON})
 
