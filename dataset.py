@@ -49,7 +49,7 @@ class Dataset:
             if len(self.classes) != 2 * (self.kind == "classify"):
                 raise ValueError(f"expected two classes for kind 'classify', none for 'lm'; found {self.classes}")
             self.tokenizer = Tokenizer(self.meta)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise UserError(f"{self.folder / 'meta.json'} is damaged ({error!r}); run its prepare.py again")
         if task not in ("", "lm", self.kind):
             raise UserError(f"{self.folder} holds {self.kind} data; task expects 'lm' or '{self.kind}', got {task!r}")

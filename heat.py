@@ -45,7 +45,7 @@ def read_reviews(path, classes):
             found.append({"text": row["text"], "label": names[row.get("label")], "kind": str(row.get("kind") or "")})
             if not row["text"].strip():
                 raise ValueError("an empty text")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f'{path}, line {number}: expected {{"text": "...", "label": 0, 1 or one of {", ".join(classes)}, '
                             f'"kind": "..."}}, the last two optional; got {line[:60]} ({error!r})')
     if not found:

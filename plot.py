@@ -135,7 +135,7 @@ def record_of(line):
             raise ValueError("expected a step, a split and a loss")
     except (KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"expected a record of train.py ({error!r})")
-    kept = {key: value for key, value in record.items() if number(value) or key in ("split", "whole")}
+    kept = {key: value for key, value in record.items() if key in ("split", "whole") or key != "stats" and number(value)}
     layers = record.get("stats")
     if isinstance(layers, list) and all(isinstance(layer, dict) for layer in layers):
         kept["stats"] = [{key: value for key, value in layer.items()

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+from collections import deque
 
 from configurator import UserError
 
@@ -181,7 +182,7 @@ class Stop(Exception):
     """Ctrl-C or SIGTERM, raised where nothing is half done."""
 
 
-asked = []  # signals that came
+asked = deque()  # signals that came; no list, which would be a setting of the scripts that import it
 
 
 def leave_if_asked():

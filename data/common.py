@@ -196,7 +196,7 @@ def _fetch(url, part, have, size, timeout, local):
                 size = have + int(answer.headers["Content-Length"])
             with Progress(f"downloading {part.name[:-5]}", size) as progress, open(part, "ab" if have else "wb") as f:
                 progress.done = have
-                for piece in answer.iter_content(1 << 16):
+                for piece in answer.iter_content(1 << 13):  # where it breaks off, what has come of a piece is lost
                     f.write(piece)
                     progress.add(len(piece))
                     if size is not None and progress.done > size:

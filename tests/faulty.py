@@ -21,6 +21,7 @@ import torch
 
 import configurator
 import hardware
+import model
 import train
 from data import common
 
@@ -144,8 +145,8 @@ MADE = []  # models
 
 
 def remember_models():
-    new = train.new_model
-    train.new_model = lambda config: MADE.append(new(config)) or MADE[-1]
+    new = model.new_model  # which a resumed run calls
+    model.new_model = lambda config: MADE.append(new(config)) or MADE[-1]
 
 
 def full_for(folder, first, last):
