@@ -214,7 +214,7 @@ def test_sigkill(whole, text, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_that_ask(whole, text, tmp_path, number):
     draw = random.Random(int(number))
-    for n in range(several(1, 10)):
+    for n in range(several(1, 6)):
         out, steps = tmp_path / str(n), draw.randint(1, MAX - 1)
         process = begin(out, text, faults=[("slow_steps", (0.02,))])
         while not (out / "log.jsonl").exists() or f'"step": {steps}, "split": "train"' not in (out / "log.jsonl").read_text():
@@ -348,8 +348,8 @@ def test_cut_and_flipped_checkpoints(whole, text, tmp_path):
     path = out / "ckpt.pt"
     good = path.read_bytes()
     said = f"ckpt.pt is damaged .*: rename {PREVIOUS} to ckpt.pt to go on from there"
-    lengths = [0, 1, len(good) - 1, len(good) - 64, len(good) - 72, len(good) - 73, *draw.choices(range(len(good)), k=several(10, 300))]
-    for length in lengths:
+    lengths = [0, 1, len(good) - 1, len(good) - 64, len(good) - 72, len(good) - 73]
+    for length in lengths + draw.choices(range(len(good)), k=several(10, 300)):
         path.write_bytes(good[:length])
         assert_refused(path, said)
         count("checkpoint cut at any length", refused=1)
@@ -416,7 +416,8 @@ class Trap:
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_foreign_checkpoints(whole, text, reviews, tmp_path):
     """Of another model, of other data, weights without a state, and pickles that would run code."""
-    out, sprung, row = half_done(whole, text, tmp_path / "out"), tmp_path / "sprung", "foreign checkpoints and pickles that run code"
+    out, sprung = half_done(whole, text, tmp_path / "out"), tmp_path / "sprung"
+    row = "foreign checkpoints, and pickles that would run code"
     good = {name: (out / name).read_bytes() for name in ("ckpt.pt", "best.pt")}
     checkpoint = torch.load(out / "ckpt.pt", weights_only=True)
 
@@ -426,7 +427,7 @@ def test_foreign_checkpoints(whole, text, reviews, tmp_path):
 
     other = {**checkpoint, "model_config": {**checkpoint["model_config"], "n_embd": 32}}
     cases = [(good["best.pt"], "holds no optimizer, random, scaler"), (torch_file(other), "is damaged or not a checkpoint"),
-             (torch_file({**checkpoint, "optimizer": {"state": {}, "param_groups": []}}), "a state of the optimiser that does not"),
+             (torch_file({**checkpoint, "optimizer": {}}), "a state of the optimiser that does not"),
              (torch_file({**checkpoint, "state": [1]}), "a state of the optimiser that does not"),
              (torch_file({**checkpoint, "model": Trap(sprung)}), "is damaged or not a checkpoint"),
              (torch_file({"sealed": Trap(sprung)}), "is damaged or not a checkpoint"),
@@ -465,7 +466,8 @@ def test_data_that_is_not_what_it_was_at_the_start(whole, text, tmp_path, data):
     good = {name: (data / name).read_bytes() for name in ("train.bin", "val.bin", "meta.json")}
     tokens, meta = good["train.bin"], json.loads(good["meta.json"])
     del meta["splits"]["train"]["sha256"]
-    cases = [("train.bin", tokens[:-1], "expected 50,000 bytes, found 49,999"), ("train.bin", b"", "expected 50,000 bytes, found 0"),
+    cases = [("train.bin", tokens[:-1], "expected 50,000 bytes, found 49,999"),
+             ("train.bin", b"", "expected 50,000 bytes, found 0"),
              ("val.bin", b"", "expected 500 bytes, found 0"), ("train.bin", None, "expected 50,000 bytes, found 0"),
              ("train.bin", tokens[::-1], "expected sha256 [0-9a-f]{64}, as its meta.json says, found [0-9a-f]{64}"),
              ("train.bin", tokens[:-1] + b"!", "expected sha256"), ("val.bin", good["val.bin"][:-1] + b"!", "expected sha256"),
@@ -513,7 +515,7 @@ def test_data_rewritten_as_it_was(whole, text, tmp_path, data):
 
 @pytest.mark.parametrize("where, said", [("loss", "the training loss is nan"), ("gradient", "the norm of the gradient is inf")])
 def test_not_finite(whole, text, tmp_path, where, said):
-    for step in several((12,), range(11, 20)):
+    for step in several((12,), (11, 13, 15, 17, 19)):
         out = half_done(whole, text, tmp_path / str(step))
         code, words = fit(out, text, faults=[("remember_models", ()), ("at_batch", (2 * step, "poison", where))])
         assert code == 2 and f"{said} at step {step}: stopped; what is saved in {out} is from before" in words, words

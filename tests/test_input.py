@@ -69,7 +69,7 @@ def arguments_of_train(draw):
 def test_train(fair, text, reviews, tmp_path):
     codes = []
 
-    @tried(12, 300)
+    @tried(10, 150)
     @given(arguments_of_train(), st.booleans())
     @example(["--n_embd=1000000"], False)
     @example(["--n_layer=1000000000000"], False)
@@ -101,7 +101,7 @@ WORDS = {"tokenizer": "words", "vocab_size": 4, "mark": 0, "vocab": ["<s>", UNKN
 def test_prompts(fair, tmp_path):
     outs = [write_checkpoint(tmp_path / str(n), meta) for n, meta in enumerate((BYTES, MARKED, CHARS, WORDS, REVIEWS))]
 
-    @tried(10, 200)
+    @tried(10, 150)
     @given(st.sampled_from(outs), st.text(max_size=60) | st.binary(max_size=60), st.booleans())
     @example(outs[0], "\udcff\ud800", False)
     @example(outs[4], b"\xff\n\n\0", True)
@@ -117,7 +117,8 @@ def test_prompts(fair, tmp_path):
 
 
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3), max_leaves=6)
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+                    max_leaves=6)
 REVIEW = st.fixed_dictionaries(
     {"text": st.text(max_size=40) | JSON},
     optional={"label": st.sampled_from([0, 1, "positive"]) | JSON, "kind": st.text(max_size=5) | JSON})
@@ -137,7 +138,7 @@ def test_review_files(fair, tmp_path):
         except UserError as error:
             assert "\n" not in str(error)
 
-    @tried(2, 40)
+    @tried(2, 15)
     @given(st.lists(st.builds(lambda text, label: {"text": text, "label": label}, st.text(min_size=1, max_size=60),
                               st.sampled_from([0, 1, None])), min_size=1, max_size=3))
     @example([{"text": "\ud800 $x$ \x07 \u202e \U0001f600 " + "a" * 200, "label": 1}])
@@ -173,7 +174,7 @@ def test_meta(text, reviews, tmp_path):
             (folders[name] / file.name).write_bytes(file.read_bytes())
     metas = {name: json.loads((folder / "meta.json").read_text()) for name, folder in folders.items()}
 
-    @tried(150, 3000)
+    @tried(100, 1500)
     @given(st.sampled_from(sorted(metas)), st.data())
     def check(name, data):
         whole = json.dumps(data.draw(st.composite(changed)(metas[name])))
@@ -226,7 +227,7 @@ def test_log(fair, tmp_path):
         except UserError as error:
             assert "holds no records yet" in str(error)
 
-    @tried(4, 100)
+    @tried(3, 30)
     @given(lines)
     @example([json.dumps({"step": n, "split": "val", "loss": 1, "stats": [{"spans": [1] * n, "kept_share": 0.5}] * n})
               for n in range(4)])
