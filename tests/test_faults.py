@@ -513,12 +513,12 @@ def test_data_rewritten_as_it_was(whole, text, tmp_path, data):
 # ---- numbers that are none ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where, said", [("loss", "the training loss is nan"), ("gradient", "the norm of the gradient is inf")])
+@pytest.mark.parametrize("where, said", [("loss", "the training loss is nan"), ("gradient", "the norm of the gradient is (nan|inf)")])
 def test_not_finite(whole, text, tmp_path, where, said):
     for step in several((12,), (11, 13, 15, 17, 19)):
         out = half_done(whole, text, tmp_path / str(step))
         code, words = fit(out, text, faults=[("remember_models", ()), ("at_batch", (2 * step, "poison", where))])
-        assert code == 2 and f"{said} at step {step}: stopped; what is saved in {out} is from before" in words, words
+        assert code == 2 and re.search(f"{said} at step {step}: stopped; what is saved in {out} is from before", words), words
         for name in ("ckpt.pt", "best.pt"):
             assert all(tensor.isfinite().all() for tensor in load(out / name)[1]["model"].values())
         count("NaN or infinity in loss or gradients", refused=1)
