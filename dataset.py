@@ -89,8 +89,8 @@ class Dataset:
         """Raise DataChanged where a file that is in use was cut, replaced or taken away; one rewritten as it was may stay."""
         for path, before in self.opened.items():
             if (now := stamp(path)) != before:
-                if not now or now[0] != before[0] or "sha256" not in self.splits.get(path.stem, {}):
-                    raise DataChanged(f"{path} was changed while in use: expected {before[0]:,} bytes as they were, found "
+                if not (now and before) or now[0] != before[0] or "sha256" not in self.splits.get(path.stem, {}):
+                    raise DataChanged(f"{path} was changed while in use: expected {(before or (0,))[0]:,} bytes as they were, found "
                                       f"{f'{now[0]:,} others' if now else 'no file'}; put it back or run its prepare.py again")
                 self.check_digest(path)
                 self.opened[path] = now
