@@ -90,8 +90,9 @@ class Dataset:
         for path, before in self.opened.items():
             if (now := stamp(path)) != before:
                 if not (now and before) or now[0] != before[0] or "sha256" not in self.splits.get(path.stem, {}):
+                    found = f"{now[0]:,} others" if now else "no file"
                     raise DataChanged(f"{path} was changed while in use: expected {(before or (0,))[0]:,} bytes as they were, "
-                                      f"found {f'{now[0]:,} others' if now else 'no file'}; put it back or run its prepare.py again")
+                                      f"found {found}; put it back or run its prepare.py again")
                 self.check_digest(path)
                 self.opened[path] = now
 
