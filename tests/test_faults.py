@@ -86,7 +86,7 @@ def program(name, *arguments, faults=(), said=None):
     return process
 
 
-def end(process, seconds=120):
+def end(process, seconds=600):
     """(exit code, what it said), never with a traceback."""
     process.join(seconds)
     assert process.exitcode is not None, "it goes on and on"
