@@ -24,11 +24,12 @@ import torch
 import charts
 import hardware
 import train
+from checkpoint import PREVIOUS, load
 from configurator import UserError, choose, configure, plain_values, run
 from dataset import Dataset, batches
-from model import PREVIOUS, load
 from plot import read_log
-from runs import Stop, asked, leave_if_asked, locked, write_text
+from ranks import leave_if_asked
+from runs import Stop, asked, clock, locked, write_text
 from sample import encode, predict
 from tokenizer import Tokenizer
 
@@ -428,7 +429,7 @@ def run_all(chosen):
             if not result:
                 waiting = sum(s for s, (v, *how) in zip(seconds[n:], todo[n:]) if not result_of(v, *how))
                 print(f"\nrun {n + 1} of {len(todo)}: {variant.name}, seed {seed}, {steps:,} steps; "
-                      f"about {train.clock(ratio * waiting)} left in all", flush=True)
+                      f"about {clock(ratio * waiting)} left in all", flush=True)
                 result = train_one(variant, seed, steps)
             found.append(result)
             ratio = sum(r["seconds"] for r in found) / sum(seconds[: n + 1])

@@ -33,7 +33,7 @@ def run(main, stopped="stopped"):
     try:
         code = main()
         sys.stdout.flush()  # here, where a reader that has gone is no traceback
-        sys.exit(code)
+        leave(code)
     except BrokenPipeError:  # `sample.py | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -48,7 +48,16 @@ def run(main, stopped="stopped"):
         line, code = f"there is not memory enough ({said[:150]}); make the batch, the block or the model smaller", 2
     except KeyboardInterrupt:
         line, code = stopped, 130
-    print(f"{name}: {line}", file=sys.stderr)
+    rank = int(os.environ.get("RANK", 0))
+    print(f"{name}{f', rank {rank}' * (rank > 0)}: {line}", file=sys.stderr)
+    leave(code)
+
+
+def leave(code):
+    """End this process with an exit code (None: 0)."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun's: threads of PyTorch's that outlive the interpreter abort the process
+        sys.stderr.flush()
+        os._exit(code or 0)
     sys.exit(code)
 
 

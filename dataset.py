@@ -167,7 +167,33 @@ def find(folder):
     raise UserError(f"no dataset {str(folder)!r}, neither as a folder nor in data/{nearest(name, made)}")
 
 
-class TextBatches:
+class Batches:
+    """What batches of running text and of reviews share. A kind says which `rows` training's batch `number` has, how a
+    `stack` of rows becomes tensors, what `targets` rows hold, and the `groups` of rows of the whole split in order."""
+
+    def read(self, rows):
+        """(x, y, lengths) of some rows."""
+        with self.data.unchanged():
+            return self.stack(rows)
+
+    def batch(self, number, part=0, parts=1):
+        """Training batch `number` = 0, 1, ..., or of it the `part` of so many parts, which together are the whole."""
+        rows = self.rows(number)
+        mine = rows[part::parts]
+        return self.read(mine if len(mine) else rows[:1])
+
+    def share(self, number, part=0, parts=1):
+        """The share of a batch's targets that lies in a part of it."""
+        rows = self.rows(number)
+        return self.targets(rows[part::parts]) / self.targets(rows) if parts > 1 else 1.0
+
+    def in_order(self, count=0):
+        """The batches of the whole split, everything once; with `count`, that many spread over it."""
+        for group in self.groups(count):
+            yield self.read(group)
+
+
+class TextBatches(Batches):
     """Windows of running text: x, y (B, T) int64, y the tokens that follow x's."""
 
     def __init__(self, data, split, batch_size, block_size, seed=0):
@@ -187,29 +213,28 @@ class TextBatches:
         piece[: len(found)] = found
         return np.maximum(piece[:-1], 0), piece[1:]
 
-    def stack(self, windows):
+    def stack(self, rows):
         """(x, y, None): texts of one length, nothing is padding."""
-        x, y = zip(*windows)
+        x, y = zip(*(self.window(array, start) for array, start in rows))
         return torch.from_numpy(np.stack(x)), torch.from_numpy(np.stack(y)), None
 
-    def batch(self, number):
-        """Training batch `number` = 0, 1, ...: windows from anywhere in the text."""
+    def targets(self, rows):
+        return sum(min(self.block_size, len(array) - 1 - start) for array, start in rows)
+
+    def rows(self, number):
+        """Windows from anywhere in the text."""
         starts = np.random.default_rng([self.seed, number]).integers(0, self.ends[-1], self.batch_size)
         which = np.searchsorted(self.ends, starts, side="right")
         firsts = np.concatenate([[0], self.ends[:-1]])
-        with self.data.unchanged():
-            return self.stack([self.window(self.arrays[n], start - firsts[n]) for n, start in zip(which, starts)])
+        return [(self.arrays[n], start - firsts[n]) for n, start in zip(which, starts)]
 
-    def in_order(self, count=0):
-        """The whole split, every token predicted once; with `count`, that many batches spread over it."""
+    def groups(self, count=0):
+        """Windows side by side: every token predicted once."""
         starts = [(array, start) for array in self.arrays for start in range(0, len(array) - 1, self.block_size)]
-        for group in spread(cut(starts, self.batch_size), count):
-            with self.data.unchanged():
-                found = self.stack([self.window(array, start) for array, start in group])
-            yield found
+        return spread(cut(starts, self.batch_size), count)
 
 
-class ReviewBatches:
+class ReviewBatches(Batches):
     """Labelled texts of like length: x (B, T) padded with 0, y (B,) labels, lengths (B,), all int64.
 
     A text is cut to its first `block_size` tokens.
@@ -224,7 +249,7 @@ class ReviewBatches:
         self.count = len(self.labels)
         if self.count < 1:
             raise UserError(f"the {split} split of {data.folder} holds no text")
-        self.epoch, self.groups = None, []  # the epoch that `groups` is the order of
+        self.epoch, self.order = None, []  # the epoch that `order` is of
 
     def stack(self, rows):
         """(x, y, lengths) of the texts numbered `rows`."""
@@ -235,11 +260,14 @@ class ReviewBatches:
             x[n, : lengths[n]] = self.tokens[self.offsets[row] : self.offsets[row] + lengths[n]]
         return torch.from_numpy(x), torch.from_numpy(self.labels[rows].astype(np.int64)), torch.from_numpy(lengths)
 
-    def batch(self, number):
-        """Training batch `number` = 0, 1, ...: each epoch sees every text once, in a new order.
+    def targets(self, rows):
+        return len(rows)
 
-        A batch holds texts of like length, sorted within pools of 50 batches drawn at random: little
-        padding, and yet other neighbours each epoch.
+    def rows(self, number):
+        """Texts of like length; each epoch sees every text once, in a new order.
+
+        They are sorted within pools of 50 batches drawn at random: little padding, and yet other
+        neighbours each epoch.
         """
         epoch, number = divmod(number, -(-self.count // self.batch_size))
         if self.epoch != epoch:
@@ -247,16 +275,12 @@ class ReviewBatches:
             pools = cut(random.permutation(self.count), 50 * self.batch_size)
             order = np.concatenate([pool[np.argsort(self.lengths[pool], kind="stable")] for pool in pools])
             groups = cut(order, self.batch_size)
-            self.epoch, self.groups = epoch, [groups[n] for n in random.permutation(len(groups))]
-        with self.data.unchanged():
-            return self.stack(self.groups[number])
+            self.epoch, self.order = epoch, [groups[n] for n in random.permutation(len(groups))]
+        return self.order[number]
 
-    def in_order(self, count=0):
-        """The whole split, shortest text first; with `count`, that many batches spread over it."""
-        for group in spread(cut(self.by_length, self.batch_size), count):
-            with self.data.unchanged():
-                found = self.stack(group)
-            yield found
+    def groups(self, count=0):
+        """Shortest text first."""
+        return spread(cut(self.by_length, self.batch_size), count)
 
 
 def cut(items, size):

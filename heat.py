@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 import plot
+from checkpoint import load
 from configurator import UserError
-from model import load
 from sample import encode, predict, review_batch
 from tokenizer import Tokenizer
 

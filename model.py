@@ -10,9 +10,7 @@ Letters: B batch, T time, C channels, V vocabulary.
 import importlib
 import math
 import shutil
-import zipfile
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -21,7 +19,6 @@ import torch.nn.functional as F
 import attention
 from configurator import UserError, choose, mechanism_files, nearest, plain_values
 from engine import wide
-from runs import digest, write_whole
 
 
 MODELS = ("gpt", "bilstm")
@@ -221,9 +218,10 @@ class Model(nn.Module):
 
     def optimizer(self, learning_rate, weight_decay, betas):
         """AdamW, fused; matrices decay, vectors do not."""
-        matrices = [p for p in self.parameters() if p.dim() >= 2]
-        others = [p for p in self.parameters() if p.dim() < 2]
-        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+        groups = {}  # weights that are split over ranks do not mix with whole ones
+        for p in self.parameters():
+            groups.setdefault((p.dim() >= 2, type(p)), []).append(p)
+        groups = [{"params": part, "weight_decay": weight_decay * matrices} for (matrices, _), part in groups.items()]
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
     def compiled(self):
@@ -402,91 +400,3 @@ def new_model(config):
     """The model that a GPTConfig describes. Raises UserError where it cannot be."""
     choose("model", config.model, MODELS)
     return GPT(config) if config.model == "gpt" else importlib.import_module(config.model).BiLSTM(config)
-
-
-# ---- checkpoints -----------------------------------------------------------------------------
-
-
-SEAL = b"\nsha256 "  # after the zip file that torch.save writes, then the digest of all before: torch.load checks none
-
-
-def save(path, checkpoint, keep=None):
-    """Write tensors and plain values so that `path` is at every moment whole: old or new. keep: see `write_whole`."""
-
-    def write(file):
-        torch.save({**checkpoint, "sealed": True}, file)
-        seal = SEAL + digest(file).encode()
-        file.seek(0, 2)
-        file.write(seal)
-
-    write_whole(Path(path), write, keep)
-
-
-def check_whole(path):
-    """Raise ValueError unless every bit of a checkpoint is as it was written. Returns whether it is sealed: those of
-    earlier versions are not, and their parts have checksums."""
-    with open(path, "rb") as file:
-        file.seek(max(0, file.seek(0, 2) - len(SEAL) - 64))
-        size, end = file.tell(), file.read()
-        if end.startswith(SEAL):
-            if digest(file, size).encode() != end[len(SEAL) :]:
-                raise ValueError("it is not what was written, by its digest")
-            return True
-        if end[-22:-18] != b"PK\5\6":
-            raise ValueError("its end is missing, or it is none")
-        with zipfile.ZipFile(file) as archive:
-            parts = archive.infolist()
-            if any(part.compress_type for part in parts) or archive.testzip():
-                raise ValueError("a part of it is not what was written, by its checksum")
-    return False
-
-
-def beside(path):
-    """What to do about a checkpoint that is damaged, by the others in its folder that are whole."""
-    whole = []
-    for name in ("ckpt.pt", PREVIOUS, "best.pt"):
-        try:
-            if name != path.name:
-                check_whole(path.with_name(name))
-                whole.append(name)
-        except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
-            pass
-    if path.name == "ckpt.pt" and PREVIOUS in whole:
-        return f"the save before it is whole: rename {PREVIOUS} to ckpt.pt to go on from there"
-    if whole:
-        return f"whole beside it: {' and '.join(whole)}"
-    return "no other beside it is whole: train again"
-
-
-PREVIOUS = "ckpt-previous.pt"  # the save before the last one
-
-
-def load(path, device="cpu", options=None, **changes):
-    """(model in evaluation mode, checkpoint) from a file that `train.py` wrote.
-
-    changes: fields of GPTConfig to set otherwise (kernel, dropout); options: of its mechanism's, likewise.
-    Raises UserError where the file is missing, damaged or none of ours, or its weights do not fit.
-    """
-    try:
-        sealed = check_whole(path)
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        if checkpoint.get("sealed") and not sealed:
-            raise ValueError("its end is missing")
-        config = {**checkpoint["model_config"], **changes}
-        given = {key: value for key, value in (options or {}).items() if config["options"].get(key, value) != value}
-        config["options"] = {**config["options"], **given}
-        with torch.random.fork_rng(devices=[]):  # the run's random stream is not for weights that are replaced
-            model = new_model(GPTConfig(**config))
-        unlike = model.state_dict().keys() ^ checkpoint["model"].keys()
-        if given and unlike:
-            raise UserError(f"the weights in {path} are of another model than {given} makes (they differ in "
-                            f"{sorted(unlike)[0]}); such an option is chosen before training")
-        model.load_state_dict(checkpoint["model"])
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint at {path}; train one first: python train.py --out_dir={Path(path).parent}")
-    except UserError:
-        raise
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        raise UserError(f"{path} is damaged or not a checkpoint of train.py ({reason}); {beside(Path(path))}")
-    return model.to(device).eval(), checkpoint

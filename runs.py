@@ -178,6 +178,34 @@ class Log:
             raise SaveError(f"could not write {self.path}: {error.strerror}; what was there before is unchanged")
 
 
+# ---- words for the terminal -------------------------------------------------------------------
+
+
+def say(result):
+    """Scores in words."""
+    units = {"loss": "{:.4f} nats", "bits_per_byte": "{:.4f}"}
+    return ", ".join(f"{name.replace('_', ' ')} {units.get(name, '{:.4f}').format(value)}" for name, value in result.items())
+
+
+def say_stats(stats):
+    """The mean over layers and heads of each of the mechanisms' numbers, in words that go on after the scores."""
+    found = {}
+    for layer in stats:
+        for name, value in layer.items():
+            values = value if isinstance(value, list) else [value]
+            found.setdefault(name, []).extend(x for x in values if isinstance(x, (int, float)))
+    means = {name.replace("_", " "): sum(values) / len(values) for name, values in found.items() if values}
+    return "".join(f", {name} {mean:,.0f}" if abs(mean) >= 100 else f", {name} {mean:.3g}" for name, mean in means.items())
+
+
+def clock(seconds):
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+
+
+# ---- how to leave -----------------------------------------------------------------------------
+
+
 class Stop(Exception):
     """Ctrl-C or SIGTERM, raised where nothing is half done."""
 
@@ -185,13 +213,8 @@ class Stop(Exception):
 asked = deque()  # signals that came; no list, which would be a setting of the scripts that import it
 
 
-def leave_if_asked():
-    if asked:
-        raise Stop
-
-
 def listen():
-    """From now on the first SIGINT or SIGTERM is kept for `leave_if_asked`; a second one kills."""
+    """From now on the first SIGINT or SIGTERM is kept for `ranks.leave_if_asked`; a second one kills."""
     asked.clear()
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda number, frame: (asked.append(number), signal.signal(number, signal.SIG_DFL)))

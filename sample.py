@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 import hardware
+from checkpoint import load
 from configurator import UserError, configure, run
-from model import load
 from tokenizer import Tokenizer
 
 out_dir = "out"

@@ -1,32 +1,37 @@
 """Train a language model or a classifier: python train.py [config/x.py] [--key=value ...]
 
+On many GPUs, or machines: torchrun --standalone --nproc_per_node=8 train.py [config/x.py] [--key=value ...]
+
 A run is a folder: config.json, log.jsonl (one object a line), ckpt.pt (the last state, from which
 --init_from=resume goes on), ckpt-previous.pt (the one before), best.pt (the weights that did best on validation).
 """
 
+import contextlib
 import json
 import math
+import signal
 import time
 from collections import Counter
 from dataclasses import asdict, fields
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 
 import hardware
+import ranks
+from checkpoint import PREVIOUS, have_best, load, restore_optimizer, save_all
 from configurator import UserError, choose, configure, run
 from dataset import DataChanged, Dataset, batches, difference, scores
-from model import PREVIOUS, GPTConfig, check_whole, load, new_model, options_of, save
-from runs import (Log, SaveError, Stop, asked, leave_if_asked, listen, locked, mend_log, prepare_folder, write_text,
+from model import GPTConfig, new_model, options_of
+from runs import (Log, SaveError, Stop, asked, clock, listen, locked, mend_log, prepare_folder, say, say_stats, write_text,
                   write_whole)
 
 # ---- settings: every name here is a key of the command line and of config files ---------------
 
 # the run
 out_dir = "out"
-init_from = "scratch"  # or 'resume': go on from out_dir/ckpt.pt
+init_from = "scratch"  # or 'resume': go on from out_dir/ckpt.pt; or 'auto': resume where that is there
 seed = 1337  # of weights, dropout and the order of the data
 on_save_error = "stop"  # where the disk is full, say; or 'warn': train on and try again at the next evaluation
 eval_only = False  # evaluate out_dir's best.pt and leave
@@ -44,7 +49,7 @@ wandb_run_name = ""  # default: out_dir
 dataset = "stdlib"  # a folder, or NAME for data/NAME
 task = ""  # 'lm': read a set of reviews as running text
 batch_size = 8  # texts of one forward pass
-gradient_accumulation_steps = 1  # forward passes of one step
+gradient_accumulation_steps = 1  # forward passes of one step, which many ranks share
 
 # the model: see GPTConfig in model.py
 model = "gpt"
@@ -77,6 +82,7 @@ grad_clip = 1.0  # largest norm of the gradient; 0: no limit
 # the machine
 device = "auto"
 dtype = "auto"  # of products: 'float32', 'bfloat16' or 'float16'
+shard = False  # FSDP: split the model over the ranks of torchrun, where it does not fit one
 compile = False  # torch.compile: needs a C++ compiler on a CPU, and a while to start
 
 
@@ -98,24 +104,23 @@ def evaluate(model, data, split, count=0):
 
     count: batches to look at, spread over the split; 0: all of them, in order.
     """
-    was_training, total, seen, said, truth, p = model.training, 0.0, 0, [], [], None
+    was_training, p = model.training, None
     model.eval()
     source = batches(data, split, batch_size, model.config.block_size)
-    for batch in source.in_order(count):
-        leave_if_asked()
-        x, y, lengths = to_device(*batch)
+    groups, found = source.groups(count), {}
+    for n in ranks.own(len(groups)):
+        x, y, lengths = to_device(*ranks.together(source.read, groups[n]))
         with hardware.autocast(device, dtype):
             logits, loss = model(x, y, lengths)
-        n = (y != -1).sum().item()
-        total, seen = total + loss.item() * n, seen + n
-        if data.kind == "classify":
-            said.append(torch.softmax(logits.float(), -1)[:, -1].cpu())
-            truth.append(y.cpu())
+        found[n] = loss.item(), (y != -1).sum().item(), *(
+            (torch.softmax(logits.float(), -1)[:, -1].tolist(), y.tolist()) if data.kind == "classify" else ([], []))
     model.train(was_training)
-    result = {"loss": total / seen}
+    every = {n: part for one in ranks.gather(found) for n, part in one.items()}
+    losses, counts, said, truth = zip(*(every[n] for n in range(len(groups))))  # in order: the same sum for any number of ranks
+    result = {"loss": sum(loss * n for loss, n in zip(losses, counts)) / sum(counts)}
     if data.kind == "classify":
-        said = torch.cat(said).numpy()
-        result |= scores(said, torch.cat(truth))
+        said = np.array(sum(said, []), np.float32)
+        result |= scores(said, np.array(sum(truth, [])))
         if not count:
             p = np.empty_like(said)
             p[source.by_length] = said
@@ -129,7 +134,7 @@ def to_device(*tensors):
 
 
 def start_wandb(settings):
-    if not wandb_log:
+    if not wandb_log or ranks.rank:
         return None
     try:
         import wandb
@@ -139,37 +144,15 @@ def start_wandb(settings):
     return wandb
 
 
-def say(result):
-    """Scores in words."""
-    units = {"loss": "{:.4f} nats", "bits_per_byte": "{:.4f}"}
-    return ", ".join(f"{name.replace('_', ' ')} {units.get(name, '{:.4f}').format(value)}" for name, value in result.items())
-
-
 def health(model):
     """What a record of an evaluation says of the mechanisms: each layer's stats, and FLOP to train on a token."""
     stats = [attention.stats() for attention in model.attentions()]
     return {"stats": stats, "work_per_token": model.work_per_token(model.config.block_size)}
 
 
-def say_stats(stats):
-    """The mean over layers and heads of each of the mechanisms' numbers, in words that go on after the scores."""
-    found = {}
-    for layer in stats:
-        for name, value in layer.items():
-            values = value if isinstance(value, list) else [value]
-            found.setdefault(name, []).extend(x for x in values if isinstance(x, (int, float)))
-    means = {name.replace("_", " "): sum(values) / len(values) for name, values in found.items() if values}
-    return "".join(f", {name} {mean:,.0f}" if abs(mean) >= 100 else f", {name} {mean:.3g}" for name, mean in means.items())
-
-
-def clock(seconds):
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
-
-
 def check(settings):
     """Raise UserError for a value that no run can have."""
-    choose("init_from", init_from, ("scratch", "resume"))
+    choose("init_from", init_from, ("scratch", "resume", "auto"))
     choose("on_save_error", on_save_error, ("stop", "warn"))
     choose("lr_schedule", lr_schedule, ("cosine", "linear"))
     at_least = dict.fromkeys(("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval"), 1)
@@ -183,12 +166,18 @@ def check(settings):
     for key in ("beta1", "beta2"):
         if settings[key] >= 1:
             raise UserError(f"{key} must be below 1, got {settings[key]}")
+    if shard and dtype == "float16":
+        raise UserError("shard=True knows no dtype=float16, whose scaler would have to watch all ranks: use bfloat16 or float32")
+    parts = ranks.pieces(gradient_accumulation_steps)[0]
+    if parts > batch_size:
+        raise UserError(f"{ranks.world} ranks cannot share gradient_accumulation_steps={gradient_accumulation_steps} batches of "
+                        f"batch_size={batch_size}: make one of the two larger, or take fewer ranks")
 
 
 def check_size(data):
     """Raise UserError where weights, or the tokens of a batch, fill the memory by far: elsewhere the system would kill
     the process, or the machine stand still, without a word."""
-    room, C = hardware.memory_size(device), n_embd
+    room, C = hardware.memory_size(device) * (ranks.world if shard else 1), n_embd
     model_bytes = 16 * (12 * C * C * n_layer * (model == "gpt") + C * data.vocab_size)
     batch_bytes = batch_size * block_size * (16 + 4 * C) if data.kind == "lm" else 0
     for need, what in ((model_bytes, f"weights, gradients and AdamW of n_layer={n_layer}, n_embd={C}"),
@@ -209,14 +198,15 @@ def build(data, settings, options):
         torch.manual_seed(seed)
         shape = {f.name: settings[f.name] for f in fields(GPTConfig) if f.name in settings}
         config = GPTConfig(**shape, vocab_size=data.vocab_size, n_class=len(data.classes), options=options)
-        return new_model(config).to(device), None
+        return placed(new_model(config)), None
     # what changes no weight's shape follows the command line: of options, those that are not at their default
     free = {"kernel": kernel, "dropout": dropout}
     defaults = further_options(settings)
     given = {key: value for key, value in options.items() if value != defaults[key]}
     path = Path(out_dir) / ("best.pt" if eval_only else "ckpt.pt")
-    model, checkpoint = load(path, device, given, **free)
+    model, checkpoint = load(path, "cpu" if shard else device, given, **free)
     needed = {"settings", "state", "meta"} | (set() if eval_only else {"optimizer", "scaler", "random"})
+    needed -= {"optimizer"} if "shards" in checkpoint else set()
     if missing := needed - checkpoint.keys():
         raise UserError(f"{path} holds no {', '.join(sorted(missing))}: expected what train.py saves as {path.name}; "
                         "it is another file, copied there: put the right one back")
@@ -234,33 +224,41 @@ def build(data, settings, options):
     fixed = {key: value for key, value in asdict(model.config).items() if key in settings}
     settings.update(fixed)
     globals().update(fixed)
-    return model, checkpoint
+    return placed(model), checkpoint
+
+
+def placed(model):
+    """The model where it is to compute: on this rank's device, or split over those of all ranks."""
+    return ranks.shard(model, device) if shard and ranks.world > 1 else model.to(device)
 
 
 def main(arguments=None):
     """Train as `arguments` say (default: the command line). Returns the exit code of a run that was stopped, else None."""
-    global device, dtype
+    global device, dtype, init_from
     settings, options = configure(globals(), arguments, further_options)
     check(settings)
     hardware.keep_freed_memory()
     folder, data = Path(out_dir), Dataset(dataset, task)
     for split in ["val"] + ["test"] * eval_test + ["train"] * (not eval_only):
         batches(data, split, 1, block_size)  # refuses now what would otherwise be missed after hours
-    for path in list(data.opened):
-        data.check_digest(path)
-    device = hardware.pick_device(device)
-    model, checkpoint = build(data, settings, options)
-    dtype = hardware.pick_dtype(dtype, device)
-    peak = hardware.matmul_rate(device, dtype)
-    kernels = {mechanism.choose_kernel(device) for mechanism in model.attentions()}
-    print(f"{device} ({torch.get_num_threads()} threads), products in {dtype}: {peak / 1e9:,.0f} GFLOP/s; "
-          f"{attention} attention{' by ' * bool(kernels)}{' and '.join(sorted(kernels))}")
-    if eval_only:
-        for split in ["val"] + ["test"] * eval_test:
-            print(f"{split}: {say(evaluate(model, data, split)[0])}")
-        return None
-    with locked(folder):
-        return fit(folder, data, model, checkpoint, settings, peak)
+    with ranks.joined(hardware.pick_device(device)) as device:
+        if ranks.local == 0:
+            for path in list(data.opened):
+                data.check_digest(path)
+        if init_from == "auto" or init_from == "scratch" and ranks.restarted(folder):
+            init_from = "resume" if (folder / "ckpt.pt").exists() else "scratch"
+        model, checkpoint = build(data, settings, options)
+        dtype = ranks.gather(hardware.pick_dtype(dtype, device))[0]
+        peak = ranks.total(hardware.matmul_rate(device, dtype))
+        kernels = {mechanism.choose_kernel(device) for mechanism in model.attentions()}
+        print(f"{device} ({f'{ranks.world} ranks, ' * (ranks.world > 1)}{torch.get_num_threads()} threads), products in {dtype}: "
+              f"{peak / 1e9:,.0f} GFLOP/s; {attention} attention{' by ' * bool(kernels)}{' and '.join(sorted(kernels))}")
+        if eval_only:
+            for split in ["val"] + ["test"] * eval_test:
+                print(f"{split}: {say(evaluate(model, data, split)[0])}")
+            return None
+        with locked(folder) if ranks.rank == 0 else contextlib.nullcontext():
+            return fit(folder, data, model, checkpoint, settings, peak)
 
 
 def fit(folder, data, model, checkpoint, settings, peak):
@@ -270,24 +268,30 @@ def fit(folder, data, model, checkpoint, settings, peak):
     state = {"step": 0, "evaluated": -1, "best": math.inf, "best_step": 0, "worse": 0, "seconds": 0.0, "work": 0.0}
     source = batches(data, "train", batch_size, block_size, seed)
     announce(model, *(t if t is None else t[:1] for t in source.batch(0)))
+    if ranks.rank:
+        ranks.seed(seed)  # each rank has dropout of its own
     if checkpoint:
-        restore(checkpoint, state, optimizer, scaler)
+        restore(folder / "ckpt.pt", checkpoint, state, model, optimizer, scaler)
         have_best(folder / "best.pt", state)
         print(f"resume: from step {state['step']} of {max_iters}")
     options = model.config.options  # those of the checkpoint, where there is one
     wandb = start_wandb(settings | options)
-    mend_log(folder / "log.jsonl", state["step"], state["evaluated"]) if checkpoint else prepare_folder(folder)
-    write_text(folder / "config.json", json.dumps({
-        "settings": settings, "options": options, "device": device, "dtype": dtype, "source": data.meta["source"],
-        "parameters": model.parameter_count(), "machine": hardware.describe()}, indent=1))
+    def prepare():
+        mend_log(folder / "log.jsonl", state["step"], state["evaluated"]) if checkpoint else prepare_folder(folder)
+        write_text(folder / "config.json", json.dumps({
+            "settings": settings, "options": options, "device": device, "dtype": dtype, "source": data.meta["source"],
+            "parameters": model.parameter_count(), "machine": hardware.describe(), "ranks": ranks.world,
+            "launch": ranks.launch_name()}, indent=1))
+
+    ranks.first_does(prepare)
     log, positions = Log(folder, wandb), Counter()  # tokens and padding read since the last `tally`, by the text's length
 
-    def snapshot(**more):
-        return {"model": model.state_dict(), "model_config": asdict(model.config), "settings": settings,
-                "source": data.meta["source"], "meta": data.meta, "state": state, "device": device, "dtype": dtype, **more}
+    def facts(**more):
+        return {"model_config": asdict(model.config), "settings": settings, "source": data.meta["source"], "meta": data.meta,
+                "state": state, "device": device.split(":")[0], "dtype": dtype, **more}
 
     def may_fail(write, *arguments):
-        """Write, and tell whether it was done; where it could not be, stop or go on as on_save_error says."""
+        """Write, by all ranks, and tell whether it was done; where it could not be, stop or go on as on_save_error says."""
         try:
             write(*arguments)
             return True
@@ -297,11 +301,11 @@ def fit(folder, data, model, checkpoint, settings, peak):
             log.say(f"step {state['step']}: {error}; training goes on, the next evaluation tries again")
             return False
 
-    def save_all():
+    def save_last():
         tally()
-        log.flush(sync=True)  # the checkpoint must not know of a step that the log lacks
-        more = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), **random_state()}
-        save(folder / "ckpt.pt", snapshot(**more), PREVIOUS)
+        ranks.first_does(log.flush, True)  # the checkpoint must not know of a step that the log lacks
+        more = facts(scaler=scaler.state_dict(), random=ranks.gather(random_state()))
+        save_all(folder / "ckpt.pt", more, model, optimizer, PREVIOUS)
 
     def check_finite(value, name):
         if not math.isfinite(value):
@@ -312,7 +316,7 @@ def fit(folder, data, model, checkpoint, settings, peak):
         """Count the work done since the last time into state["work"], FLOP."""
         done = sum(n * model.work_per_token(T) for T, n in positions.items())
         positions.clear()
-        state["work"] += done
+        state["work"] += ranks.total(done)
 
     def evaluation():
         """Validation, the log's line of it, and the checkpoints."""
@@ -327,19 +331,19 @@ def fit(folder, data, model, checkpoint, settings, peak):
         state["evaluated"] = state["step"]
         record = {"step": state["step"], "split": "val", **result, **health(model), "work": state["work"]}
         text = f"step {state['step']}: val {say(result)}{say_stats(record['stats'])}{' *' if better else ''}"
-        may_fail(log, record, text, True)
-        if better and not may_fail(save, folder / "best.pt", snapshot()):
+        may_fail(ranks.first_does, log, record, text, True)
+        if better and not may_fail(save_all, folder / "best.pt", facts(), model):
             state.update(before)  # the best is what best.pt holds
-        may_fail(save_all)
+        may_fail(save_last)
 
-    forward = model.compiled() if compile else model
+    forward = ranks.synchronised(model, model.compiled() if compile else model)
     model.train()
     listen()
     began, since, tokens, work, total = time.perf_counter() - state["seconds"], time.perf_counter(), 0, state["work"], 0.0
     random = None  # within a step: the random stream as it was at its beginning
     try:
         while True:
-            leave_if_asked()
+            ranks.leave_if_asked()
             step = state["step"]
             if (step % eval_interval == 0 or step >= max_iters) and state["evaluated"] != step:
                 before = time.perf_counter()
@@ -366,12 +370,12 @@ def fit(folder, data, model, checkpoint, settings, peak):
             if step % log_interval == 0:
                 now = time.perf_counter()
                 tally()
-                speed, share = tokens / (now - since), (state["work"] - work) / (now - since) / peak
+                speed, share = ranks.total(tokens) / (now - since), (state["work"] - work) / (now - since) / peak
                 since, tokens, work, state["seconds"] = now, 0, state["work"], now - began
                 left = state["seconds"] / (step + 1) * (max_iters - step - 1)
                 record = {"step": step, "split": "train", "loss": float(total), "lr": rate(step), "grad_norm": float(norm),
                           "tokens_per_second": speed, "matmul_share": share, "seconds": state["seconds"]}
-                may_fail(log, record, f"step {step}/{max_iters}: loss {record['loss']:.4f}, {speed:,.0f} tokens/s, "
+                may_fail(ranks.first_does, log, record, f"step {step}/{max_iters}: loss {record['loss']:.4f}, {speed:,.0f} tokens/s, "
                          f"{share:.0%} of the matmul rate, {clock(left)} left")
         state["seconds"] = time.perf_counter() - began
         finish(data, folder, log, state)
@@ -379,11 +383,11 @@ def fit(folder, data, model, checkpoint, settings, peak):
         check_finite(float(total), "the training loss")
         if random:  # what was done of a step is done again
             set_random_state(random)
-        save_all()
+        save_last()
         if isinstance(reason, DataChanged):
             raise UserError(f"{reason}; stopped at step {state['step']}, saved: then go on with --init_from=resume")
         print(f"\nstopped at step {state['step']}, saved; go on with --init_from=resume")
-        return 128 + asked[0]
+        return 128 + (asked[0] if asked else signal.SIGTERM)  # which another rank was sent
 
 
 def random_state():
@@ -399,37 +403,26 @@ def set_random_state(saved):
         torch.cuda.set_rng_state(saved["cuda_random"].cpu(), device)
 
 
-def restore(checkpoint, state, optimizer, scaler):
-    """Put everything but the weights, which are loaded already, as it was when the checkpoint was saved."""
-    for name, now in (("device", device), ("dtype", dtype)):
+def restore(path, checkpoint, state, model, optimizer, scaler):
+    """Put everything but the weights, which are loaded already, as it was when the checkpoint at `path` was saved."""
+    for name, now in (("device", device.split(":")[0]), ("dtype", dtype)):
         if checkpoint.get(name, now) != now:
             print(f"checkpoint: {name} was {checkpoint[name]!r}, is now {now!r}: the losses from here on differ by rounding, and "
                   "with dropout by its random stream, from those of an unbroken run")
     try:
         state |= checkpoint["state"]
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        for group, decay in zip(optimizer.param_groups, (weight_decay, 0.0)):
-            group.update(weight_decay=decay, betas=(beta1, beta2))
+        restore_optimizer(path, checkpoint, model, optimizer)
         if checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
         torch.manual_seed(seed)  # of a device that the checkpoint knows nothing of
-        set_random_state(checkpoint)
+        if (before := len(checkpoint["random"])) == ranks.world:
+            set_random_state(checkpoint["random"][ranks.rank])
+        else:
+            print(f"checkpoint: ranks were {before}, are now {ranks.world}: the same texts a step, dropout from new random streams")
+            ranks.seed(seed, state["step"])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{out_dir}/ckpt.pt holds weights that fit and a state of the optimiser that does not ({error}); "
+        raise UserError(f"{path} holds weights that fit and a state of the optimiser that does not ({error}); "
                         "put the right file back")
-
-
-def have_best(path, state):
-    """Refuse a damaged best.pt now, not after the training; without one the best is counted from here on."""
-    try:
-        check_whole(path)
-    except FileNotFoundError:
-        if state["best"] < math.inf:
-            print(f"{path} is missing: the best weights are counted from here on")
-            state.update(best=math.inf, evaluated=-1)
-    except (ValueError, BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({error}); take it away to go on without it: the best weights are then counted "
-                        "from here on")
 
 
 def gradients(model, forward, source, step, scaler, optimizer, positions):
@@ -438,42 +431,47 @@ def gradients(model, forward, source, step, scaler, optimizer, positions):
     forward: the model, or what torch.compile made of it. positions: a Counter to which the tokens and the padding that
     were read are added, by the length of the texts. Raises Stop and DataChanged between the forward passes.
     """
-    total, tokens, widths = 0.0, 0, Counter()
-    for micro in range(gradient_accumulation_steps):
-        leave_if_asked()
-        batch = source.batch(step * gradient_accumulation_steps + micro)
+    total, tokens, widths = torch.zeros((), device=device), 0, Counter()
+    parts, own = ranks.pieces(gradient_accumulation_steps)
+    for micro, part in own:
+        which = step * gradient_accumulation_steps + micro, part, parts
+        batch = ranks.together(source.batch, *which)
         x, y, lengths = to_device(*batch)
-        with hardware.autocast(device, dtype):
-            _, loss = forward(x, y, lengths)
-        total = total + loss.detach() / gradient_accumulation_steps
-        scaler.scale((loss + model.penalty()) / gradient_accumulation_steps).backward()
+        with ranks.piece(model, forward, last=(micro, part) == own[-1]), hardware.autocast(device, dtype):
+            loss = forward(x, y, lengths)[1] * source.share(*which) / gradient_accumulation_steps
+            total += loss.detach()
+            # gradients become the mean over ranks, and so the sum of their losses
+            scaler.scale(ranks.world * loss + model.penalty() / len(own)).backward()
         tokens += x.numel() if lengths is None else int(batch[2].sum())
         widths[x.size(1)] += x.numel()
     positions.update(widths)
     scaler.unscale_(optimizer)
-    return total, torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf), tokens
+    ranks.mean_of_whole(model)
+    return ranks.added(total), ranks.clip(model.parameters(), grad_clip or math.inf), tokens
 
 
 def announce(model, x, y, lengths):
-    """Print what the model costs; x, y, lengths: one example, whose activations are counted."""
-    with hardware.autocast(device, dtype):
-        activations = batch_size * model.activation_bytes(*to_device(x, y, lengths))
-    N, T = model.parameter_count(), x.size(1)
+    """Print what the model costs; x, y, lengths: one example, whose activations are counted where the model is whole."""
+    N, T, words = model.parameter_count(), x.size(1), ""
+    if not ranks.is_sharded(model):
+        with hardware.autocast(device, dtype):
+            activations = model.activation_bytes(*to_device(x, y, lengths)) * batch_size / ranks.pieces(gradient_accumulation_steps)[0]
+        words = f", {activations / 2**20:,.0f} MiB of activations in a forward pass"
     print(f"{N:,} parameters, {model.work_per_token(T) / 1e6:,.1f} MFLOP to train on a token of {T}, {16 * N / 2**20:,.0f} MiB "
-          f"of weights, gradients and AdamW, {activations / 2**20:,.0f} MiB of activations in a batch of {batch_size}")
+          f"of weights, gradients and AdamW{words}")
 
 
 def finish(data, folder, log, state):
     """The scores that count: of the best weights, over whole splits; the test split only on request."""
-    best, _ = load(folder / "best.pt", device)
+    best = placed(load(folder / "best.pt", "cpu" if shard else device)[0])
     for split in ["val"] + ["test"] * eval_test:
         result, p = evaluate(best, data, split)
         if p is not None:
             label = data.texts(split)[2]
-            write_whole(folder / f"predictions-{split}.npz", lambda file: np.savez(file, p=p, label=label))
+            ranks.first_does(write_whole, folder / f"predictions-{split}.npz", lambda file: np.savez(file, p=p, label=label))
         cost = {"seconds": state["seconds"], "work": state["work"]}
-        log({"step": state["best_step"], "split": split, "whole": True, **result, **health(best), **cost},
-            f"best weights (step {state['best_step']}), whole {split} split: {say(result)}", keep=True)
+        ranks.first_does(log, {"step": state["best_step"], "split": split, "whole": True, **result, **health(best), **cost},
+                         f"best weights (step {state['best_step']}), whole {split} split: {say(result)}", True)
     print(f"{clock(state['seconds'])} in all; sample with: python sample.py --out_dir={folder}")
 
 

@@ -6,6 +6,7 @@ A fault is a function of this file, which is called in the new process before th
 import contextlib
 import importlib
 import io
+import json
 import math
 import multiprocessing
 import os
@@ -19,9 +20,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
 
+import checkpoint
 import configurator
 import hardware
 import model
+import ranks
 import train
 from data import common
 
@@ -59,6 +62,14 @@ def script(name, arguments, said, faults=()):
 def download(url, path, size, digest, said):
     sys.stderr = open(said, "a")
     configurator.run(lambda: common.download(url, Path(path), size, digest) and None)
+
+
+def as_rank(rank, world, port):
+    """What torchrun tells a process that it starts."""
+    words = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world,
+             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in words.items()})
+    ranks.rank, ranks.world, ranks.local, ranks.neighbours = rank, world, rank, world
 
 
 # ---- faults ------------------------------------------------------------------------------------
@@ -104,7 +115,7 @@ def at_batch(number, action, *details):
         source = make(*arguments)
         if arguments[1] == "train":
             ask = source.batch
-            source.batch = lambda n: (n == number and globals()[action](*details), ask(n))[1]
+            source.batch = lambda n, *part: (n == number and globals()[action](*details), ask(n, *part))[1]
         return source
 
     train.batches = batches
@@ -151,7 +162,7 @@ def remember_models():
 
 def full_for(folder, first, last):
     """The disk is full from the `first` to the `last` attempt to save a checkpoint."""
-    save, calls, ballast = train.save, [], Path(folder) / "ballast"
+    save, calls, ballast = checkpoint.save, [], Path(folder) / "ballast"
 
     def saved(*arguments):
         calls.append(1)
@@ -161,7 +172,7 @@ def full_for(folder, first, last):
             ballast.unlink()
         save(*arguments)
 
-    train.save = saved
+    checkpoint.save = saved
 
 
 def fill(path, left):
@@ -183,6 +194,22 @@ def memory_limit(size):
     import resource
 
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def count_bytes(path):
+    """Into a file: {step: bytes that this machine had sent itself before it, ...}."""
+    gradients, marks = train.gradients, {}
+
+    def counted(*arguments):
+        marks[arguments[3]] = hardware.sent_bytes()
+        Path(path).write_text(json.dumps(marks))
+        return gradients(*arguments)
+
+    train.gradients = counted
 
 
 def terminate():

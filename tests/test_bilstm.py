@@ -7,8 +7,9 @@ from conftest import call
 
 import sample
 import train
+from checkpoint import load
 from configurator import UserError
-from model import GPTConfig, load, new_model
+from model import GPTConfig, new_model
 
 KINDS = ("none", "additive", "multihead", "sparse", "atrt")
 

@@ -18,7 +18,7 @@ from conftest import ROOT, call
 import compare
 import hardware
 import train
-from model import load
+from checkpoint import load
 
 SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=8", "--dtype=float32", "--log_interval=50", "--device=cpu"]
 HARD = [{"text": "so good", "label": 1, "kind": "plain"}, {"text": "not so good", "label": 0, "kind": "negation"}]
@@ -232,7 +232,7 @@ def start(arguments):
 def test_stopped_at_any_moment(text, tmp_path, how):
     """Stopped again and again and started again: the same table, to the last character."""
     def arguments(folder):
-        return settings(folder, text, amount=100, evaluations=5, results=tmp_path / folder.name / "table")
+        return settings(folder, text, amount=40, evaluations=5, results=tmp_path / folder.name / "table")
 
     whole, broken = tmp_path / "a", tmp_path / "b"
     process = start(arguments(whole))

@@ -164,7 +164,7 @@ def test_neighbours_change_between_epochs(tmp_path):
     source = batches(Dataset(write_reviews(tmp_path / "r", train=rows)), "train", 5, 1000)  # 120 batches, 3 pools
 
     def groups():
-        return {tuple(sorted(group.tolist())) for group in source.groups}
+        return {tuple(sorted(group.tolist())) for group in source.order}
 
     source.batch(0)
     first = groups()

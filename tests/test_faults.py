@@ -27,8 +27,8 @@ from conftest import ROOT, call
 import faulty
 import plot
 import runs
+from checkpoint import PREVIOUS, check_whole, load, save
 from configurator import UserError
-from model import PREVIOUS, check_whole, load, save
 from runs import digest
 
 MANY = "FAULTS" in os.environ

@@ -12,7 +12,7 @@ from test_plot import drawn  # noqa: F401  a fixture
 import heat
 import plot
 import train
-from model import load
+from checkpoint import load
 from sample import encode, predict, review_batch
 from tokenizer import Tokenizer
 

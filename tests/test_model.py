@@ -10,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import configurator
 import model as model_file
+from checkpoint import load, save
 from configurator import UserError
-from model import GPT, GPTConfig, Normalize, draw, load, mechanism, save
+from model import GPT, GPTConfig, Normalize, draw, mechanism
 
 SMALL = dict(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=16)
 

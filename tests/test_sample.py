@@ -15,7 +15,8 @@ from conftest import ROOT, call
 from hypothesis import given, settings, strategies
 
 import sample
-from model import GPT, GPTConfig, load, save
+from checkpoint import load, save
+from model import GPT, GPTConfig
 from tokenizer import UNKNOWN, Tokenizer
 
 BYTES = {"tokenizer": "bytes", "vocab_size": 256, "mark": None}

@@ -15,15 +15,16 @@ import pytest
 import torch
 from conftest import ROOT, call, write_bytes
 
+import checkpoint as checkpoint_file
 import configurator
 import hardware
 import model as model_file
 import runs
 import sample
 import train
+from checkpoint import load
 from configurator import UserError, run
 from dataset import Dataset, TextBatches, batches, scores
-from model import load
 
 SMALL = ("--block_size=16", "--n_layer=2", "--n_head=2", "--n_embd=16", "--batch_size=4", "--warmup_iters=2",
          "--eval_interval=5", "--eval_iters=2", "--log_interval=1", "--device=cpu", "--dtype=float32")
@@ -91,7 +92,7 @@ def at_batch(monkeypatch):
             source = batches(*arguments)
             if arguments[1] == "train":
                 ask = source.batch
-                source.batch = lambda n: (n == number and action(), ask(n))[1]
+                source.batch = lambda n, *part: (n == number and action(), ask(n, *part))[1]
             return source
 
         monkeypatch.setattr(train, "batches", make)
@@ -131,7 +132,7 @@ make = train.batches
 def killing(*arguments):
     source = make(*arguments)
     ask = source.batch
-    source.batch = lambda n: os.kill(os.getpid(), 9) if n == 17 else ask(n)
+    source.batch = lambda n, *part: os.kill(os.getpid(), 9) if n == 17 else ask(n, *part)
     return source
 train.batches = killing
 train.run(train.main)
@@ -166,12 +167,16 @@ def test_resume_at_the_end_changes_nothing(text, tmp_path):
 
 def test_resume_says_what_is_not_as_it_was(text, reviews, tmp_path, capsys):
     assert not fit(tmp_path / "out", text, "--max_iters=2")
+    shutil.copytree(tmp_path / "out", tmp_path / "lighter")
+    assert not fit(tmp_path / "lighter", text, "--max_iters=4", "--init_from=resume")
     capsys.readouterr()
     assert not fit(tmp_path / "out", text, "--max_iters=4", "--init_from=resume", "--block_size=8", "--weight_decay=0.5")
     said = capsys.readouterr().out
     assert "block_size stays 16, not 8" in said and "max_iters was 2, is now 4" in said and "resume: from step 2 of 4" in said
     checkpoint = torch.load(tmp_path / "out" / "ckpt.pt")
-    assert checkpoint["settings"]["block_size"] == 16 and checkpoint["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
+    assert checkpoint["settings"]["block_size"] == 16 and checkpoint["settings"]["weight_decay"] == 0.5
+    lighter = torch.load(tmp_path / "lighter" / "ckpt.pt")["model"]["embedding.weight"]
+    assert checkpoint["model"]["embedding.weight"].norm() < lighter.norm()
     assert json.loads((tmp_path / "out" / "config.json").read_text())["settings"]["block_size"] == 16
 
 
@@ -192,20 +197,20 @@ def test_resume_is_refused(text, toy, reviews, tmp_path, refused):
 
 def test_ctrl_c_in_an_evaluation(text, tmp_path, monkeypatch):
     """Is seen at its next batch, not at its end, and the evaluation is done again."""
-    seen, in_order = [], TextBatches.in_order
+    seen, read = [], TextBatches.read
 
-    def interrupted(self, count=0):
-        for n, batch in enumerate(in_order(self, count)):
-            seen.append(n)
+    def interrupted(self, rows):
+        if self.seed == 0:  # not of training's batches
+            seen.append(rows)
             if len(seen) == 9:  # the third evaluation
                 os.kill(os.getpid(), signal.SIGINT)
-            yield batch
+        return read(self, rows)
 
     assert not fit(tmp_path / "whole", text, "--max_iters=12", "--eval_iters=4")
-    monkeypatch.setattr(TextBatches, "in_order", interrupted)
+    monkeypatch.setattr(TextBatches, "read", interrupted)
     assert fit(tmp_path / "cut", text, "--max_iters=12", "--eval_iters=4") == 130
     assert len(seen) <= 10 and torch.load(tmp_path / "cut" / "ckpt.pt")["state"]["step"] == 10
-    monkeypatch.setattr(TextBatches, "in_order", in_order)
+    monkeypatch.setattr(TextBatches, "read", read)
     assert not fit(tmp_path / "cut", text, "--max_iters=12", "--eval_iters=4", "--init_from=resume")
     assert_same_runs(tmp_path / "whole", tmp_path / "cut")
 
@@ -225,7 +230,7 @@ def test_ctrl_c_in_the_last_evaluation(text, tmp_path, monkeypatch):
 
 def test_ctrl_c_in_the_last_save(text, tmp_path, monkeypatch):
     """Nothing looks at the signal before the training is over: it must not be lost, nor end in a traceback."""
-    saved, save = [], model_file.save
+    saved, save = [], checkpoint_file.save
 
     def interrupted(path, *what):
         saved.append(path.name)
@@ -233,7 +238,7 @@ def test_ctrl_c_in_the_last_save(text, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
         save(path, *what)
 
-    monkeypatch.setattr(train, "save", interrupted)
+    monkeypatch.setattr(checkpoint_file, "save", interrupted)
     with pytest.raises(SystemExit) as left:
         run(lambda: fit(tmp_path, text, "--max_iters=3"))
     assert left.value.code == 130 and load(tmp_path / "ckpt.pt")[1]["state"]["step"] == 3
@@ -586,10 +591,13 @@ def test_accumulated_gradients(text, tmp_path, monkeypatch):
         def __init__(self, source):
             self.source = source
 
-        def batch(self, number):
+        def batch(self, number, *part):
             x, y, _ = self.source.batch(number // 2)
             half = slice(8 * (number % 2), 8 * (number % 2) + 8)
             return x[half], y[half], None
+
+        def share(self, *part):
+            return 1.0
 
     assert not fit(tmp_path / "whole", text, "--max_iters=5", "--batch_size=16")
     monkeypatch.setattr(train, "batches", lambda data, split, size, *more: batches(data, split, size, *more)
@@ -745,7 +753,7 @@ def sharpen(out):
     for name in ("ckpt.pt", "best.pt"):
         checkpoint = torch.load(out / name)
         large = {name: 6 * x if x.dim() > 1 else x for name, x in checkpoint["model"].items()}
-        model_file.save(out / name, {**checkpoint, "model": large})
+        checkpoint_file.save(out / name, {**checkpoint, "model": large})
     return load(out / "ckpt.pt")[0]
 
 
@@ -844,8 +852,8 @@ def test_what_an_evaluation_says_of_the_mechanism(text, tmp_path, monkeypatch, c
     """The mean over layers and heads of every number, whatever its name; and as much work as its plan has now."""
     layer = train.new_model(train.GPTConfig(**SHAPE)).layers[0].attention
     health = [{"kept_share": 0.25, "reach_of_it": [10, 1000.5]}, {"kept_share": 0.2, "reach_of_it": [30.0, 3000], "kind": "x"}]
-    assert train.say_stats(health) == ", kept share 0.225, reach of it 1,010"
-    assert train.say_stats([{}, {"a": [], "b": "x", "c": -0.012345, "d": None}]) == ", c -0.0123"
+    assert runs.say_stats(health) == ", kept share 0.225, reach of it 1,010"
+    assert runs.say_stats([{}, {"a": [], "b": "x", "c": -0.012345, "d": None}]) == ", c -0.0123"
     pairs, calls = [136, 120, 100, 50], []
     monkeypatch.setattr(type(layer), "stats", lambda self: dict(health[self.layer]))
     monkeypatch.setattr(train, "health", lambda model, health=train.health: calls.append(model) or health(model))

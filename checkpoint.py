@@ -1,0 +1,259 @@
+"""Checkpoints: files that are at every moment whole, that tell when they are not what was written, and that run no code.
+
+A checkpoint is one file that ends in its own sha256, a dict of tensors and plain values. Of a model that is split over
+ranks (`ranks.shard`) each rank writes its part, by torch.distributed.checkpoint, into a folder beside that file, which
+then holds the parts' digests in the place of weights: any number of ranks can read them again, and a process alone.
+"""
+
+import io
+import pickle
+import shutil
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+
+import ranks
+from configurator import UserError
+from model import GPTConfig, new_model
+from runs import SaveError, digest, write_whole
+
+PREVIOUS = "ckpt-previous.pt"  # the save before the last one
+SEAL = b"\nsha256 "  # after the zip file that torch.save writes, then the digest of all before: torch.load checks none
+
+
+def save(path, checkpoint, keep=None):
+    """Write tensors and plain values so that `path` is at every moment whole: old or new. keep: see `write_whole`."""
+
+    def write(file):
+        torch.save({**checkpoint, "sealed": True}, file)
+        seal = SEAL + digest(file).encode()
+        file.seek(0, 2)
+        file.write(seal)
+
+    write_whole(Path(path), write, keep)
+
+
+def save_all(path, facts, model, optimizer=None, keep=None):
+    """Write a model, its optimiser (None: without) and further facts about the run; called by every rank.
+
+    Raises SaveError on every rank where the system refuses it one.
+    """
+    parts = {"model": model.state_dict()} | ({"optimizer": optimizer_state(model, optimizer)} if optimizer else {})
+    if ranks.is_sharded(model):
+        parts = {"shards": write_shards(path, parts)}
+    ranks.first_does(save, path, {**facts, **parts}, keep)
+    ranks.first_does(drop_shards, path.parent)
+
+
+def check_whole(path):
+    """Raise ValueError unless every bit of a checkpoint is as it was written. Returns whether it is sealed: those of
+    earlier versions are not, and their parts have checksums."""
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, 2) - len(SEAL) - 64))
+        size, end = file.tell(), file.read()
+        if end.startswith(SEAL):
+            if digest(file, size).encode() != end[len(SEAL) :]:
+                raise ValueError("it is not what was written, by its digest")
+            return True
+        if end[-22:-18] != b"PK\5\6":
+            raise ValueError("its end is missing, or it is none")
+        with zipfile.ZipFile(file) as archive:
+            parts = archive.infolist()
+            if any(part.compress_type for part in parts) or archive.testzip():
+                raise ValueError("a part of it is not what was written, by its checksum")
+    return False
+
+
+def beside(path):
+    """What to do about a checkpoint that is damaged, by the others in its folder that are whole."""
+    whole = []
+    for name in ("ckpt.pt", PREVIOUS, "best.pt"):
+        try:
+            if name != path.name:
+                check_whole(path.with_name(name))
+                whole.append(name)
+        except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
+            pass
+    if path.name == "ckpt.pt" and PREVIOUS in whole:
+        return f"the save before it is whole: rename {PREVIOUS} to ckpt.pt to go on from there"
+    if whole:
+        return f"whole beside it: {' and '.join(whole)}"
+    return "no other beside it is whole: train again"
+
+
+def load(path, device="cpu", options=None, **changes):
+    """(model in evaluation mode, checkpoint) from a file that `train.py` wrote.
+
+    changes: fields of GPTConfig to set otherwise (kernel, dropout); options: of its mechanism's, likewise.
+    Raises UserError where the file is missing, damaged or none of ours, or its weights do not fit.
+    """
+    path = Path(path)
+    try:
+        sealed = check_whole(path)
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        if checkpoint.get("sealed") and not sealed:
+            raise ValueError("its end is missing")
+        config = {**checkpoint["model_config"], **changes}
+        given = {key: value for key, value in (options or {}).items() if config["options"].get(key, value) != value}
+        config["options"] = {**config["options"], **given}
+        with torch.random.fork_rng(devices=[]):  # the run's random stream is not for weights that are replaced
+            model = new_model(GPTConfig(**config))
+        if "shards" in checkpoint:
+            check_shards(path, checkpoint["shards"])
+        names = checkpoint["shards"]["names"] if "shards" in checkpoint else checkpoint["model"]
+        unlike = model.state_dict().keys() ^ set(names)
+        if given and unlike:
+            raise UserError(f"the weights in {path} are of another model than {given} makes (they differ in "
+                            f"{sorted(unlike)[0]}); such an option is chosen before training")
+        if "shards" in checkpoint:
+            read_shards(path, checkpoint["shards"], {"model": model.state_dict()})
+        else:
+            model.load_state_dict(checkpoint["model"])
+    except FileNotFoundError as error:
+        if path.exists():
+            raise UserError(f"{path} is damaged: {error.filename} beside it is missing; {beside(path)}")
+        raise UserError(f"no checkpoint at {path}; train one first: python train.py --out_dir={path.parent}")
+    except UserError:
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        raise UserError(f"{path} is damaged or not a checkpoint of train.py ({reason}); {beside(path)}")
+    return model.to(device).eval(), checkpoint
+
+
+def have_best(path, state):
+    """Refuse a damaged best.pt now, not after the training; without one the best is counted from here on."""
+    try:
+        check_whole(path)
+    except FileNotFoundError:
+        if state["best"] < float("inf"):
+            print(f"{path} is missing: the best weights are counted from here on")
+            state.update(best=float("inf"), evaluated=-1)
+    except (ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged ({error}); take it away to go on without it: the best weights are then counted "
+                        "from here on")
+
+
+# ---- the optimiser ----------------------------------------------------------------------------
+
+
+def optimizer_state(model, optimizer):
+    """{name of the weight: AdamW's tensors by name}: alike for any order, and any number of ranks, in which weights are kept."""
+    return {name: dict(optimizer.state[p]) for name, p in model.named_parameters() if p in optimizer.state}
+
+
+def restore_optimizer(path, checkpoint, model, optimizer):
+    """Put AdamW's state as it was when the checkpoint at `path`, already read, was saved.
+
+    Raises KeyError, ValueError or RuntimeError where it is of another model.
+    """
+    named = dict(model.named_parameters())
+    if "shards" in checkpoint:
+        for p in named.values():
+            step = torch.zeros((), device=p.device)
+            optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        if checkpoint["state"]["step"]:  # before the first one AdamW has none
+            read_shards(path, checkpoint["shards"], {"optimizer": optimizer_state(model, optimizer)})
+        else:
+            optimizer.state.clear()
+        return
+    if saved := checkpoint["optimizer"]:
+        if unlike := saved.keys() ^ named.keys():
+            raise ValueError(f"it differs in {sorted(unlike)[0]}")
+    for name, tensors in saved.items():
+        p, found = named[name], {}
+        for key, value in tensors.items():
+            value = value.to(p.device)
+            if value.dim() and value.shape != p.shape:
+                raise ValueError(f"{key} of {name} has the shape {tuple(value.shape)}, expected {tuple(p.shape)}")
+            found[key] = ranks.split_like(value, p) if value.dim() else value
+        optimizer.state[p] = found
+
+
+# ---- a model's parts, of as many ranks --------------------------------------------------------
+
+
+def write_shards(path, parts):
+    """Write tensors, of which every rank holds a part, into a new folder beside `path`, by all ranks.
+
+    parts: {"model": {name: tensor}, ...}. Returns what `read_shards` wants to know: {"folder", "files": {name: sha256},
+    "names": those of the model}.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    n = next(n for n in range(10**6) if not path.with_name(f"{path.stem}-{n}.shards").exists())
+    folder = path.with_name(f"{path.stem}-{ranks.gather(n)[0]}.shards")
+    try:
+        dcp.save(parts, storage_writer=dcp.FileSystemWriter(folder, thread_count=1))
+    except dcp.api.CheckpointException as error:
+        cause = next((each for each, _ in error.failures.values() if isinstance(each, OSError)), None)
+        if ranks.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise SaveError(f"could not write {folder}: {cause.strerror if cause else error}; what was there before is unchanged")
+    names = sorted(file.name for file in folder.iterdir())
+    files = {name: sha256(folder / name) for name in names[ranks.rank :: ranks.world]}
+    return {"folder": folder.name, "names": sorted(parts["model"]),
+            "files": {name: found for each in ranks.gather(files) for name, found in each.items()}}
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return digest(file)
+
+
+def check_shards(path, shards):
+    """Raise ValueError unless the files of the folder beside `path` are as they were written; on each machine once."""
+    for name, expected in shards["files"].items() if ranks.local == 0 else ():
+        file = path.parent / Path(shards["folder"]).name / name
+        if sha256(file) != expected:
+            raise ValueError(f"{file.parent.name}/{name} is not what was written, by its digest")
+
+
+def read_shards(path, shards, parts):
+    """Fill tensors, whole ones or ones of which each rank holds a part, from the folder beside `path`."""
+    import torch.distributed.checkpoint as dcp
+
+    class Reader(dcp.FileSystemReader):
+        def read_metadata(self, *arguments, **named):
+            metadata = Facts(io.BytesIO((Path(self.path) / ".metadata").read_bytes())).load()
+            metadata.storage_meta.load_id = self.load_id
+            return metadata
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a process alone reads what many wrote is meant so
+            dcp.load(parts, storage_reader=Reader(path.parent / Path(shards["folder"]).name), no_dist=True)
+    except dcp.api.CheckpointException as error:
+        raise ValueError(str(next(iter(error.failures.values()))[0]))
+
+
+class Facts(pickle.Unpickler):
+    """For the one file of a folder of shards that is a pickle: what its tensors are and where, and nothing that runs."""
+
+    known = {
+        "torch.distributed.checkpoint.metadata": ("ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+                                                  "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+        "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+        "torch.serialization": ("_get_layout",),
+        "torch": ("Size", "float32", "bfloat16", "float16", "int64"),
+        "pathlib": ("PosixPath", "WindowsPath", "PurePosixPath"),
+        "pathlib._local": ("PosixPath", "WindowsPath"),
+    }
+
+    def find_class(self, module, name):
+        if name not in self.known.get(module, ()):
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
+        return super().find_class(module, name)
+
+
+def drop_shards(folder):
+    """Remove the folders of shards that no checkpoint beside them speaks of."""
+    there, wanted = list(folder.glob("*.shards")), set()
+    for name in ("ckpt.pt", PREVIOUS, "best.pt") if there else ():
+        if (folder / name).exists():
+            wanted.add(torch.load(folder / name, weights_only=True, mmap=True).get("shards", {}).get("folder"))
+    for path in there:
+        if path.name not in wanted:
+            shutil.rmtree(path, ignore_errors=True)
