@@ -12,11 +12,11 @@ train: .venv/installed
 	$(RUN) sample.py --out_dir=out-stdlib --num_samples=2 --max_new_tokens=400
 
 test: .venv/installed-test
-	$(RUN) -m pytest -q tests
+	$(RUN) -m pytest -q tests --ignore=tests/demo
 
 # Each fault many times, where `test` tries it a few times; the counts go to results/faults.json.
 test-faults: .venv/installed-test
-	FAULTS=1 $(RUN) -m pytest -q -s tests/test_faults.py tests/test_input.py
+	FAULTS=1 $(RUN) -m pytest -q tests/test_faults.py tests/test_input.py tests/test_ranks.py -k "not ranks_are_one"
 
 bench: .venv/installed
 	$(RUN) bench.py attention

@@ -1,9 +1,10 @@
-"""Speed, memory and work, beside a peer in the same run: python bench.py attention|layer|step|sample [--key=value]
+"""Speed, memory and work, beside a peer in the same run: python bench.py attention|layer|step|sample|ranks [--key=value]
 
 attention  forward and backward of attention alone, against PyTorch's fused call, and how each grows with T
 layer      a whole attention layer, training and forward pass, against the masked T x T form of adaptive span
 step       whole training steps, against nanoGPT's where --peer=FOLDER holds a clone of it
 sample     single tokens drawn at a full context, against nanoGPT's `generate` likewise
+ranks      what a training step sends, under torchrun: torchrun --standalone --nproc_per_node=2 bench.py ranks
 
 What is measured is one row each: --mechanisms='["dense", "sparse window=128", "adaptive span"]', where
 a text is a mechanism's name and its options, or one of this script's short names; `kernel=NAME` may
@@ -20,6 +21,7 @@ import math
 import re
 import statistics
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +29,7 @@ import torch
 import torch.nn.functional as F
 
 import hardware
+import ranks
 from attention import split_heads
 from configurator import Text, UserError, choose, configure, run, typed
 from model import GPT, GPTConfig, mechanism
@@ -77,7 +80,7 @@ ALL = ["dense", "sparse local", "sparse strided", "sparse fixed", "sparse log", 
 LAYER = ["dense", "dense, fused call", "adaptive span, wave", "adaptive span, wave, reference", "adaptive span, period 4",
          "adaptive span, period 4, snapped", "adaptive span, period 4, 1 key in 4",
          "adaptive span, period 4, 1 key in 4, snapped"]
-ROWS = {"attention": ALL, "layer": LAYER, "step": ["dense"], "sample": ALL}
+ROWS = {"attention": ALL, "layer": LAYER, "step": ["dense"], "sample": ALL, "ranks": ["dense"]}
 SHAPES = {"attention": [f"1x8x{1024 << n}" for n in range(6)], "layer": ["2x8x2048"]}
 
 
@@ -337,6 +340,57 @@ def bench_sample(rows, context):
     } for (name, count, caches, read), cost in zip(known, costs)], "dense", "nanoGPT")
 
 
+def bench_ranks(rows, T):
+    """Training steps of all ranks, each of batch_size texts in one or four forward passes: bytes that a rank sends.
+
+    They are read off this machine's own network, where ranks on a CPU meet, and stand beside what a ring of R sends for each
+    float32 number: an all-gather and a reduce-scatter (R - 1) / R of its four bytes each. DDP does one of each with the
+    gradients at the last backward pass; FSDP then scatters them, and gathers the weights before every forward and backward one.
+    """
+    if ranks.world < 2:
+        raise UserError("many ranks are to be measured: torchrun --standalone --nproc_per_node=2 bench.py ranks")
+    x = torch.randint(vocab_size, (batch_size, T), device=device)
+    found = []
+    for row, sharded, passes in itertools.product(rows, (False, True), (1, 4)):
+        model = ours(row, T)
+        N = model.parameter_count()
+        model = ranks.shard(model, device) if sharded else model
+        forward, optimizer = ranks.synchronised(model, model), model.optimizer(1e-3, 0.1, (0.9, 0.99))
+
+        def step():
+            for n in range(passes):
+                with ranks.piece(model, forward, n == passes - 1), hardware.autocast(device, dtype):
+                    (forward(x, x)[1] + model.penalty()).backward()
+            ranks.mean_of_whole(model)
+            ranks.clip(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        def settled():
+            """Bytes sent so far, when every rank has sent what it has to."""
+            hardware.synchronize(device)
+            ranks.any_rank(False)
+            time.sleep(0.05)
+            sent = hardware.sent_bytes()
+            ranks.any_rank(False)
+            return sent
+
+        for _ in range(2):  # in which DDP finds the order of its messages
+            step()
+        before, seconds = settled(), []
+        for _ in range(repeat):
+            began = time.perf_counter()
+            step()
+            hardware.synchronize(device)
+            seconds.append(time.perf_counter() - began)
+        sent = (settled() - before) / repeat / ranks.world
+        found.append({"split": "FSDP" if sharded else "DDP", "ranks": ranks.world, "forward passes": passes,
+                      "million parameters": N / 1e6, "bytes a parameter and rank": sent / N,
+                      "a ring's": 4 * (2 * passes + 1 if sharded else 2) * (ranks.world - 1) / ranks.world,
+                      "ms": 1e3 * statistics.median(seconds)})
+    return found
+
+
 # ---- the script ------------------------------------------------------------------------------
 
 
@@ -359,8 +413,8 @@ def show(rows):
 
 
 def main():
-    global device, dtype
-    modes = {"attention": bench_attention, "layer": bench_layer, "step": bench_step, "sample": bench_sample}
+    global device
+    modes = {"attention": bench_attention, "layer": bench_layer, "step": bench_step, "sample": bench_sample, "ranks": bench_ranks}
     arguments = sys.argv[1:]
     mode = arguments.pop(0) if arguments and arguments[0][0] != "-" else ("" if "--help" not in arguments else "step")
     choose("benchmark", mode, modes)
@@ -375,12 +429,18 @@ def main():
         raise UserError(f"mechanisms: expected each once, got {mechanisms}")
     if not all(type(context) is int and context > 0 for context in contexts):
         raise UserError(f"contexts: expected numbers of tokens like [256, 1024], got {contexts}")
-    places = {"step": [(block_size,)], "sample": [(context,) for context in contexts]}.get(mode)
+    places = {"step": [(block_size,)], "ranks": [(block_size,)], "sample": [(context,) for context in contexts]}.get(mode)
     places = places or [shape_of(shape) for shape in shapes or SHAPES[mode]]
     hardware.keep_freed_memory()
     torch.manual_seed(0)
-    device = hardware.pick_device(device)
-    dtype = hardware.pick_dtype(dtype, device)
+    with ranks.joined(hardware.pick_device(device)) as device:
+        measure(modes[mode], mode, rows, places)
+
+
+def measure(bench, mode, rows, places):
+    """Run a benchmark at each of the places, and show and save what it found."""
+    global dtype
+    dtype = ranks.gather(hardware.pick_dtype(dtype, device))[0]
     machine = hardware.describe()
     rate = hardware.matmul_rate(device, dtype)
     print(f"{machine['gpu'] or machine['processor']}, {machine['threads']} threads, torch {machine['torch']}; "
@@ -389,12 +449,12 @@ def main():
     for place in places:
         if sys.stderr.isatty():  # some take minutes
             print(mode, *place, end=" ...\r", file=sys.stderr, flush=True)
-        found += modes[mode](rows, *place)
+        found += bench(rows, *place)
     tables = {"rows": found, "growth": growth(found) if mode == "attention" else []}
     for table in filter(None, tables.values()):
         print()
         show(table)
-    if results:
+    if results and ranks.rank == 0:
         measured = {row.label: {"attention": row.attention, "kernel": row.kernel, **row.options} for row in rows}
         saved = {"machine": machine, "dtype": dtype, "matmul_gflops": rate / 1e9, "mechanisms": measured, **tables}
         Path(results).write_text(json.dumps(saved, indent=1), "utf-8")

@@ -154,14 +154,14 @@ def restore_optimizer(path, checkpoint, model, optimizer):
         for p in named.values():
             step = torch.zeros((), device=p.device)
             optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        if checkpoint["state"]["step"]:  # before the first one AdamW has none
+        if checkpoint["state"]["step"]:
             read_shards(path, checkpoint["shards"], {"optimizer": optimizer_state(model, optimizer)})
         else:
             optimizer.state.clear()
         return
-    if saved := checkpoint["optimizer"]:
-        if unlike := saved.keys() ^ named.keys():
-            raise ValueError(f"it differs in {sorted(unlike)[0]}")
+    saved = checkpoint["optimizer"]
+    if unlike := saved.keys() ^ (named.keys() if checkpoint["state"]["step"] else set()):  # before the first step AdamW has none
+        raise ValueError(f"it differs in {sorted(unlike)[0]}")
     for name, tensors in saved.items():
         p, found = named[name], {}
         for key, value in tensors.items():

@@ -10,6 +10,8 @@ import contextlib
 import json
 import os
 import sys
+import time
+import uuid
 
 import numpy as np
 
@@ -44,7 +46,7 @@ def joined(device):
         torch.set_num_threads(max(1, os.cpu_count() // neighbours))
     if rank:
         sys.stdout = open(os.devnull, "w")
-    dist.init_process_group()
+    dist.init_process_group(store=meeting(next(dist.rendezvous("env://"))[0]), rank=rank, world_size=world)
     try:
         yield device
     except RuntimeError as error:
@@ -52,6 +54,30 @@ def joined(device):
             raise
         raise UserError("another rank has ended, and with it the run; what is saved is whole: go on with --init_from=resume")
     dist.destroy_process_group()
+
+
+def meeting(store):
+    """A part of torchrun's store for the processes that are alive now.
+
+    torchrun keeps its store when it starts ranks again, and PyTorch 2.13 then takes what the dead ones left there for the
+    living (pytorch#135712 has the history). Here each rank asks under a new name, and rank 0 answers until all have come.
+    """
+    import torch.distributed as dist
+
+    me, asks = uuid.uuid4().hex, [f"ask {n}" for n in range(world)]
+    store.set(asks[rank], me)
+    if rank:
+        place = store.get(f"answer to {me}").decode()
+        store.set(f"{me} is in {place}", "yes")
+        return dist.PrefixStore(place, store)
+    heard, place = {}, f"meeting {me}"
+    while len(heard) < world - 1 or not all(store.check([f"{who} is in {place}"]) for who in heard.values()):
+        for n in range(1, world):
+            if store.check([asks[n]]) and (who := store.get(asks[n]).decode()) != heard.get(n):
+                heard[n] = who
+                store.set(f"answer to {who}", place)
+        time.sleep(0.01)
+    return dist.PrefixStore(place, store)
 
 
 def gather(value):

@@ -1,6 +1,7 @@
 """What the tests share: small prepared folders, and scripts called inside this process."""
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -131,3 +132,15 @@ def refused(capsys, monkeypatch):
         return line.strip()
 
     return check
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus):
+    """After `make test-faults`: what was tried and what was lost, as a table and in results/faults.json."""
+    faulty = sys.modules.get("faulty")
+    if exitstatus or not faulty or not faulty.MANY or not faulty.COUNTS:
+        return
+    runs.write_text(ROOT / "results" / "faults.json", json.dumps(faulty.COUNTS, indent=1) + "\n")
+    lines = ["", "| fault | injected | runs resumed | refused, with one sentence | bytes lost |", "|---|---|---|---|---|"]
+    lines += [f"| {row} | {n['injected']:,} | {n['resumed']:,} | {n['refused']:,} | {n['lost']:,} |"
+              for row, n in faulty.COUNTS.items()]
+    terminalreporter.write_line("\n".join(lines))

@@ -23,10 +23,24 @@ import torch
 import checkpoint
 import configurator
 import hardware
-import model
 import ranks
 import train
 from data import common
+
+MANY = "FAULTS" in os.environ  # `make test-faults`
+COUNTS = {}  # {row of the table: {"injected", "resumed", "refused", "lost"}}
+
+
+def several(few, many):
+    return many if MANY else few
+
+
+def count(row, injected=1, resumed=0, refused=0, lost=0):
+    """Add to a row of the table."""
+    numbers = COUNTS.setdefault(row, dict.fromkeys(("injected", "resumed", "refused", "lost"), 0))
+    for key, value in (("injected", injected), ("resumed", resumed), ("refused", refused), ("lost", lost)):
+        numbers[key] += value
+
 
 torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # which imports a lot, once for all processes here
 CONTEXT = None
@@ -64,8 +78,9 @@ def download(url, path, size, digest, said):
     configurator.run(lambda: common.download(url, Path(path), size, digest) and None)
 
 
-def as_rank(rank, world, port):
-    """What torchrun tells a process that it starts."""
+def as_rank(rank, world, port, kept=False):
+    """What torchrun tells a process that it starts. kept: the store at the port is torchrun's own, which outlives ranks."""
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = str(kept)
     words = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world,
              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in words.items()})
@@ -156,8 +171,8 @@ MADE = []  # models
 
 
 def remember_models():
-    new = model.new_model  # which a resumed run calls
-    model.new_model = lambda config: MADE.append(new(config)) or MADE[-1]
+    new = checkpoint.new_model  # which a resumed run calls
+    checkpoint.new_model = lambda config: MADE.append(new(config)) or MADE[-1]
 
 
 def full_for(folder, first, last):

@@ -26,12 +26,11 @@ from conftest import ROOT, call
 
 import faulty
 import plot
-import runs
 from checkpoint import PREVIOUS, check_whole, load, save
 from configurator import UserError
+from faulty import count, several
 from runs import digest
 
-MANY = "FAULTS" in os.environ
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork, and their signals")
 
 MAX, INTERVAL = 20, 5
@@ -39,30 +38,6 @@ SHAPE = ("--block_size=16", "--n_layer=1", "--n_head=2", "--n_embd=16", "--batch
          "--gradient_accumulation_steps=2", f"--eval_interval={INTERVAL}", "--eval_iters=2", "--log_interval=1", "--device=cpu",
          "--dtype=float32", f"--max_iters={MAX}")
 SAID, NUMBERS = tempfile.TemporaryDirectory(), itertools.count()  # what each process says, in files
-COUNTS = {}  # {row of the table: {"injected", "resumed", "refused", "lost"}}
-
-
-def several(few, many):
-    return many if MANY else few
-
-
-def count(row, injected=1, resumed=0, refused=0, lost=0):
-    """Add to a row of the table."""
-    numbers = COUNTS.setdefault(row, dict.fromkeys(("injected", "resumed", "refused", "lost"), 0))
-    for key, value in (("injected", injected), ("resumed", resumed), ("refused", refused), ("lost", lost)):
-        numbers[key] += value
-
-
-@pytest.fixture(scope="session", autouse=True)
-def table():
-    """The counts as results/faults.json and as Markdown, where all was tried."""
-    yield
-    if not MANY or not COUNTS:
-        return
-    runs.write_text(ROOT / "results" / "faults.json", json.dumps(COUNTS, indent=1) + "\n")
-    lines = ["| fault | injected | runs resumed | refused, with one sentence | bytes lost |", "|---|---|---|---|---|"]
-    lines += [f"| {row} | {n['injected']:,} | {n['resumed']:,} | {n['refused']:,} | {n['lost']:,} |" for row, n in COUNTS.items()]
-    print("\n\n" + "\n".join(lines))
 
 
 # ---- runs, and what one of them has lost -------------------------------------------------------

@@ -7,6 +7,7 @@ of what is its part: restarts and several nodes.
 import json
 import os
 import pickle
+import random
 import re
 import shutil
 import signal
@@ -20,16 +21,16 @@ import pytest
 import torch
 from conftest import ROOT
 
-import faulty
 import ranks
 from checkpoint import Facts, load
 from dataset import Dataset, batches
+from faulty import count, several
 from test_faults import end, program
 from test_train import log_of
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork, and their signals")
 
-MAX = 8
+MAX, ROW = 8, "SIGKILL to one of two ranks, or nodes"
 SHAPE = ("--block_size=16", "--n_layer=2", "--n_head=2", "--n_embd=16", "--batch_size=6", "--warmup_iters=2", "--eval_interval=4",
          "--eval_iters=3", "--log_interval=1", "--device=cpu", "--dtype=float32", f"--max_iters={MAX}", f"--lr_decay_iters={MAX}",
          "--learning_rate=1e-3", "--min_lr=1e-4")
@@ -280,11 +281,26 @@ def test_data_changed_for_one_rank(alone, text, tmp_path):
 
 def test_a_rank_dies(alone, text, tmp_path):
     """Without torchrun nobody starts it again; the other one says so, and the run goes on from what is saved."""
-    processes = begin(2, tmp_path / "out", text, faults=[("at_batch", (6, "die"))])
-    (code, said), (killed, _) = [end(process) for process in processes]
-    assert killed == -signal.SIGKILL and code == 2 and "another rank has ended, and with it the run" in said, said
-    fit(2, tmp_path / "out", text, "--init_from=resume")
-    assert_close(alone("text"), tmp_path / "out")
+    for batch in several((6,), range(1, MAX)):
+        out = tmp_path / str(batch)
+        (code, said), (killed, _) = [end(process) for process in begin(2, out, text, faults=[("at_batch", (batch, "die"))])]
+        assert killed == -signal.SIGKILL and code == 2 and "another rank has ended, and with it the run" in said, said
+        fit(2, out, text, "--init_from=resume")
+        assert_close(alone("text"), out)
+        count(ROW, resumed=1)
+
+
+def test_a_store_that_remembers_the_dead(alone, text, tmp_path):
+    """torchrun keeps its store when it starts ranks again: none may take a dead one's address for a living one's."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for first in (0, 1):  # each waits for the other in turn
+        processes = []
+        for rank in (first, 1 - first):
+            processes.append(program("train", f"--out_dir={tmp_path / 'out'}", f"--dataset={text}", *SHAPE,
+                                     faults=[("as_rank", (rank, 2, store.port, True))]))
+            time.sleep(0.7)
+        assert [end(process)[0] for process in processes] == [0, 0]
+        assert_close(alone("text"), tmp_path / "out")
 
 
 def test_refused(text, tmp_path):
@@ -325,13 +341,17 @@ def test_torchrun(alone, text, tmp_path):
 
 @pytest.mark.parametrize("shard", ["False", "True"])
 def test_a_rank_dies_and_comes_back(alone, text, tmp_path, monkeypatch, shard):
-    """SIGKILL to rank 1 at batch 6: torchrun starts all again, they go on from step 4, and the end is the unbroken run's."""
-    monkeypatch.setenv("DIES", f"{tmp_path}/died 1 6")
-    code, said = ended(torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=2", out=tmp_path / "out", data=text,
-                                more=[f"--shard={shard}"]))
-    assert code == 0 and (tmp_path / "died").exists() and "resume: from step 4 of 8" in said, said
-    assert not (tmp_path / "out.1").exists()
-    assert_close(alone("text"), tmp_path / "out")
+    """SIGKILL to one rank: torchrun starts all again, they go on from the checkpoint, and the end is the unbroken run's."""
+    draw = random.Random(shard)
+    for n in range(several(1, 3)):
+        rank, batch, out = draw.randrange(2), draw.randrange(1, MAX), tmp_path / str(n)
+        monkeypatch.setenv("DIES", f"{tmp_path}/died{n} {rank} {batch}")
+        code, said = ended(torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=2", out=out, data=text,
+                                    more=[f"--shard={shard}"]))
+        assert code == 0 and (tmp_path / f"died{n}").exists() and f"resume: from step {batch // 4 * 4} of 8" in said, said
+        assert not out.with_name(f"{n}.1").exists()
+        assert_close(alone("text"), out)
+        count(ROW, resumed=1)
 
 
 def test_two_nodes(alone, text, tmp_path, monkeypatch):
@@ -343,3 +363,4 @@ def test_two_nodes(alone, text, tmp_path, monkeypatch):
     ends = [ended(agent) for agent in agents]
     assert [code for code, _ in ends] == [0, 0] and "resume: from step 4 of 8" in ends[0][1] + ends[1][1], ends
     assert_close(alone("text"), tmp_path / "out")
+    count(ROW, resumed=1)
