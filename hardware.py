@@ -112,6 +112,19 @@ def autocast(device, dtype):
     return torch.autocast(device.split(":")[0], DTYPES[dtype])
 
 
+def random_state(device):
+    """The random streams that training on a device draws from, as tensors by name."""
+    state = {"random": torch.get_rng_state()}
+    return state | ({"cuda_random": torch.cuda.get_rng_state(device)} if device.startswith("cuda") else {})
+
+
+def set_random_state(device, saved):
+    """Put back what `random_state` gave, on this device or on another."""
+    torch.set_rng_state(saved["random"].cpu())
+    if device.startswith("cuda") and "cuda_random" in saved:
+        torch.cuda.set_rng_state(saved["cuda_random"].cpu(), device)
+
+
 def glibc():
     """The C library where it is glibc, whose allocator can be told what to do; else None."""
     try:

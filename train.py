@@ -304,7 +304,7 @@ def fit(folder, data, model, checkpoint, settings, peak):
     def save_last():
         tally()
         ranks.first_does(log.flush, True)  # the checkpoint must not know of a step that the log lacks
-        more = facts(scaler=scaler.state_dict(), random=ranks.gather(random_state()))
+        more = facts(scaler=scaler.state_dict(), random=ranks.gather(hardware.random_state(device)))
         save_all(folder / "ckpt.pt", more, model, optimizer, PREVIOUS)
 
     def check_finite(value, name):
@@ -356,7 +356,7 @@ def fit(folder, data, model, checkpoint, settings, peak):
                 break
             for group in optimizer.param_groups:
                 group["lr"] = rate(step)
-            random = random_state()
+            random = hardware.random_state(device)
             total, norm, read = gradients(model, forward, source, step, scaler, optimizer, positions)
             tokens += read
             if step % log_interval == 0 or device == "cpu":  # elsewhere a look at each step would make the device wait
@@ -382,25 +382,12 @@ def fit(folder, data, model, checkpoint, settings, peak):
     except (Stop, DataChanged) as reason:
         check_finite(float(total), "the training loss")
         if random:  # what was done of a step is done again
-            set_random_state(random)
+            hardware.set_random_state(device, random)
         save_last()
         if isinstance(reason, DataChanged):
             raise UserError(f"{reason}; stopped at step {state['step']}, saved: then go on with --init_from=resume")
         print(f"\nstopped at step {state['step']}, saved; go on with --init_from=resume")
         return 128 + (asked[0] if asked else signal.SIGTERM)  # which another rank was sent
-
-
-def random_state():
-    """The random streams that training draws from, as tensors by name."""
-    state = {"random": torch.get_rng_state()}
-    return state | ({"cuda_random": torch.cuda.get_rng_state(device)} if device.startswith("cuda") else {})
-
-
-def set_random_state(saved):
-    """Put back what `random_state` gave, from among other things."""
-    torch.set_rng_state(saved["random"].cpu())
-    if device.startswith("cuda") and "cuda_random" in saved:
-        torch.cuda.set_rng_state(saved["cuda_random"].cpu(), device)
 
 
 def restore(path, checkpoint, state, model, optimizer, scaler):
@@ -416,7 +403,7 @@ def restore(path, checkpoint, state, model, optimizer, scaler):
             scaler.load_state_dict(checkpoint["scaler"])
         torch.manual_seed(seed)  # of a device that the checkpoint knows nothing of
         if (before := len(checkpoint["random"])) == ranks.world:
-            set_random_state(checkpoint["random"][ranks.rank])
+            hardware.set_random_state(device, checkpoint["random"][ranks.rank])
         else:
             print(f"checkpoint: ranks were {before}, are now {ranks.world}: the same texts a step, dropout from new random streams")
             ranks.seed(seed, state["step"])

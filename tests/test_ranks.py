@@ -40,7 +40,7 @@ KINDS = {
     "uneven": ("text", ("--gradient_accumulation_steps=3", "--batch_size=5", "--grad_clip=0.2")),
     "reviews": ("reviews", ("--batch_size=3", "--eval_test=True")),
     "span": ("text", ("--attention=adaptive_attention_span", "--use_triangle_wave_masking=True", "--span_reg=1e-3",
-                      "--softness_span_mask=4", "--grad_clip=0.5")),
+                      "--softness_span_mask=4", "--grad_clip=0.5", "--gradient_accumulation_steps=2")),
     "layernorm": ("text", ("--norm=layernorm", "--bias=True", "--pos=learned", "--tie=False")),
     "bilstm": ("reviews", ("--model=bilstm", "--attention=additive", "--hidden=8")),
 }
