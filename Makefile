@@ -24,13 +24,13 @@ bench: .venv/installed
 	$(RUN) bench.py step
 	$(RUN) bench.py sample
 
-# The page opens on a model: a toy, trained in seconds where there is none yet.
-demo: .venv/installed-demo | out-sentences/best.pt
+# The page opens on models: a toy classifier and a toy language model, trained in seconds where there are none yet.
+demo: .venv/installed-demo | out-sentences/best.pt out-toy/best.pt
 	$(RUN) -m streamlit run app.py
 
-out-sentences/best.pt: | .venv/installed
-	$(RUN) data/sentences/prepare.py
-	$(RUN) train.py config/train_sentences.py
+out-sentences/best.pt out-toy/best.pt: out-%/best.pt: | .venv/installed
+	$(RUN) data/$*/prepare.py
+	$(RUN) train.py config/train_$*.py
 
 # In a real browser: Chromium, which Debian and Ubuntu have as a package.
 test-demo: .venv/installed-test-demo

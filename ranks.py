@@ -20,6 +20,7 @@ from runs import Stop, asked
 
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 local, neighbours = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine
+GONE = "onnection closed", "onnection reset", "Broken pipe", "gloo", "NCCL", "timed out"  # how torch says that a rank is no more
 
 
 @contextlib.contextmanager
@@ -46,11 +47,11 @@ def joined(device):
         torch.set_num_threads(max(1, os.cpu_count() // neighbours))
     if rank:
         sys.stdout = open(os.devnull, "w")
-    dist.init_process_group(store=meeting(next(dist.rendezvous("env://"))[0]), rank=rank, world_size=world)
     try:
+        dist.init_process_group(store=meeting(next(dist.rendezvous("env://"))[0]), rank=rank, world_size=world)
         yield device
     except RuntimeError as error:
-        if not any(words in str(error) for words in ("onnection closed", "onnection reset", "Broken pipe", "gloo", "NCCL")):
+        if not any(words in str(error) for words in GONE):
             raise
         raise UserError("another rank has ended, and with it the run; what is saved is whole: go on with --init_from=resume")
     dist.destroy_process_group()

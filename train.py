@@ -276,6 +276,7 @@ def fit(folder, data, model, checkpoint, settings, peak):
         print(f"resume: from step {state['step']} of {max_iters}")
     options = model.config.options  # those of the checkpoint, where there is one
     wandb = start_wandb(settings | options)
+
     def prepare():
         mend_log(folder / "log.jsonl", state["step"], state["evaluated"]) if checkpoint else prepare_folder(folder)
         write_text(folder / "config.json", json.dumps({

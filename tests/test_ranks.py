@@ -52,12 +52,12 @@ def free_port():
         return sock.getsockname()[1]
 
 
-def begin(world, out, data, *arguments, faults=()):
-    """The processes of a run; `faults`: of the last one."""
+def begin(world, out, data, *arguments, faults=(), of=1):
+    """The processes of a run; `faults`: of one of them."""
     line, port = [f"--out_dir={out}", f"--dataset={data}", *SHAPE, *arguments], free_port()
     if world == 1:
         return [program("train", *line, faults=faults)]
-    return [program("train", *line, faults=[("as_rank", (rank, world, port)), *(faults if rank == world - 1 else ())])
+    return [program("train", *line, faults=[("as_rank", (rank, world, port)), *(faults if rank == of else ())])
             for rank in range(world)]
 
 
@@ -103,6 +103,7 @@ def test_two_ranks_are_one(kind, alone, request, tmp_path):
     said = fit(2, tmp_path / "out", request.getfixturevalue(KINDS[kind][0]), *KINDS[kind][1])
     assert "2 ranks" in said[0] and said[1] == ""  # one rank speaks
     assert_close(alone(kind), tmp_path / "out")
+    assert log_of(alone(kind), "val")[0] == log_of(tmp_path / "out", "val")[0]  # of the same weights an evaluation is the same
     a, b = (load(folder / "ckpt.pt")[1]["optimizer"] for folder in (alone(kind), tmp_path / "out"))
     for name in a:
         for key in a[name]:
@@ -203,15 +204,16 @@ def test_other_numbers_of_ranks(alone, text, tmp_path, monkeypatch, capsys):
 
 
 def test_resumed_with_dropout_is_unbroken(text, tmp_path):
-    """Each rank's random stream is saved; and every rank has another one."""
-    arguments = ("--dropout=0.3",)
-    fit(2, tmp_path / "whole", text, *arguments)
-    fit(2, tmp_path / "cut", text, *arguments, "--max_iters=4")
-    fit(2, tmp_path / "cut", text, *arguments, "--init_from=resume")
-    one, other = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True) for name in ("whole", "cut"))
+    """Each rank's random stream is saved; and every rank has another one, also where their number changed."""
+    fit(3, tmp_path / "whole", text, "--dropout=0.3")
+    fit(3, tmp_path / "cut", text, "--dropout=0.3", "--max_iters=4")
+    shutil.copytree(tmp_path / "cut", tmp_path / "fewer")
+    fit(3, tmp_path / "cut", text, "--dropout=0.3", "--init_from=resume")
+    fit(2, tmp_path / "fewer", text, "--dropout=0.3", "--init_from=resume", "--max_iters=4")
+    one, other, fewer = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True) for name in ("whole", "cut", "fewer"))
     assert all(torch.equal(one["model"][key], other["model"][key]) for key in one["model"])
-    streams = [stream["random"] for stream in one["random"]]
-    assert len(streams) == 2 and not torch.equal(*streams)
+    for checkpoint, number in ((one, 3), (fewer, 2)):
+        assert len({stream["random"].numpy().tobytes() for stream in checkpoint["random"]}) == number
 
 
 def test_scripts_read_what_ranks_saved(text, tmp_path):
@@ -279,6 +281,22 @@ def test_data_changed_for_one_rank(alone, text, tmp_path):
     assert_close(alone("text"), tmp_path / "out")
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_disk_full_for_one_rank(alone, text, tmp_path, which):
+    """A rank cannot write its part: all say so, the checkpoint before is whole, and the run goes on from it."""
+    out = tmp_path / "out"
+    fit(2, out, text, "--shard=True", "--max_iters=4")
+    before = {path.name: path.read_bytes() for path in out.glob("ckpt.pt")}
+    processes = begin(2, out, text, "--shard=True", "--init_from=resume", faults=[("file_limit", (20_000,))], of=which)
+    ends = [end(process) for process in processes]
+    assert [code for code, _ in ends] == [2, 2], ends
+    assert all(re.search("could not write .*shards: File too large; what was there before is unchanged", said) for _, said in ends), ends
+    assert before == {path.name: path.read_bytes() for path in out.glob("ckpt.pt")}
+    fit(2, out, text, "--shard=True", "--init_from=resume")
+    assert_close(alone("text"), out)
+    count("disk full for one of two ranks", resumed=1, refused=1)
+
+
 def test_a_rank_dies(alone, text, tmp_path):
     """Without torchrun nobody starts it again; the other one says so, and the run goes on from what is saved."""
     for batch in several((6,), range(1, MAX)):
@@ -332,9 +350,24 @@ def ended(process):
     return code, process.file.read()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_torchrun_is_asked_to_stop(alone, text, tmp_path, number):
+    """As the README starts it; all ranks stop at one step, which is saved, and another torchrun ends the run."""
+    out = tmp_path / "out"
+    process = torchrun("--standalone", "--nproc_per_node=2", out=out, data=text, more=["--max_iters=1000000", "--eval_interval=1000000"])
+    while process.poll() is None and not (out / "log.jsonl").exists() or "train" not in (out / "log.jsonl").read_text():
+        time.sleep(0.05)
+    process.send_signal(number)
+    code, said = ended(process)
+    step = load(out / "ckpt.pt")[1]["state"]["step"]
+    assert code and f"stopped at step {step}, saved; go on with --init_from=resume" in said, said
+    code, said = ended(torchrun("--standalone", "--nproc_per_node=2", out=out, data=text,
+                                more=["--init_from=auto", f"--max_iters={step + 2}"]))
+    assert code == 0 and f"resume: from step {step} of {step + 2}" in said, said
+
+
 def test_torchrun(alone, text, tmp_path):
-    """As the README starts it, and SIGTERM to torchrun stops the run in order."""
-    code, said = ended(torchrun("--standalone", "--nproc_per_node=2", out=tmp_path / "out", data=text))
+    code, said = ended(torchrun("--standalone", "--nproc_per_node=2", out=tmp_path / "out", data=text, more=["--init_from=auto"]))
     assert code == 0 and "2 ranks" in said, said
     assert_close(alone("text"), tmp_path / "out")
 
