@@ -249,7 +249,7 @@ def test_sample_counts_its_tokens(settings, peer, quick):
 
 
 @pytest.mark.parametrize("arguments, says", [
-    ([], "unknown benchmark ''; there are attention, layer, sample, step"),
+    ([], "unknown benchmark ''; there are attention, layer, ranks, sample, step"),
     (["steps"], "unknown benchmark 'steps'; did you mean step"),
     (["attention", '--shapes=["1x2"]'], "expected BATCHxHEADSxTIME"),
     (["attention", "--shapes=[128]"], "expected BATCHxHEADSxTIME"),
@@ -265,6 +265,7 @@ def test_sample_counts_its_tokens(settings, peer, quick):
     (["attention", "--mechanisms=[7]", '--shapes=["1x1x16"]'], "unknown attention '7'"),
     (["attention", "--attention=sparse", '--mechanisms=["dense"]', '--shapes=["1x1x16"]'], "not both"),
     (["step", "--window=8"], "window"),
+    (["ranks"], "many ranks are to be measured: torchrun --standalone"),
     (["step", "--peer=nowhere"], "folder of a nanoGPT clone"),
     (["step", "--repeat=0"], "repeat must be at least 1"),
     (["step", "--kernel=flash"], "unknown kernel 'flash'"),

@@ -4,6 +4,7 @@ Most ranks here are processes forked from one server that has imported torch; to
 of what is its part: restarts and several nodes.
 """
 
+import io
 import json
 import os
 import pickle
@@ -25,7 +26,7 @@ import ranks
 from checkpoint import Facts, load
 from dataset import Dataset, batches
 from faulty import count, several
-from test_faults import end, program
+from test_faults import Trap, end, program
 from test_train import log_of
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork, and their signals")
@@ -162,11 +163,9 @@ def test_an_evaluation_is_shared(count, world, monkeypatch):
     assert max(map(len, dealt)) == -(-count // world)
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/net/dev"), reason="counts bytes as Linux does")
 def test_gradients_meet_once_a_step(text, tmp_path):
     """Bytes that two ranks send each other: four times the forward passes, the same messages but for one small one each."""
-    if not os.path.exists("/proc/net/dev"):
-        pytest.skip("counts bytes as Linux does")
-
     def sent(*arguments):
         """Bytes a step, between the 10th and the 40th, over this machine's own network."""
         out = tmp_path / "-".join(arguments)
@@ -178,6 +177,20 @@ def test_gradients_meet_once_a_step(text, tmp_path):
     one, four = sent("--batch_size=2"), sent("--batch_size=2", "--gradient_accumulation_steps=4")
     assert four < 1.3 * one
     assert sent("--batch_size=2", "--shard=True") > 1.3 * one  # weights, too
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/net/dev"), reason="counts bytes as Linux does")
+def test_what_ranks_send(tmp_path):
+    """For each parameter: DDP and FSDP as a ring of two does, gloo's reduce-scatter as an all-reduce."""
+    port, results = free_port(), tmp_path / "sent.json"
+    line = ("ranks", "--n_layer=2", "--n_head=2", "--n_embd=256", "--batch_size=1", "--block_size=16", "--repeat=3", "--device=cpu",
+            "--dtype=float32", f"--results={results}")
+    ends = [end(process) for process in [program("bench", *line, faults=[("as_rank", (rank, 2, port))]) for rank in range(2)]]
+    assert [code for code, _ in ends] == [0, 0] and ends[1][1] == "" and "| FSDP" in ends[0][1], ends
+    rows = json.loads(results.read_text())["rows"]
+    assert [(row["split"], row["forward passes"]) for row in rows] == [("DDP", 1), ("DDP", 4), ("FSDP", 1), ("FSDP", 4)]
+    assert [row["bytes a parameter and rank"] for row in rows] == pytest.approx([4, 4, 8, 20], rel=0.02)
+    assert [row["a ring's"] for row in rows] == [4, 4, 6, 18]
 
 
 # ---- what they save ----------------------------------------------------------------------------
@@ -242,18 +255,13 @@ def test_damaged_shards_are_refused(text, tmp_path):
     fit(1, tmp_path / "out", text, "--init_from=resume", "--max_iters=9")
 
 
-class Evil:
-    def __reduce__(self):
-        return os.system, ("touch /tmp/this-must-not-be",)
-
-
-@pytest.mark.parametrize("value", [Evil(), {"storage_meta": np.zeros(1)}, open], ids=["call", "foreign", "builtin"])
-def test_no_pickle_of_shards_runs_code(value, tmp_path):
-    path = tmp_path / "x"
-    path.write_bytes(pickle.dumps(value))
-    with open(path, "rb") as file, pytest.raises(pickle.UnpicklingError, match="which no checkpoint needs"):
-        Facts(file).load()
-    assert not os.path.exists("/tmp/this-must-not-be")
+@pytest.mark.parametrize("kind", ["trap", "foreign", "builtin"])
+def test_no_pickle_of_shards_runs_code(kind, tmp_path):
+    sprung = tmp_path / "sprung"
+    value = {"trap": Trap(sprung), "foreign": {"storage_meta": np.zeros(1)}, "builtin": open}[kind]
+    with pytest.raises(pickle.UnpicklingError, match="which no checkpoint needs"):
+        Facts(io.BytesIO(pickle.dumps(value))).load()
+    assert not sprung.exists()
 
 
 # ---- faults ------------------------------------------------------------------------------------
