@@ -359,8 +359,10 @@ def bench_ranks(rows, T):
 
         def step():
             for n in range(passes):
-                with ranks.piece(model, forward, n == passes - 1), hardware.autocast(device, dtype):
-                    (forward(x, x)[1] + model.penalty()).backward()
+                with ranks.piece(model, forward, n == passes - 1):
+                    with hardware.autocast(device, dtype):
+                        loss = forward(x, x)[1]
+                    (loss + model.penalty()).backward()
             ranks.mean_of_whole(model)
             ranks.clip(model.parameters(), 1.0)
             optimizer.step()

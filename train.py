@@ -425,8 +425,9 @@ def gradients(model, forward, source, step, scaler, optimizer, positions):
         which = step * gradient_accumulation_steps + micro, part, parts
         batch = ranks.together(source.batch, *which)
         x, y, lengths = to_device(*batch)
-        with ranks.piece(model, forward, last=(micro, part) == own[-1]), hardware.autocast(device, dtype):
-            loss = forward(x, y, lengths)[1] * source.share(*which) / gradient_accumulation_steps
+        with ranks.piece(model, forward, last=(micro, part) == own[-1]):
+            with hardware.autocast(device, dtype):
+                loss = forward(x, y, lengths)[1] * source.share(*which) / gradient_accumulation_steps
             total += loss.detach()
             # gradients become the mean over ranks, and so the sum of their losses
             scaler.scale(ranks.world * loss + model.penalty() / len(own)).backward()

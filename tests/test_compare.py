@@ -6,8 +6,6 @@ import os
 import random
 import signal
 import statistics
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -19,6 +17,7 @@ import compare
 import hardware
 import train
 from checkpoint import load
+from test_faults import end, program
 
 SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=8", "--dtype=float32", "--log_interval=50", "--device=cpu"]
 HARD = [{"text": "so good", "label": 1, "kind": "plain"}, {"text": "not so good", "label": 0, "kind": "negation"}]
@@ -223,21 +222,15 @@ def test_verdicts(a, b, verdict):
     assert compare.compare(runs, {"first": cost, "second": cost})["variants"][1]["difference"]["verdict"] == verdict
 
 
-def start(arguments):
-    return subprocess.Popen([sys.executable, "compare.py", *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_stopped_at_any_moment(text, tmp_path, how):
     """Stopped again and again and started again: the same table, to the last character."""
     def arguments(folder):
-        return settings(folder, text, amount=40, evaluations=5, results=tmp_path / folder.name / "table")
+        return settings(folder, text, amount=100, evaluations=5, results=tmp_path / folder.name / "table")
 
     whole, broken = tmp_path / "a", tmp_path / "b"
-    process = start(arguments(whole))
-    out = process.communicate()[0]
-    assert process.returncode == 0, out
+    code, said = end(program("compare", *arguments(whole)))
+    assert code == 0, said
     broken.mkdir()
     (broken / "speeds.json").write_bytes((whole / "speeds.json").read_bytes())  # times are measured once, and differ
     def written():
@@ -245,19 +238,19 @@ def test_stopped_at_any_moment(text, tmp_path, how):
 
     moment, stopped = random.Random(3), 0
     for attempt in range(60):
-        process, before = start(arguments(broken)), written()
+        process, before = program("compare", *arguments(broken)), written()
         if attempt % 4 != 1:  # most while a run goes on, some at whatever comes first
-            while process.poll() is None and written() <= before:
+            while process.is_alive() and written() <= before:
                 time.sleep(0.005)
-        time.sleep(moment.uniform(0, 0.5))
-        if process.poll() is None:
-            process.send_signal(how)
+        time.sleep(moment.uniform(0, 0.2))
+        if process.is_alive():
+            os.kill(process.pid, how)
             stopped += 1
-        out = process.communicate()[0]
-        if process.returncode == 0:
+        code, said = end(process)
+        if code == 0:
             break
-        assert process.returncode in (-how, 128 + how), out
-    assert process.returncode == 0 and stopped >= 2, (stopped, out)
+        assert code in (-how, 128 + how), said
+    assert code == 0 and stopped >= 2, (stopped, said)
     mine, other = ((folder / "table.md").read_text().replace(str(folder), "") for folder in (broken, whole))
     assert mine == other
     a, b = (json.loads((folder / "table.json").read_text()) for folder in (whole, broken))

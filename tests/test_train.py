@@ -583,6 +583,20 @@ def test_learning_rate(monkeypatch):
     assert train.rate(0) == 1.0
 
 
+def test_gradients_are_not_cast(text, tmp_path, monkeypatch):
+    """Autocast is for the forward pass alone: in the backward pass it would round the engine's float32 sums."""
+    make, seen = train.new_model, []
+
+    def watched(config):
+        model = make(config)
+        model.embedding.weight.register_hook(lambda grad: seen.append(torch.is_autocast_enabled("cpu")))
+        return model
+
+    monkeypatch.setattr(train, "new_model", watched)
+    assert not fit(tmp_path, text, "--max_iters=2", "--dtype=bfloat16")
+    assert seen == [False, False]
+
+
 def test_accumulated_gradients(text, tmp_path, monkeypatch):
     """Two halves of a batch give the step of the whole, within float32 rounding. (Two runs with 2 x 8 and 1 x 16 texts
     see different texts: batches are numbered through, and each draws its own. So the halves are cut here.)"""
