@@ -14,6 +14,9 @@ import time
 import uuid
 
 import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
 
 from configurator import UserError
 from runs import Stop, asked
@@ -32,9 +35,6 @@ def joined(device):
     if world == 1:
         yield device
         return
-    import torch
-    import torch.distributed as dist
-
     if device not in ("cpu", "cuda"):
         raise UserError(f"many ranks train on device=cpu, or on device=cuda where each has its own GPU; got {device}")
     if device == "cuda":
@@ -63,8 +63,6 @@ def meeting(store):
     torchrun keeps its store when it starts ranks again, and PyTorch 2.13 then takes what the dead ones left there for the
     living (pytorch#135712 has the history). Here each rank asks under a new name, and rank 0 answers until all have come.
     """
-    import torch.distributed as dist
-
     me, asks = uuid.uuid4().hex, [f"ask {n}" for n in range(world)]
     store.set(asks[rank], me)
     if rank:
@@ -85,8 +83,6 @@ def gather(value):
     """[value of each rank], of anything that can be pickled."""
     found = [value] * world
     if world > 1:
-        import torch.distributed as dist
-
         dist.all_gather_object(found, value)
     return found
 
@@ -100,9 +96,6 @@ def any_rank(flag):
     """Whether `flag` is true on any rank: one small message, however many there are."""
     if world == 1:
         return flag
-    import torch
-    import torch.distributed as dist
-
     found = torch.tensor(int(flag))  # on the CPU: no GPU is waited for
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return bool(found)
@@ -111,8 +104,6 @@ def any_rank(flag):
 def added(tensor):
     """The sum over ranks of a tensor on their devices, in place."""
     if world > 1:
-        import torch.distributed as dist
-
         dist.all_reduce(tensor)
     return tensor
 
@@ -164,8 +155,6 @@ def pieces(micro_batches):
 
 def seed(number, step=0):
     """Begin this rank's random stream: another one for every seed, step and rank."""
-    import torch
-
     words = np.random.SeedSequence([number, step, rank]).generate_state(2, np.uint32)
     torch.manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
 
@@ -223,9 +212,7 @@ def synchronised(model, forward):
     """What to call in training in the place of `forward` (the model, or torch.compile's of it): with DDP around it."""
     if world == 1 or is_sharded(model):
         return forward
-    from torch.nn.parallel import DistributedDataParallel
-
-    return DistributedDataParallel(forward, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    return nn.parallel.DistributedDataParallel(forward, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
 
 @contextlib.contextmanager
@@ -240,8 +227,6 @@ def piece(model, forward, last):
 def mean_of_whole(model):
     """The mean over ranks of the gradients that FSDP leaves alone: after the last piece of a step."""
     if is_sharded(model):
-        import torch.distributed as dist
-
         for p in whole_parameters(model):
             dist.all_reduce(p.grad)
             p.grad /= world
@@ -249,18 +234,15 @@ def mean_of_whole(model):
 
 def clip(parameters, most):
     """Scale gradients so that their norm, over all ranks, is at most `most`. Returns the norm before that, a tensor."""
-    import torch
-    from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-
     kinds = {}  # sharded and whole tensors do not mix
     for p in parameters:
         if p.grad is not None:
             kinds.setdefault(is_sharded(p), []).append(p)
-    norms = [get_total_norm([p.grad for p in kind]) for kind in kinds.values()]
+    norms = [nn.utils.get_total_norm([p.grad for p in kind]) for kind in kinds.values()]
     norms = [norm.full_tensor() if is_sharded(norm) else norm for norm in norms]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     for kind in kinds.values():
-        clip_grads_with_norm_(kind, most, norm)
+        nn.utils.clip_grads_with_norm_(kind, most, norm)
     return norm
 
 
