@@ -248,7 +248,7 @@ def assert_as_before(out, before):
 def test_full_disk_stops(whole, text, small_disk):
     out, draw = half_done(whole, text, small_disk / "out"), random.Random(2)
     size = (out / "ckpt.pt").stat().st_size
-    for n in range(several(2, 12)):
+    for n in range(several(3, 12)):
         before = {name: digest(open(out / name, "rb")) for name in ("ckpt.pt", PREVIOUS)}
         faulty.fill(small_disk / "ballast", draw.randint(0, int(1.1 * size)) if n else 0)
         code, said = fit(out, text, "--max_iters=11")  # an evaluation at 10, before the first step, and at the end
@@ -286,10 +286,11 @@ def test_file_limit(whole, text, tmp_path):
     """The same without a disk of one's own: no file may be longer than some bytes, drawn at random."""
     out, draw = half_done(whole, text, tmp_path / "out"), random.Random(3)
     size, least = (out / "ckpt.pt").stat().st_size, (out / "log.jsonl").stat().st_size + 1000
-    for n in range(several(2, 12)):
+    for n in range(several(3, 12)):
         before = {name: digest(open(out / name, "rb")) for name in ("ckpt.pt", PREVIOUS)}
         code, said = fit(out, text, faults=[("file_limit", (draw.randint(least, size - 1),))])
         assert code == 2 and re.search("could not write .*: File too large; what was there before is unchanged", said), said
+        assert '"step": 15, "split": "train"' not in (out / "log.jsonl").read_text()  # stopped at the first save, of step 15
         assert_as_before(out, before)
         count("disk full while saving", refused=1)
     assert_nothing_lost("disk full while saving", whole, out, text)
