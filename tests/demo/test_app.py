@@ -322,6 +322,14 @@ def test_text(page, work):
     drawn(page, 120)
 
 
+def test_more_can_be_trained(page):
+    part(page, "Text")
+    button = page.get_by_role("button", name="Train stdlib")
+    assert not button.is_visible()
+    page.get_by_text("Train another").click()
+    button.wait_for()
+
+
 def test_tokens_come_as_they_are_drawn_until_stop(page):
     part(page, "Text")
     write(page, "Tokens", "10000")
