@@ -102,7 +102,7 @@ def pick_runs(kind):
     missing = not first or not demo.kind_of(runs[first[0]])
     if missing:
         st.info("There is no trained model for this below the working folder yet. Train one here:")
-    with st.expander("Train another") if not missing and not training(kind) else contextlib.nullcontext():
+    with st.expander("Train another") if not missing and not is_training(kind) else contextlib.nullcontext():
         offer(kind)
     if not runs:
         return {}
@@ -114,7 +114,7 @@ def pick_runs(kind):
 # ---- training from the page ------------------------------------------------------------------
 
 
-def training(kind):
+def is_training(kind):
     """Whether a recipe of this kind is being trained from the page."""
     return any(job.code is None and demo.RECIPES[name][0] == kind for name, job in demo.jobs.items())
 
