@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+import hardware
 import ranks
 from configurator import UserError
 from model import GPTConfig, new_model
@@ -136,12 +137,36 @@ def have_best(path, state):
                         "from here on")
 
 
-# ---- the optimiser ----------------------------------------------------------------------------
+# ---- the optimiser, and what else a run is ----------------------------------------------------
 
 
 def optimizer_state(model, optimizer):
     """{name of the weight: AdamW's tensors by name}: alike for any order, and any number of ranks, in which weights are kept."""
     return {name: dict(optimizer.state[p]) for name, p in model.named_parameters() if p in optimizer.state}
+
+
+def restore(path, checkpoint, state, model, optimizer, scaler, seed, device, dtype):
+    """Put everything but the weights, which are loaded already, as it was when the checkpoint at `path` was saved, and say
+    what is not as it was. Raises UserError where its state is of another model."""
+    for name, now in (("device", device.split(":")[0]), ("dtype", dtype)):
+        if checkpoint.get(name, now) != now:
+            print(f"checkpoint: {name} was {checkpoint[name]!r}, is now {now!r}: the losses from here on differ by rounding, and "
+                  "with dropout by its random stream, from those of an unbroken run")
+    try:
+        state |= checkpoint["state"]
+        restore_optimizer(path, checkpoint, model, optimizer)
+        if checkpoint["scaler"]:
+            scaler.load_state_dict(checkpoint["scaler"])
+        torch.manual_seed(seed)  # of a device that the checkpoint knows nothing of
+        if (before := len(checkpoint["random"])) == ranks.world:
+            hardware.set_random_state(device, checkpoint["random"][ranks.rank])
+        else:
+            print(f"checkpoint: ranks were {before}, are now {ranks.world}: the same texts a step, dropout from new random "
+                  "streams")
+            ranks.seed(seed, state["step"])
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path} holds weights that fit and a state of the optimiser that does not ({error}); "
+                        "put the right file back")
 
 
 def restore_optimizer(path, checkpoint, model, optimizer):

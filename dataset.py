@@ -298,27 +298,3 @@ def spread(items, count=0):
 def batches(data, split, batch_size, block_size, seed=0):
     """The batches of a split, as running text or as labelled texts by what `data` is read for."""
     return (ReviewBatches if data.kind == "classify" else TextBatches)(data, split, batch_size, block_size, seed)
-
-
-def scores(p, labels):
-    """Scores of a two-class classifier as a dict of floats.
-
-    p: (N,) probability of class 1; labels: (N,) of 0 and 1. A text is said to be of class 1 where p
-    is above 1/2. auc is the chance that a text of class 1 ranks above one of class 0, ties counted
-    half (the Mann-Whitney form of the area under the ROC curve). Where a score's denominator is 0,
-    as precision's when nothing was said to be of class 1, the score is 0; auc of one class is 1/2.
-    """
-    p, labels = np.asarray(p, np.float64), np.asarray(labels) == 1
-    said = p > 0.5
-    hits, positive, negative = (said & labels).sum(), labels.sum(), (~labels).sum()
-    _, place, count = np.unique(p, return_inverse=True, return_counts=True)
-    rank = (np.cumsum(count) - (count - 1) / 2)[place]  # mean rank among equals, from 1
-    below = rank[labels].sum() - positive * (positive + 1) / 2  # pairs in the right order
-    result = {
-        "accuracy": (said == labels).mean(),
-        "f1": 2 * hits / max(1, said.sum() + positive),
-        "precision": hits / max(1, said.sum()),
-        "recall": hits / max(1, positive),
-        "auc": below / (positive * negative) if positive and negative else 0.5,
-    }
-    return {name: float(score) for name, score in result.items()}  # plain: a checkpoint holds no NumPy

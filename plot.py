@@ -309,7 +309,7 @@ def class_names(folder):
 
 def draw_confusion(predictions, classes, split, path):
     """How many texts of each class were said to be of which, a panel a run."""
-    from dataset import scores
+    from evaluation import scores
 
     rows, columns = grid(len(predictions), 4)
     fig = figure(3.2 * columns, 3.3 * rows + 0.3)
@@ -342,7 +342,7 @@ def roc(p, labels):
 
 def draw_roc(predictions, classes, split, path):
     """ROC curves of all runs, with the area under each."""
-    from dataset import scores
+    from evaluation import scores
 
     fig = figure(5, 4.9 + 0.18 * len(predictions))
     ax = fig.subplots()

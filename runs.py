@@ -130,6 +130,16 @@ def write_text(path, text):
     write_whole(path, lambda file: file.write(text.encode("utf-8")))
 
 
+def start_wandb(project, name, settings):
+    """wandb, with a run begun. Raises UserError where it is not installed."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("wandb_log=True needs the package wandb: pip install wandb")
+    wandb.init(project=project, name=name, config=settings)
+    return wandb
+
+
 class Log:
     """log.jsonl, and the terminal: one line that rewrites itself, or plain lines in a file."""
 

@@ -18,14 +18,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import evaluation
 import hardware
 import ranks
-from checkpoint import PREVIOUS, have_best, load, restore_optimizer, save_all
+from checkpoint import PREVIOUS, have_best, load, restore, save_all
 from configurator import UserError, choose, configure, run
-from dataset import DataChanged, Dataset, batches, difference, scores
+from dataset import DataChanged, Dataset, batches, difference
+from evaluation import health
 from model import GPTConfig, new_model, options_of
-from runs import (Log, SaveError, Stop, asked, clock, listen, locked, mend_log, prepare_folder, say, say_stats, write_text,
-                  write_whole)
+from runs import (Log, SaveError, Stop, asked, clock, listen, locked, mend_log, prepare_folder, say, say_stats, start_wandb,
+                  write_text, write_whole)
 
 # ---- settings: every name here is a key of the command line and of config files ---------------
 
@@ -97,57 +99,13 @@ def rate(step):
     return min_lr + falling * (learning_rate - min_lr)
 
 
-@torch.no_grad()
 def evaluate(model, data, split, count=0):
-    """(scores, p) of a split: a dict of floats, the loss in nats and what else the task is judged by; and of
-    a classifier and a whole split each text's probability of class 1, (N,), in the file's order, else None.
-
-    count: batches to look at, spread over the split; 0: all of them, in order.
-    """
-    was_training, p = model.training, None
-    model.eval()
-    source = batches(data, split, batch_size, model.config.block_size)
-    groups, found = source.groups(count), {}
-    for n in ranks.own(len(groups)):
-        x, y, lengths = to_device(*ranks.together(source.read, groups[n]))
-        with hardware.autocast(device, dtype):
-            logits, loss = model(x, y, lengths)
-        found[n] = loss.item(), (y != -1).sum().item(), *(
-            (torch.softmax(logits.float(), -1)[:, -1].tolist(), y.tolist()) if data.kind == "classify" else ([], []))
-    model.train(was_training)
-    every = {n: part for one in ranks.gather(found) for n, part in one.items()}
-    losses, counts, said, truth = zip(*(every[n] for n in range(len(groups))))  # in order: the same sum for any number of ranks
-    result = {"loss": sum(loss * n for loss, n in zip(losses, counts)) / sum(counts)}
-    if data.kind == "classify":
-        said = np.array(sum(said, []), np.float32)
-        result |= scores(said, np.array(sum(truth, [])))
-        if not count:
-            p = np.empty_like(said)
-            p[source.by_length] = said
-    elif data.bytes_per_token(split):
-        result["bits_per_byte"] = result["loss"] / math.log(2) / data.bytes_per_token(split)
-    return result, p
+    """See evaluation.py."""
+    return evaluation.evaluate(model, data, split, batch_size, device, dtype, count)
 
 
 def to_device(*tensors):
     return [t if t is None else t.to(device, non_blocking=True) for t in tensors]
-
-
-def start_wandb(settings):
-    if not wandb_log or ranks.rank:
-        return None
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("wandb_log=True needs the package wandb: pip install wandb")
-    wandb.init(project=wandb_project, name=wandb_run_name or out_dir, config=settings)
-    return wandb
-
-
-def health(model):
-    """What a record of an evaluation says of the mechanisms: each layer's stats, and FLOP to train on a token."""
-    stats = [attention.stats() for attention in model.attentions()]
-    return {"stats": stats, "work_per_token": model.work_per_token(model.config.block_size)}
 
 
 def check(settings):
@@ -248,6 +206,8 @@ def main(arguments=None):
         if init_from == "auto" or init_from == "scratch" and ranks.restarted(folder):
             init_from = "resume" if (folder / "ckpt.pt").exists() else "scratch"
         model, checkpoint = build(data, settings, options)
+        if dtype == "auto" and checkpoint and checkpoint.get("device") == device.split(":")[0]:
+            dtype = checkpoint["dtype"]  # as it was, whatever this machine's other work makes of the rates now
         dtype = ranks.gather(hardware.pick_dtype(dtype, device))[0]
         peak = ranks.total(hardware.matmul_rate(device, dtype))
         kernels = {mechanism.choose_kernel(device) for mechanism in model.attentions()}
@@ -271,11 +231,11 @@ def fit(folder, data, model, checkpoint, settings, peak):
     if ranks.rank:
         ranks.seed(seed)  # each rank has dropout of its own
     if checkpoint:
-        restore(folder / "ckpt.pt", checkpoint, state, model, optimizer, scaler)
+        restore(folder / "ckpt.pt", checkpoint, state, model, optimizer, scaler, seed, device, dtype)
         have_best(folder / "best.pt", state)
         print(f"resume: from step {state['step']} of {max_iters}")
     options = model.config.options  # those of the checkpoint, where there is one
-    wandb = start_wandb(settings | options)
+    wandb = start_wandb(wandb_project, wandb_run_name or out_dir, settings | options) if wandb_log and ranks.rank == 0 else None
 
     def prepare():
         mend_log(folder / "log.jsonl", state["step"], state["evaluated"]) if checkpoint else prepare_folder(folder)
@@ -376,8 +336,8 @@ def fit(folder, data, model, checkpoint, settings, peak):
                 left = state["seconds"] / (step + 1) * (max_iters - step - 1)
                 record = {"step": step, "split": "train", "loss": float(total), "lr": rate(step), "grad_norm": float(norm),
                           "tokens_per_second": speed, "matmul_share": share, "seconds": state["seconds"]}
-                may_fail(ranks.first_does, log, record, f"step {step}/{max_iters}: loss {record['loss']:.4f}, {speed:,.0f} tokens/s, "
-                         f"{share:.0%} of the matmul rate, {clock(left)} left")
+                text = f"step {step}/{max_iters}: loss {record['loss']:.4f}, {speed:,.0f} tokens/s, "
+                may_fail(ranks.first_does, log, record, text + f"{share:.0%} of the matmul rate, {clock(left)} left")
         state["seconds"] = time.perf_counter() - began
         finish(data, folder, log, state)
     except (Stop, DataChanged) as reason:
@@ -389,28 +349,6 @@ def fit(folder, data, model, checkpoint, settings, peak):
             raise UserError(f"{reason}; stopped at step {state['step']}, saved: then go on with --init_from=resume")
         print(f"\nstopped at step {state['step']}, saved; go on with --init_from=resume")
         return 128 + (asked[0] if asked else signal.SIGTERM)  # which another rank was sent
-
-
-def restore(path, checkpoint, state, model, optimizer, scaler):
-    """Put everything but the weights, which are loaded already, as it was when the checkpoint at `path` was saved."""
-    for name, now in (("device", device.split(":")[0]), ("dtype", dtype)):
-        if checkpoint.get(name, now) != now:
-            print(f"checkpoint: {name} was {checkpoint[name]!r}, is now {now!r}: the losses from here on differ by rounding, and "
-                  "with dropout by its random stream, from those of an unbroken run")
-    try:
-        state |= checkpoint["state"]
-        restore_optimizer(path, checkpoint, model, optimizer)
-        if checkpoint["scaler"]:
-            scaler.load_state_dict(checkpoint["scaler"])
-        torch.manual_seed(seed)  # of a device that the checkpoint knows nothing of
-        if (before := len(checkpoint["random"])) == ranks.world:
-            hardware.set_random_state(device, checkpoint["random"][ranks.rank])
-        else:
-            print(f"checkpoint: ranks were {before}, are now {ranks.world}: the same texts a step, dropout from new random streams")
-            ranks.seed(seed, state["step"])
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{path} holds weights that fit and a state of the optimiser that does not ({error}); "
-                        "put the right file back")
 
 
 def gradients(model, forward, source, step, scaler, optimizer, positions):
@@ -444,7 +382,8 @@ def announce(model, x, y, lengths):
     N, T, words = model.parameter_count(), x.size(1), ""
     if not ranks.is_sharded(model):
         with hardware.autocast(device, dtype):
-            activations = model.activation_bytes(*to_device(x, y, lengths)) * batch_size / ranks.pieces(gradient_accumulation_steps)[0]
+            activations = model.activation_bytes(*to_device(x, y, lengths)) * batch_size
+            activations /= ranks.pieces(gradient_accumulation_steps)[0]
         words = f", {activations / 2**20:,.0f} MiB of activations in a forward pass"
     print(f"{N:,} parameters, {model.work_per_token(T) / 1e6:,.1f} MFLOP to train on a token of {T}, {16 * N / 2**20:,.0f} MiB "
           f"of weights, gradients and AdamW{words}")

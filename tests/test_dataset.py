@@ -11,7 +11,8 @@ from conftest import review, tokens_of, write_bytes, write_reviews
 from hypothesis import given, settings, strategies
 
 from configurator import UserError
-from dataset import Dataset, ReviewBatches, TextBatches, batches, scores, spread
+from dataset import Dataset, ReviewBatches, TextBatches, batches, spread
+from evaluation import scores
 
 
 class Given:

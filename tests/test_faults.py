@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, call
+from conftest import ROOT, Trap, call
 
 import faulty
 import plot
@@ -379,16 +379,6 @@ def test_checkpoints_of_earlier_versions(whole, tmp_path):
     assert unseen  # so the check is needed
 
 
-class Trap:
-    """Makes a file where it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_foreign_checkpoints(whole, text, reviews, tmp_path):
     """Of another model, of other data, weights without a state, and pickles that would run code."""
@@ -489,7 +479,8 @@ def test_data_rewritten_as_it_was(whole, text, tmp_path, data):
 # ---- numbers that are none ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where, said", [("loss", "the training loss is nan"), ("gradient", "the norm of the gradient is (nan|inf)")])
+@pytest.mark.parametrize("where, said", [("loss", "the training loss is nan"),
+                                         ("gradient", "the norm of the gradient is (nan|inf)")])
 def test_not_finite(whole, text, tmp_path, where, said):
     for step in several((12,), (11, 13, 15, 17, 19)):
         out = half_done(whole, text, tmp_path / str(step))

@@ -186,7 +186,7 @@ def test_roc_of_known_predictions():
     assert np.allclose(false, [0, 0, 0.5, 0.5, 1]) and np.allclose(true, [0, 1 / 3, 2 / 3, 1, 1])
     random = np.random.default_rng(0)
     p, labels = random.integers(0, 30, 400) / 30, random.random(400) < 0.4
-    from dataset import scores
+    from evaluation import scores
 
     false, true = plot.roc(p, labels)
     assert (np.diff(true) * (false[1:] + false[:-1]) / 2).sum() == pytest.approx(1 - scores(p, labels)["auc"], abs=1e-12)

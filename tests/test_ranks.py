@@ -20,13 +20,13 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, Trap
 
 import ranks
 from checkpoint import Facts, load
 from dataset import Dataset, batches
 from faulty import count, several
-from test_faults import Trap, end, program
+from test_faults import end, program
 from test_train import log_of
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork, and their signals")
@@ -183,8 +183,8 @@ def test_gradients_meet_once_a_step(text, tmp_path):
 def test_what_ranks_send(tmp_path):
     """For each parameter: DDP and FSDP as a ring of two does, gloo's reduce-scatter as an all-reduce."""
     port, results = free_port(), tmp_path / "sent.json"
-    line = ("ranks", "--n_layer=2", "--n_head=2", "--n_embd=256", "--batch_size=1", "--block_size=16", "--repeat=3", "--device=cpu",
-            "--dtype=float32", f"--results={results}")
+    line = ("ranks", "--n_layer=2", "--n_head=2", "--n_embd=256", "--batch_size=1", "--block_size=16", "--repeat=3",
+            "--device=cpu", "--dtype=float32", f"--results={results}")
     ends = [end(process) for process in [program("bench", *line, faults=[("as_rank", (rank, 2, port))]) for rank in range(2)]]
     assert [code for code, _ in ends] == [0, 0] and ends[1][1] == "" and "| FSDP" in ends[0][1], ends
     rows = json.loads(results.read_text())["rows"]
@@ -202,7 +202,8 @@ def test_other_numbers_of_ranks(alone, text, tmp_path, monkeypatch, capsys):
         out, steps = tmp_path / first, iter((2, 4, 6, 7, 8))
         fit(2, out, text, f"--shard={first}", f"--max_iters={next(steps)}", "--eval_interval=1")
         for world, shard in ((1, "False"), (3, "True"), (2, "True"), (2, "False")):
-            said = fit(world, out, text, f"--shard={shard}", f"--max_iters={next(steps)}", "--init_from=resume", "--eval_interval=1")[0]
+            said = fit(world, out, text, f"--shard={shard}", f"--max_iters={next(steps)}", "--init_from=resume",
+                       "--eval_interval=1")[0]
             assert "resume: from step" in said
             if world != 2:
                 assert re.search(rf"ranks were \d, are now {world}: the same texts a step", said), said
@@ -299,7 +300,8 @@ def test_a_disk_full_for_one_rank(alone, text, tmp_path, which):
     processes = begin(2, out, text, "--shard=True", "--init_from=resume", faults=[("file_limit", (20_000,))], of=which)
     ends = [end(process) for process in processes]
     assert [code for code, _ in ends] == [2, 2], ends
-    assert all(re.search("could not write .*shards: File too large; what was there before is unchanged", said) for _, said in ends), ends
+    wanted = "could not write .*shards: File too large; what was there before is unchanged"
+    assert all(re.search(wanted, said) for _, said in ends), ends
     assert before == {path.name: path.read_bytes() for path in out.glob("ckpt.pt")}
     fit(2, out, text, "--shard=True", "--init_from=resume")
     assert_close(alone("text"), out)
@@ -363,7 +365,8 @@ def ended(process):
 def test_torchrun_is_asked_to_stop(alone, text, tmp_path, number):
     """As the README starts it; all ranks stop at one step, which is saved, and another torchrun ends the run."""
     out = tmp_path / "out"
-    process = torchrun("--standalone", "--nproc_per_node=2", out=out, data=text, more=["--max_iters=1000000", "--eval_interval=1000000"])
+    process = torchrun("--standalone", "--nproc_per_node=2", out=out, data=text,
+                       more=["--max_iters=1000000", "--eval_interval=1000000"])
     while process.poll() is None and not (out / "log.jsonl").exists() or "train" not in (out / "log.jsonl").read_text():
         time.sleep(0.05)
     process.send_signal(number)

@@ -11,7 +11,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import ROOT, call
+from conftest import ROOT, Trap, call
 from hypothesis import given, settings, strategies
 
 import sample
@@ -256,16 +256,6 @@ def test_line_ends_written_as_html(judge, shown):
 
 
 # ---- what is refused ---------------------------------------------------------------------------
-
-
-class Trap:
-    """Makes a file where it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

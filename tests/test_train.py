@@ -24,7 +24,8 @@ import sample
 import train
 from checkpoint import load
 from configurator import UserError, run
-from dataset import Dataset, TextBatches, batches, scores
+from dataset import Dataset, TextBatches, batches
+from evaluation import scores
 
 SMALL = ("--block_size=16", "--n_layer=2", "--n_head=2", "--n_embd=16", "--batch_size=4", "--warmup_iters=2",
          "--eval_interval=5", "--eval_iters=2", "--log_interval=1", "--device=cpu", "--dtype=float32")
@@ -155,6 +156,15 @@ def test_resume_with_more_steps(folder, tmp_path):
     assert sum(record.get("whole", False) for record in log_of(tmp_path / "cut")) == 1
     assert not fit(tmp_path / "cut", folder, *HARD, "--init_from=resume")
     assert_same_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_resume_keeps_the_precision(text, tmp_path, monkeypatch):
+    """Rates are measured, and another moment may give others: what `auto` chose stays."""
+    assert not fit(tmp_path / "out", text, "--max_iters=2", "--dtype=auto")
+    monkeypatch.setattr(hardware, "matmul_rate", lambda device, dtype: 1e9 if dtype == "float32" else 9e9)
+    assert not fit(tmp_path / "new", text, "--max_iters=2", "--dtype=auto")
+    assert not fit(tmp_path / "out", text, "--max_iters=4", "--dtype=auto", "--init_from=resume")
+    assert [torch.load(tmp_path / name / "ckpt.pt")["dtype"] for name in ("new", "out")] == ["bfloat16", "float32"]
 
 
 def test_resume_at_the_end_changes_nothing(text, tmp_path):
