@@ -279,7 +279,7 @@ def fit(folder, data, model, checkpoint, settings, peak):
         positions.clear()
         state["work"] += ranks.total(done)
 
-    def evaluation():
+    def validate():
         """Validation, the log's line of it, and the checkpoints."""
         tally()
         result, _ = evaluate(model, data, "val", eval_iters)
@@ -308,7 +308,7 @@ def fit(folder, data, model, checkpoint, settings, peak):
             step = state["step"]
             if (step % eval_interval == 0 or step >= max_iters) and state["evaluated"] != step:
                 before = time.perf_counter()
-                evaluation()
+                validate()
                 since += time.perf_counter() - before  # speed is training's alone
             if patience and state["worse"] >= patience:
                 print(f"\nno better validation in {patience} evaluations: stopped")
