@@ -310,7 +310,7 @@ def test_a_disk_full_for_one_rank(alone, text, tmp_path, which):
 
 def test_a_rank_dies(alone, text, tmp_path):
     """Without torchrun nobody starts it again; the other one says so, and the run goes on from what is saved."""
-    for batch in several((6,), range(1, MAX)):
+    for batch in several((6,), (1, 4, 6)):
         out = tmp_path / str(batch)
         (code, said), (killed, _) = [end(process) for process in begin(2, out, text, faults=[("at_batch", (batch, "die"))])]
         assert killed == -signal.SIGKILL and code == 2 and "another rank has ended, and with it the run" in said, said
@@ -388,7 +388,7 @@ def test_torchrun(alone, text, tmp_path):
 def test_a_rank_dies_and_comes_back(alone, text, tmp_path, monkeypatch, shard):
     """SIGKILL to one rank: torchrun starts all again, they go on from the checkpoint, and the end is the unbroken run's."""
     draw = random.Random(shard)
-    for n in range(several(1, 3)):
+    for n in range(several(1, 2)):
         rank, batch, out = draw.randrange(2), draw.randrange(1, MAX), tmp_path / str(n)
         monkeypatch.setenv("DIES", f"{tmp_path}/died{n} {rank} {batch}")
         code, said = ended(torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=2", out=out, data=text,
