@@ -9,7 +9,6 @@ times that, and no run is judged by what else the machine did meanwhile.
 """
 
 import json
-import math
 import shlex
 import shutil
 import sys
@@ -17,7 +16,6 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-import mpmath  # comes with torch; scipy.stats takes the file sparse.py beside this one for a package of that name, and fails
 import numpy as np
 import torch
 
@@ -31,6 +29,7 @@ from plot import read_log
 from ranks import leave_if_asked
 from runs import Stop, asked, clock, locked, write_text
 from sample import encode, predict
+from significance import LEVEL, chance, holm, interval, mcnemar, standard_error
 from tokenizer import Tokenizer
 
 TRAIN = plain_values(vars(train))  # its defaults, before any run has changed them
@@ -50,7 +49,6 @@ prompts = []  # of language models: what is likeliest to come next is told
 resamples = 2000  # of the bootstrap
 
 SCORES = {"bits_per_byte": -1, "accuracy": 1, "f1": 1, "precision": 1, "recall": 1, "auc": 1, "loss": -1}  # 1: more is better
-LEVEL = 0.05  # of a verdict; intervals hold 1 - LEVEL
 
 
 class Variant(NamedTuple):
@@ -234,45 +232,12 @@ def continue_prompts(model, tokenizer):
 # ---- statistics --------------------------------------------------------------------------------
 
 
-def chance(t, df):
-    """The chance that Student's t with `df` degrees of freedom is at least t away from 0."""
-    return float(mpmath.betainc(df / 2, 0.5, 0, df / (df + t * t), regularized=True))
-
-
-def interval(mean, error, count):
-    """{"mean", "low", "high"} by Student's t for `count` seeds and a standard error."""
-    low, high = 0.0, 1e4
-    for _ in range(80):  # halve: the t that is exceeded with the chance LEVEL
-        t = (low + high) / 2
-        low, high = (t, high) if chance(t, count - 1) > LEVEL else (low, t)
-    return {"mean": float(mean), "low": float(mean - t * error), "high": float(mean + t * error)}
-
-
-def mcnemar(a, b):
-    """The p-value of McNemar's exact test: a texts that only one model, b that only the other tells right."""
-    tail = sum(math.comb(a + b, k) for k in range(min(a, b) + 1))
-    return min(1.0, 2 * tail / 2 ** (a + b))
-
-
 def right_answers(variant, seed):
     """Whether each text of the split that was judged is told right, (N,)."""
     folder = Path(out_dir) / f"{slug(variant)}-{seed}"
     path = next(p for p in (folder / "predictions-test.npz", folder / "predictions-val.npz") if p.exists())
     with np.load(path) as found:
         return (found["p"] > 0.5) == (found["label"] == 1)
-
-
-def standard_error(difference, random):
-    """Of the mean of a difference (seeds,) or (seeds, texts), by a bootstrap over both: resampled means, widened
-    by sqrt(n / (n - 1)) since n seeds drawn from n vary too little. Of seeds alone it is the one of a paired t-test."""
-    n = len(difference)
-    if difference.ndim == 1:
-        return difference.std(ddof=1) / math.sqrt(n)
-    means, texts = [], difference.shape[1]
-    for _ in range(resamples):
-        drawn = np.bincount(random.integers(texts, size=texts), minlength=texts).astype(np.float32)
-        means.append((difference @ drawn)[random.integers(n, size=n)].mean() / texts)
-    return np.std(means) * math.sqrt(n / (n - 1))
 
 
 def held_against(first, runs, score, kind):
@@ -286,19 +251,10 @@ def held_against(first, runs, score, kind):
         difference = right[:, 1].astype(np.float32) - right[:, 0]
         only = [[int((a & ~b).sum()), int((b & ~a).sum())] for a, b in right]
         found["mcnemar"] = [{"only_first": a, "only_this": b, "p": mcnemar(a, b)} for a, b in only]
-    error = standard_error(difference, np.random.default_rng(0))
+    error = standard_error(difference, np.random.default_rng(0), resamples)
     mean = float(means.mean())
     p = chance(mean / error, len(pairs) - 1) if error > 0 else float(mean == 0)
     return {**interval(mean, error, len(pairs)), "p": p, **found}
-
-
-def holm(values):
-    """Holm's step-down correction of p-values (Holm 1979)."""
-    corrected, least = [0.0] * len(values), 0.0
-    for rank, n in enumerate(sorted(range(len(values)), key=values.__getitem__)):
-        least = max(least, min(1.0, values[n] * (len(values) - rank)))
-        corrected[n] = least
-    return corrected
 
 
 def compare(found, costs):
@@ -313,7 +269,7 @@ def compare(found, costs):
                "kept_share": mean("kept_share"), "scores": {}, "difference": None}
         for s in runs[0]["scores"]:
             values = np.array([r["scores"][s] for r in runs])
-            row["scores"][s] = interval(values.mean(), standard_error(values, None), len(runs))
+            row["scores"][s] = interval(values.mean(), standard_error(values), len(runs))
         if "train_curve" in runs[0]:
             row["train_first"], row["train_last"] = (float(np.mean([r["train_curve"][n][1] for r in runs])) for n in (1, -1))
             row["spread"] = float(np.mean([np.std([v for _, v in r["curve"][1:]], ddof=1) for r in runs]))

@@ -15,6 +15,7 @@ from conftest import ROOT, call
 
 import compare
 import hardware
+import significance
 import train
 from checkpoint import load
 from test_faults import end, program
@@ -173,32 +174,34 @@ def test_reviews(reviews, tmp_path, timed):
 def test_bootstrap_against_formulas():
     """Over texts alone, over seeds alone, and over both the error is what the variances add up to."""
     random = np.random.default_rng(5)
-    compare_error = lambda x: compare.standard_error(x.astype(np.float32), np.random.default_rng(1))  # noqa: E731
+    def compare_error(x):
+        return significance.standard_error(x.astype(np.float32), np.random.default_rng(1), 2000)
+
     texts = np.tile(random.choice([-1, 0, 1], 4000), (6, 1))  # seeds agree
     assert compare_error(texts) == pytest.approx(texts[0].std() / 4000**0.5 * (6 / 5) ** 0.5, rel=0.05)
     seeds = np.tile(random.normal(size=(6, 1)), (1, 4000))  # texts agree
     assert compare_error(seeds) == pytest.approx(seeds[:, 0].std(ddof=1) / 6**0.5, rel=0.05)
     assert compare_error(seeds + texts) == pytest.approx(math.hypot(compare_error(seeds), compare_error(texts)), rel=0.05)
     one = np.array([0.1, 0.3, -0.2, 0.4])
-    assert compare.standard_error(one, None) == pytest.approx(statistics.stdev(one) / 2)
+    assert significance.standard_error(one) == pytest.approx(statistics.stdev(one) / 2)
 
 
 @pytest.mark.parametrize("df, t", [(1, 12.70620), (2, 4.302653), (5, 2.570582), (11, 2.200985)])
 def test_student(df, t):
     """Against the tables: 5 % lie outside."""
-    assert compare.chance(t, df) == pytest.approx(0.05, abs=1e-6) and compare.chance(-t, df) == compare.chance(t, df)
-    assert compare.interval(1, 2, df + 1)["high"] == pytest.approx(1 + 2 * t, rel=1e-5)
-    assert compare.chance(0, df) == 1
+    assert significance.chance(t, df) == pytest.approx(0.05, abs=1e-6) and significance.chance(-t, df) == significance.chance(t, df)
+    assert significance.interval(1, 2, df + 1)["high"] == pytest.approx(1 + 2 * t, rel=1e-5)
+    assert significance.chance(0, df) == 1
 
 
 def test_mcnemar():
-    assert compare.mcnemar(0, 0) == compare.mcnemar(5, 5) == 1 and compare.mcnemar(0, 6) == compare.mcnemar(6, 0) == 2 / 64
-    assert compare.mcnemar(1, 7) == compare.mcnemar(7, 1) == 2 * (1 + 8) / 256
+    assert significance.mcnemar(0, 0) == significance.mcnemar(5, 5) == 1 and significance.mcnemar(0, 6) == significance.mcnemar(6, 0) == 2 / 64
+    assert significance.mcnemar(1, 7) == significance.mcnemar(7, 1) == 2 * (1 + 8) / 256
 
 
 def test_holm():
-    assert compare.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert compare.holm([0.5, 0.9]) == [1.0, 1.0] and compare.holm([]) == []
+    assert significance.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert significance.holm([0.5, 0.9]) == [1.0, 1.0] and significance.holm([]) == []
 
 
 def test_intervals_hold_the_truth():
@@ -206,7 +209,7 @@ def test_intervals_hold_the_truth():
     random, held = np.random.default_rng(2), 0
     for _ in range(400):
         values = 0.3 + random.normal(size=4)
-        found = compare.interval(values.mean(), compare.standard_error(values, None), 4)
+        found = significance.interval(values.mean(), significance.standard_error(values), 4)
         held += found["low"] <= 0.3 <= found["high"]
     assert 0.92 < held / 400 < 0.98
 
