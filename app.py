@@ -24,10 +24,10 @@ import hardware
 import heat
 import plot
 import sample
-import runs
 from configurator import Text, UserError, typed
 from model import GPT, GPTConfig, mechanism, mechanisms
 from pattern import draw_pattern, patterns
+from runs import say, say_stats
 from tokenizer import UNKNOWN
 
 HERE = Path(__file__).resolve().parent
@@ -397,7 +397,7 @@ def health(records):
         place[3].metric("Norm of the gradient", f"{record['grad_norm']:.2f}")
     for (split, best), record in last.items():
         scores = {key: record[key] for key in (*plot.SCORES, "f1", "precision", "recall", "auc") if key in record}
-        said = runs.say(scores) + runs.say_stats(record.get("stats", []))
+        said = say(scores) + say_stats(record.get("stats", []))
         st.text(f"{split}{', whole, best weights' * best}, step {record['step']}: {said}")
 
 

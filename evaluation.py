@@ -32,8 +32,8 @@ def evaluate(model, data, split, batch_size, device, dtype, count=0):
     losses, counts, said, truth = zip(*(every[n] for n in range(len(groups))))  # in order: the same sum for any number of ranks
     result = {"loss": sum(loss * n for loss, n in zip(losses, counts)) / sum(counts)}
     if data.kind == "classify":
-        said = np.array(sum(said, []), np.float32)
-        result |= scores(said, np.array(sum(truth, [])))
+        said = np.concatenate(said).astype(np.float32)
+        result |= scores(said, np.concatenate(truth))
         if not count:
             p = np.empty_like(said)
             p[source.by_length] = said

@@ -1,17 +1,20 @@
-"""Processes in which something goes wrong, for test_faults.py: real ones, forked from a server that has imported torch once.
+"""Processes in which something goes wrong, for the tests: real ones, forked from a server that has imported torch once.
 
 A fault is a function of this file, which is called in the new process before the script's main.
 """
 
 import contextlib
+import functools
 import importlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -43,7 +46,7 @@ def count(row, injected=1, resumed=0, refused=0, lost=0):
 
 
 torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # which imports a lot, once for all processes here
-CONTEXT = None
+CONTEXT, NUMBERS = None, itertools.count()
 
 
 def start(function, *arguments):
@@ -57,6 +60,33 @@ def start(function, *arguments):
     process = CONTEXT.Process(target=globals()[function], args=arguments, daemon=True)
     process.start()
     return process
+
+
+@functools.cache
+def said_folder():
+    return tempfile.TemporaryDirectory()
+
+
+def said_file():
+    """A new file's path, for what a process says."""
+    return Path(said_folder().name) / str(next(NUMBERS))
+
+
+def program(name, *arguments, faults=(), said=None):
+    """A process of a script; `said`: the file for its output."""
+    said = said or said_file()
+    process = start("script", name, arguments, str(said), faults)
+    process.said = said
+    return process
+
+
+def end(process, seconds=600):
+    """(exit code, what it said), never with a traceback."""
+    process.join(seconds)
+    assert process.exitcode is not None, "it goes on and on"
+    text = process.said.read_text("utf-8") if process.said.exists() else ""
+    assert "Traceback" not in text, text
+    return process.exitcode, text
 
 
 def script(name, arguments, said, faults=()):

@@ -18,7 +18,7 @@ import hardware
 import significance
 import train
 from checkpoint import load
-from test_faults import end, program
+from faulty import end, program
 
 SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=8", "--dtype=float32", "--log_interval=50", "--device=cpu"]
 HARD = [{"text": "so good", "label": 1, "kind": "plain"}, {"text": "not so good", "label": 0, "kind": "negation"}]

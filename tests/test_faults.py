@@ -4,7 +4,6 @@
 """
 
 import hashlib
-import itertools
 import json
 import os
 import pickle
@@ -14,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,7 +26,7 @@ import faulty
 import plot
 from checkpoint import PREVIOUS, check_whole, load, save
 from configurator import UserError
-from faulty import count, several
+from faulty import count, end, program, said_file, several
 from runs import digest
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork, and their signals")
@@ -37,7 +35,6 @@ MAX, INTERVAL = 20, 5
 SHAPE = ("--block_size=16", "--n_layer=1", "--n_head=2", "--n_embd=16", "--batch_size=4", "--warmup_iters=2", "--dropout=0.2",
          "--gradient_accumulation_steps=2", f"--eval_interval={INTERVAL}", "--eval_iters=2", "--log_interval=1", "--device=cpu",
          "--dtype=float32", f"--max_iters={MAX}")
-SAID, NUMBERS = tempfile.TemporaryDirectory(), itertools.count()  # what each process says, in files
 
 
 # ---- runs, and what one of them has lost -------------------------------------------------------
@@ -51,23 +48,6 @@ def begin(out, data, *arguments, faults=(), said=None):
     """A process of train.py that goes on from out/ckpt.pt, or begins where there is none."""
     resume = ["--init_from=resume"] * (out / "ckpt.pt").exists()
     return program("train", *line(out, data, *resume, *arguments), faults=faults, said=said)
-
-
-def program(name, *arguments, faults=(), said=None):
-    """A process of a script; `said`: the file for its output."""
-    said = said or Path(SAID.name) / str(next(NUMBERS))
-    process = faulty.start("script", name, arguments, str(said), faults)
-    process.said = said
-    return process
-
-
-def end(process, seconds=600):
-    """(exit code, what it said), never with a traceback."""
-    process.join(seconds)
-    assert process.exitcode is not None, "it goes on and on"
-    text = process.said.read_text("utf-8") if process.said.exists() else ""
-    assert "Traceback" not in text, text
-    return process.exitcode, text
 
 
 def fit(out, data, *arguments, faults=()):
@@ -614,7 +594,7 @@ def test_downloads(server, tmp_path):
     draw, path, part = random.Random(8), tmp_path / "a.zip", tmp_path / "a.zip.part"
 
     def get(where, size=len(BODY)):
-        said = Path(SAID.name) / str(next(NUMBERS))
+        said = said_file()
         process = faulty.start("download", f"{server}/{where}", str(path), size, DIGEST, str(said))
         process.said = said
         return process

@@ -1,7 +1,6 @@
 """Whatever a user can give, on the command line or in a file, ends in a result or in one sentence and exit code 2."""
 
 import json
-import os
 import sys
 
 import pytest
@@ -15,10 +14,10 @@ import sample
 import train
 from configurator import UserError, plain_values, run
 from dataset import Dataset, batches
+from faulty import several
 from model import mechanisms, options_of
 from tokenizer import UNKNOWN
 
-MANY = "FAULTS" in os.environ
 pytestmark = pytest.mark.usefixtures("quick")
 BASE = ("--max_iters=0", "--block_size=8", "--n_layer=1", "--n_head=2", "--n_embd=8", "--batch_size=2", "--eval_iters=1",
         "--device=cpu", "--dtype=float32")
@@ -26,7 +25,7 @@ BASE = ("--max_iters=0", "--block_size=8", "--n_layer=1", "--n_head=2", "--n_emb
 
 def tried(few, many):
     """How often; the same cases each time, whatever is in hypothesis' memory."""
-    return settings(max_examples=many if MANY else few, deadline=None, derandomize=True, database=None,
+    return settings(max_examples=several(few, many), deadline=None, derandomize=True, database=None,
                     suppress_health_check=list(HealthCheck))
 
 

@@ -25,8 +25,7 @@ from conftest import ROOT, Trap
 import ranks
 from checkpoint import Facts, load
 from dataset import Dataset, batches
-from faulty import count, several
-from test_faults import end, program
+from faulty import count, end, program, several
 from test_train import log_of
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork, and their signals")
