@@ -9,18 +9,18 @@ Periodic masking multiplies m by a wave with a learned period p and ratio r, A =
 
     w(d) = clamp(A tri(d / p) + o + 1/2, 0, 1)        tri(0) = 1, tri(1/2) = -1
 
-d = i - j; in classifiers |i - j|. python adaptive_attention_span.py draws it.
+d = i - j; in classifiers |i - j|. `python attention.py adaptive_attention_span` draws it.
 """
 
-import itertools
 import math
 
 import torch
 import torch.nn as nn
 
 import attention
-from attention import Block
-from configurator import UserError, choose
+import blocks
+from blocks import Block
+from configurator import UserError, choose, shown
 
 softness_span_mask = 32  # R, positions in which the mask falls from 1 to 0: so that a span has a gradient
 span_reg = 2e-6  # loss for each position of the mean span, as in the paper: little, for spans that help
@@ -33,6 +33,9 @@ ratio_init_triangle_wave_masking = 0.0  # first r of every head, between -1/4 an
 triangle_wave_harmonics = 5  # tri as its Fourier series up to here, smoother in p; 0: the exact wave
 snap_periods = False  # whole periods, fixed: then keys where w = 0 cost nothing in training and prefill either
 
+KEEP_SELF = 1e-6  # least mask of a query's own key: no row is empty, however long the period and low the ratio
+LONGEST = 2**24  # positions that float32 still tells apart
+
 
 def triangle_wave(x, harmonics=0):
     """tri(x) of period 1, from 1 at 0 to -1 at 1/2: exactly, or its Fourier series up to a harmonic."""
@@ -42,30 +45,22 @@ def triangle_wave(x, harmonics=0):
 
 
 class Attention(attention.Attention):
-    copy = None  # see `extents`
+    relative = True
 
     def __init__(self, config, layer=0):
         super().__init__(config, layer)
         options = self.options
         self.longest, self.softness = options.max_span or self.block_size, options.softness_span_mask
         low, high = options.period_min_triangle_wave_masking, options.period_max_triangle_wave_masking
-        if self.longest < 1 or self.softness < 1:
-            raise UserError(f"max_span must be at least 0 and softness_span_mask at least 1, got {self.longest}, {self.softness}")
-        if not 1 <= low <= high:
-            raise UserError(f"expected 1 <= period_min_triangle_wave_masking <= period_max_..., got {low} and {high}")
-        ratio = options.ratio_init_triangle_wave_masking
-        if not -0.25 < ratio < 0.25:
-            raise UserError(f"ratio_init_triangle_wave_masking must be above -1/4 and below 1/4, got {ratio}")
-        choose("triangle_wave_harmonics", str(options.triangle_wave_harmonics), ("0", "1", "3", "5"))
+        check_options(self)
         first = options.span_init or [self.longest / 2]
         spans = [first[h % len(first)] for h in range(self.n_head)]
         share = torch.tensor(spans, dtype=torch.float32) / self.longest
-        if not ((share > 0) & (share < 1)).all():
-            raise UserError(f"span_init: expected spans above 0 and below {self.longest} (max_span), got {options.span_init}")
         self.span = nn.Parameter(torch.logit(share))
         if options.use_triangle_wave_masking:
+            self.low, self.high = low, high
             self.period = nn.Parameter(torch.logit(torch.rand(self.n_head), eps=0.01))
-            self.ratio = nn.Parameter(torch.logit(torch.full((self.n_head,), 2 * ratio + 0.5)))
+            self.ratio = nn.Parameter(torch.logit(torch.full((self.n_head,), 2 * options.ratio_init_triangle_wave_masking + 0.5)))
 
     def spans(self):
         """z of each head, (H,), in positions."""
@@ -73,92 +68,58 @@ class Attention(attention.Attention):
 
     def waves(self):
         """(p, r) of each head, each (H,): the period in positions and the ratio in (-1/4, 1/4)."""
-        low, high = self.options.period_min_triangle_wave_masking, self.options.period_max_triangle_wave_masking
-        p = low + (high - low) * torch.sigmoid(self.period)
+        p = self.low + (self.high - self.low) * torch.sigmoid(self.period)
         return p.round() if self.options.snap_periods else p, (torch.sigmoid(self.ratio) - 0.5) / 2
 
-    def wave(self, d, clamped=True):
-        """w at distances d (any shape): (H, *d.shape)."""
-        p, r = (x.view(-1, *[1] * d.dim()) for x in self.waves())
+    def wave(self, h, d):
+        """w of heads h at distances d, which broadcast."""
+        p, r = (x[h] for x in self.waves())
         x = torch.remainder(d, p) / p  # not d / p, whose fraction is lost far away
-        w = p / 4 * triangle_wave(x, self.options.triangle_wave_harmonics) + p * r + 0.5
-        return w.clamp(0, 1) if clamped else w
+        return (p / 4 * triangle_wave(x, self.options.triangle_wave_harmonics) + p * r + 0.5).clamp(0, 1)
 
-    def bias(self, i, j):
-        distance = i[:, None] - j[None]
-        d = (distance if self.causal else distance.abs()).to(self.span.dtype)
-        mask = ((self.softness + self.spans()[:, None, None] - d) / self.softness).clamp(0, 1)
+    def bias(self, h, i, j):
+        d = (i - j).abs().to(self.span.dtype)
+        mask = ((self.softness + self.spans()[h] - d) / self.softness).clamp(0, 1)
         if self.options.use_triangle_wave_masking:
-            mask = mask * self.wave(d)
+            w = self.wave(h, d)
+            mask = mask * torch.where(d == 0, w.clamp(min=KEEP_SELF), w)
         kept = mask > 0
-        if self.causal:
-            kept = kept & (distance >= 0) & (distance < self.block_size)
         # the inner `where`: at 0 the logarithm's gradient is infinite, and 0 times that is NaN
         return torch.where(kept, torch.where(kept, mask, 1).log(), -math.inf)
 
-    @torch.no_grad()
-    def extents(self):
-        """What the plan goes by: of each head (farthest distance with m > 0, period, the distances modulo
-        the period with w > 0); without snapped periods the last two are 1 and [0], every distance.
-
-        A GPU in training is not waited for: it tells what held at the call before, and there is room
-        for what one step of AdamW can change up to a learning rate of 1 / 32.
-        """
-        rows, room = [self.softness + self.spans()], 0
-        if self.options.use_triangle_wave_masking and self.options.snap_periods:
-            residues = torch.arange(math.ceil(self.options.period_max_triangle_wave_masking), device=self.span.device)
-            rows += [self.waves()[0], *self.wave(residues.to(self.span.dtype), clamped=False).T]
-        rows = torch.stack(rows, 1)
-        if self.training and rows.is_cuda:
-            room = 1 / 128
-            copy = rows.to("cpu", non_blocking=True), torch.cuda.current_stream().record_event()
-            (rows, event), self.copy = self.copy or copy, copy
-            event.synchronize()
-        found = []
-        for end, *wave in rows.tolist():
-            p = round(wave[0]) if wave else 1
-            w = [x > -room for x in wave[1 : p + 1]] or [True]
-            farthest = math.ceil(end + room * self.longest) - 1
-            found.append((min(farthest, self.block_size - 1) if self.causal else farthest, p,
-                          [c for c in range(p) if w[c] or w[-c % p]]))
-        return found
-
-    def train(self, mode=True):
-        self.copy = None  # of the spans, from before they may have been changed otherwise
-        return super().train(mode)
-
-    def reach(self):
-        return max(farthest for farthest, *_ in self.extents())
-
-    def plan(self, T):
-        """Windows as long as each head's span, rounded up: products like round sizes, and while the
-        spans move the shapes stay few."""
-        part, first = [], 0
-        alike = ((32 * math.ceil(min(farthest, T) / 32), *wave) for farthest, *wave in self.extents())
-        for (reach, p, residues), group in itertools.groupby(alike):
-            heads = range(first, first := first + len(list(group)))
-            n = 64 if reach <= 512 else 128
-            if len(residues) * (n + reach / p) < n + reach:  # short spans lose more at their edges than they skip
-                part += self.snapped(heads, T, n, reach, p, residues)
-            else:
-                edge = n * max(1, round(reach / n / 4))
-                part += [Block(heads, *pair) for pair in self.windows(range(T), n, reach, edge)]
+    def blocks(self, T):
+        """Derived, but for whole periods: queries of one residue modulo the period with the residues that they keep."""
+        if not (self.options.snap_periods and self.options.use_triangle_wave_masking):
+            return super().blocks(T)
+        part = []
+        with torch.no_grad():
+            ends = torch.ceil(self.softness + self.spans()).long().clamp(max=self.block_size).tolist()
+            for head, (end, p) in enumerate(zip(ends, self.waves()[0].long().tolist())):
+                before = min(T, blocks.ROUND * math.ceil((end - 1) / blocks.ROUND))
+                d, h = torch.arange(min(p, before + 1), device=self.span.device), torch.tensor(head, device=self.span.device)
+                w = (self.wave(h, d.to(self.span.dtype)) > 0).tolist()
+                kept = [c for c in range(len(w)) if c == 0 or w[c] or w[-c % len(w)]]
+                part += self.blocks_of_residues(range(head, head + 1), T, before, p, kept)
         return [part]
 
-    def snapped(self, heads, T, n, reach, p, residues):
-        """Blocks of `heads` for a whole period p: queries that are equal modulo p, with the keys of those
-        residues alone that they keep."""
-        reach, after, blocks = math.ceil(reach / p), 0 if self.causal else math.ceil(reach / p), []
+    def blocks_of_residues(self, heads, T, before, p, kept):
+        """Blocks of queries that are equal modulo p, with the keys at the `kept` distances modulo p alone."""
+        n = blocks.queries_of(before, T)
+        if p > before or len(kept) * (n + before / p) >= n + before:  # short spans lose more at their edges than they skip
+            after = 0 if self.causal else before
+            return [Block(heads, *pair) for pair in blocks.windows(range(T), n, before, after)]
+        before, part = math.ceil(before / p), []
+        after = 0 if self.causal else before
         for first in range(p):
             queries = range(first, T, p)
-            classes = [range((first - c) % p, T, p) for c in residues]
             for a in range(0, len(queries), n):
-                runs = []
-                for c, keys in zip(residues, classes):
-                    nearest = a + (first - c - keys.start) // p  # the place in `keys` of query a's nearest key not after it
-                    runs.append(keys[max(0, nearest - reach) : max(0, nearest + n + after)])
-                blocks.append(Block(heads, queries[a : a + n], tuple(runs)))
-        return blocks
+                keys = []
+                for c in kept:
+                    residue = range((first - c) % p, T, p)
+                    nearest = a + (first - c - residue.start) // p  # place in `residue` of the last key not after query a
+                    keys.append(residue[max(0, nearest - before) : max(0, nearest + n + after)])
+                part.append(Block(heads, queries[a : a + n], tuple(keys)))
+        return part
 
     def penalty(self):
         """span_reg times the mean over heads of z, or with periodic masking of (z + R) kept."""
@@ -180,7 +141,19 @@ class Attention(attention.Attention):
         return stats
 
 
-if __name__ == "__main__":
-    import pattern
-
-    pattern.show_pattern("adaptive_attention_span", span_init=[2.0, 6.0, 12.0, 20.0], softness_span_mask=8, n_head=4)
+def check_options(layer):
+    """Raise UserError for an option that no mask can have."""
+    o = layer.options
+    low, high = o.period_min_triangle_wave_masking, o.period_max_triangle_wave_masking
+    if not (1 <= layer.longest <= LONGEST and 1 <= layer.softness <= LONGEST):
+        raise UserError(f"max_span must be at least 0 and softness_span_mask at least 1, both at most {LONGEST:,}; "
+                        f"got {o.max_span}, {o.softness_span_mask}")
+    if not 1 <= low <= high <= LONGEST:
+        raise UserError("expected 1 <= period_min_triangle_wave_masking <= period_max_triangle_wave_masking "
+                        f"<= {LONGEST:,}, got {low} and {high}")
+    if not -0.25 < o.ratio_init_triangle_wave_masking < 0.25:
+        raise UserError("ratio_init_triangle_wave_masking must be above -1/4 and below 1/4, got "
+                        f"{o.ratio_init_triangle_wave_masking}")
+    choose("triangle_wave_harmonics", str(o.triangle_wave_harmonics), ("0", "1", "3", "5"))
+    if not all(type(z) in (int, float) and 1e-7 < z / layer.longest < 1 - 1e-7 for z in o.span_init):  # of float32
+        raise UserError(f"span_init: expected spans above 0 and below {layer.longest} (max_span), got {shown(o.span_init)}")

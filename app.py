@@ -302,7 +302,7 @@ def drawn_pattern(name, options, T, causal):
     model = GPT(GPTConfig(**config, attention=name, options=dict(options))).eval().requires_grad_(False)
     picture = demo.png(draw_pattern, plot.figure(), *patterns(model, name, min(T, 512)))
     layer = model.layers[0].attention
-    return picture, layer.kept(T), layer.pairs(T), T * (T + 1) / 2 if causal else T * T
+    return picture, layer.kept_pairs(T), layer.multiplied_pairs(T), T * (T + 1) / 2 if causal else T * T
 
 
 @st.cache_data(max_entries=32, show_spinner="Drawing ...")

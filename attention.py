@@ -1,43 +1,47 @@
-"""Attention, stated once and computed twice: a slow reference and a fast engine.
+"""Attention from one formula: what a mechanism states, and the layer that computes it.
 
-A mechanism is a subclass named `Attention` in a file of its own that overrides at most
+A mechanism is a subclass named `Attention` in a file of its own. It states its formula, elementwise:
 
-    bias(i, j)   the mask in log space: 0 keeps a pair, -inf drops it, between is soft
-    plan(T)      where the bias is not -inf, as blocks to be multiplied densely
-    reweigh(p, keys)   what happens to a complete row of softmax weights
+    bias(h, i, j)   added to the score of head h, query position i, key position j: 0 keeps the pair, -inf drops it,
+                    anything between is a soft mask
 
-The class here is the dense mechanism and derives everything else from these three:
-`weights` is the reference, `attend` the engine, `forward` the layer with its cache.
+From it the class here derives a dense reference (`weights`), a blocked CPU kernel (engine.py), a FlexAttention kernel
+for CUDA (flex.py), cached decoding (kvcache.py) and pictures. `python attention.py NAME --T=64` draws a mechanism and
+checks that all of them agree. The class itself is dense attention.
 
-Letters: B batch, T time, C channels, H heads, D head size, S span (keys a query may see).
-n and m count the queries and the keys of one block.
+Letters: B batch, T time, C channels, H heads, D head size; n queries and m keys.
 """
 
 import math
+from functools import cached_property
 from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
+import blocks
+import flex
+import kvcache
 from configurator import UserError
-from engine import FLOOR, Block, drop, engine
+from engine import engine
+from ops import accumulate_dtype, drop, mask_value, split_heads
 
-KERNELS = ("auto", "engine", "sdpa", "reference")
+KERNELS = ("auto", "engine", "flex", "sdpa", "reference")
 
 
 class Attention(nn.Module):
-    """Multi-head attention (Vaswani et al. 2017, section 3.2), dense.
+    """Multi-head attention (Vaswani et al. 2017, section 3.2).
 
-    Causal: a query sees itself and the `block_size - 1` positions before it, so a text of any
-    length has a meaning. Otherwise it sees every position.
+    Causal: a query sees itself and the `block_size - 1` positions before it, so a text of any length has a meaning.
+    Otherwise it sees every position. A query that keeps no key gives 0, with gradient 0.
 
     config: `GPTConfig` (n_embd, n_head, block_size, dropout, bias, causal, kernel, options).
     """
 
-    bias_period = 1  # bias(i + this, j + this) is bias(i, j): blocks so far apart share one; 0: there is no such distance
-    rescales = False  # reweigh gives p f / sum(p f) with factors f that are constants to the gradient
+    relative = False  # True: bias depends on i - j alone, so that blocks may share it
+    scope = "row"  # what `factor` ranks a weight among: its row, or 'matrix', all weights of a head of an example
+    renormalize = True  # whether the weights times `factor` are divided by their sum
 
     def __init__(self, config, layer=0):
         super().__init__()
@@ -47,38 +51,55 @@ class Attention(nn.Module):
         self.options = SimpleNamespace(**config.options)
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        if type(self).bias is Attention.bias:  # 0 depends on nothing
+            self.relative = True
+        self.blocks_of = {}  # {T: what `blocks.find` derived}, where no parameter can change it
 
-    # ---- the mechanism: what a subclass overrides ------------------------------------------
+    # ---- the mechanism: `bias` is its formula, each of the others has a default that is right ------------------
 
-    def bias(self, i, j):
-        """The mask in log space, (H or 1, len(i), len(j)), for positions i and j (LongTensors)."""
-        if not self.causal:
-            return torch.zeros(1, len(i), len(j), device=i.device)
-        distance = i[:, None] - j[None]
-        return torch.where((distance >= 0) & (distance < self.block_size), 0.0, -math.inf)[None]
+    def bias(self, h, i, j):
+        """What is added to the score of head h, query position i, key position j: a tensor or a number.
 
-    def plan(self, T):
-        """Parts of blocks that cover every kept pair of a text of T tokens exactly once.
-
-        Within a part a query of a head stands in one block. Where there is one part, that block
-        holds all its keys; several parts are joined by log-sum-exp.
+        h, i, j: integer tensors that broadcast against each other; written elementwise (`self.slopes[h]`, `i - j`), the
+        same line serves rows, blocks and single pairs. Differentiable in the mechanism's parameters. Causality and
+        `block_size` are applied by `total_bias`.
         """
-        n = 64 if T <= 256 else 128 if T <= 1024 else 256  # small enough to skip most of the future
-        pairs = self.windows(range(T), n, self.reach() if self.causal else T)
-        return [[Block(range(self.n_head), queries, keys) for queries, keys in pairs]]
+        return 0.0
 
-    def reweigh(self, p, keys, statistic=None):
-        """What happens to complete rows of softmax weights (..., n, m); here nothing.
+    def blocks(self, T):
+        """Parts of `blocks.Block`s that cover every kept pair of a text of T tokens exactly once: where to multiply.
 
-        keys: (..., n, 1), how many keys each row is about: not masked, no padding; where p has more,
-        their weight is 0. statistic: in the engine the rows' part of what `statistic` returned.
+        Derived from `bias`. To be written by hand only for patterns whose best shape that does not find: within a part a
+        query of a head stands in one block; several parts are joined by log-sum-exp.
         """
-        return p
+        return blocks.derive(self, T)
 
-    def statistic(self, q, k, lengths):
-        """What `reweigh` must know of each row beforehand, (B, H, T, 1), or None. In the reference,
-        where p is the whole matrix, it is not asked."""
+    def factor(self, p, keys, variation):
+        """Elementwise factor on softmax weights, detached: y = p f / sum(p f), or p f without `renormalize`.
+
+        p: weights; keys: number of unmasked keys in the row of each; variation: (sigma / mu)^2 of the weights that it is
+        ranked among (`scope`). All broadcast. None: weights stay as they are.
+        """
         return None
+
+    def reweigh(self, p, keys, variation=None):
+        """Complete rows of softmax weights (..., n, m) times `factor`. Override it only to compute the same faster.
+
+        keys: (..., n, 1); variation: (..., n or 1, 1), or None: that of each row.
+        """
+        keys = keys.clamp(min=1)  # 0 in a row of padding
+        if variation is None:
+            variation = p.detach().to(accumulate_dtype(p)).square().sum(-1, keepdim=True) * keys - 1
+        y = p * self.factor(p.detach().to(variation.dtype), keys, variation).to(p.dtype)
+        total = y.sum(-1, keepdim=True)
+        return y / total.masked_fill(total == 0, 1) if self.renormalize else y
+
+    def max_distance(self):
+        """The largest distance i - j of a kept pair: how long the cache must be."""
+        if not self.relative:
+            return self.block_size - 1
+        kept = (self.bias_by_offset(self.block_size) > -math.inf).any(0).nonzero()
+        return max(0, self.block_size - 1 - int(kept[0])) if len(kept) else 0
 
     def penalty(self):
         """A term of the loss (a scalar tensor), or 0."""
@@ -87,89 +108,107 @@ class Attention(nn.Module):
     def stats(self):
         """Plain numbers, or lists of one for each head, for the log and the plots, by name."""
         T = self.block_size
-        return {"kept_share": self.kept(T) / (T * (T + 1) / 2 if self.causal else T * T)}
+        return {"kept_share": self.kept_pairs(T) / (T * (T + 1) / 2 if self.causal else T * T)}
 
-    def reach(self):
-        """The farthest distance a query can need: how long the cache must be."""
-        return self.block_size - 1
+    # ---- derived: a mechanism writes nothing below again ---------------------------------------------------------
 
-    # ---- derived: nothing below is written again by a mechanism ----------------------------
+    def total_bias(self, h, i, j):
+        """`bias`, with -inf where causality or `block_size` drops the pair; its arguments broadcast likewise."""
+        bias, distance = self.bias(h, i, j), i - j
+        if not self.causal:
+            return bias if isinstance(bias, torch.Tensor) else 0.0 * distance + bias
+        return torch.where((distance >= 0) & (distance < self.block_size), bias, -math.inf)
 
-    @property
-    def dense(self):
-        """Whether this is dense attention and nothing else, which PyTorch's fused call computes too."""
-        return type(self).bias is Attention.bias and not self.reweighs
+    def bias_at(self, i, j, heads=None):
+        """`total_bias` at positions i (n,) and j (m,), of `heads` (a range; None: all): (h, n, m), or (1, n, m) where the
+        formula does not use h."""
+        h = torch.arange(self.n_head, device=i.device) if heads is None else torch.as_tensor(heads, device=i.device)
+        bias = self.total_bias(h[:, None, None], i[:, None], j)
+        return bias.expand(bias.size(0) if bias.dim() == 3 else 1, len(i), len(j))
 
-    @property
-    def relative(self):
-        """Whether the bias depends on i - j alone."""
-        return self.bias_period == 1
-
-    @property
-    def reweighs(self):
-        return type(self).reweigh is not Attention.reweigh
+    def bias_by_offset(self, T):
+        """The bias of a relative mechanism by offset j - i from 1 - T to T - 1: (H or 1, 2 T - 1)."""
+        j = torch.arange(2 * T - 1, device=self.proj.weight.device)
+        return self.bias_at(j[T - 1 : T], j)[:, 0]
 
     def mask_parameters(self):
         """The parameters that `bias` depends on: all but the projections'."""
         return [p for name, p in self.named_parameters() if name.split(".")[0] not in ("qkv", "proj")]
 
-    def windows(self, positions, n, reach, edge=0):
-        """Yield (queries, keys), n of the `positions` (a range) at a time, with every key among them
-        that lies within `reach` places; causal: no later one.
+    @property
+    def reweighs(self):
+        return type(self).factor is not Attention.factor
 
-        edge: how many at a time while the window is cut off at the start, where every block has a
-        shape of its own (0: n as well).
+    @cached_property
+    def dense(self):
+        """Whether this is dense attention and nothing else, which `scaled_dot_product_attention` computes too."""
+        if self.reweighs or not self.relative or self.mask_parameters():
+            return False
+        bias, T = self.bias_by_offset(self.block_size), self.block_size
+        return not bias[:, : T if self.causal else None].any()
+
+    def choose_kernel(self, device):
+        """'engine', 'flex', 'sdpa' or 'reference': the configured one; 'auto' chooses by the device.
+
+        Raises UserError where the configured kernel cannot compute the mechanism, or not on the device.
         """
-        a = 0
-        while a < len(positions):
-            b = a + (edge or n if a < reach else n)
-            yield positions[a:b], positions[max(0, a - reach) : b + (0 if self.causal else reach)]
-            a = b
+        kind = torch.device(device).type
+        if self.kernel == "sdpa" and not self.dense:
+            raise UserError("kernel=sdpa computes dense attention only; for this mechanism use engine, flex or reference")
+        if self.kernel == "flex" and kind == "cpu":
+            raise UserError("kernel=flex needs CUDA (FlexAttention has no backward pass on a CPU); use engine or reference")
+        if self.kernel == "auto":
+            return "sdpa" if self.dense and kind != "cpu" else "flex" if kind == "cuda" else "engine"
+        return self.kernel
 
     def weights(self, q, k, i=None, j=None, lengths=None):
         """The reference: reweigh(softmax(q k^T / sqrt(D) + bias)), dense, slow, obvious.
 
         q: (B, H, n, D) at positions i, k: (B, H, m, D) at positions j (default 0, 1, ...).
         lengths: (B,) tokens of each example, the rest is padding; None: no padding.
-        Returns (B, H, n, m).
+        Returns (B, H, n, m); a row without a kept key is 0.
         """
         i = torch.arange(q.size(2), device=q.device) if i is None else i
         j = torch.arange(k.size(2), device=q.device) if j is None else j
-        bias = self.bias(i, j)
-        seen = (bias > -math.inf)[None]
-        scores = q @ k.transpose(2, 3) / math.sqrt(q.size(3)) + bias.to(q.dtype)
+        bias = self.bias_at(i, j)
+        kept = (bias > -math.inf)[None]
         if lengths is not None:
-            there = j < lengths[:, None, None, None]
-            scores, seen = scores.masked_fill(~there, FLOOR), seen & there  # finite: padding may see only padding
-        return self.reweigh(torch.softmax(scores, -1, dtype=q.dtype), seen.sum(-1, keepdim=True))
+            kept = kept & (j < lengths[:, None, None, None])
+        scores = (q @ k.mT / math.sqrt(q.size(3)) + bias.to(q.dtype)).masked_fill(~kept, mask_value(q.dtype))
+        p = torch.softmax(scores, -1, dtype=q.dtype).masked_fill(~kept, 0)
+        if not self.reweighs:
+            return p
+        variation = None
+        if self.scope == "matrix":
+            squares = p.detach().to(accumulate_dtype(p)).square().sum(-1, keepdim=True)
+            variation = self.matrix_variation(squares, lengths)
+        return self.reweigh(p, kept.sum(-1, keepdim=True), variation)
+
+    @staticmethod
+    def matrix_variation(squares, lengths=None):
+        """(sigma / mu)^2 of all weights of a head of an example, (B, H, 1, 1), from each row's sum of squares (B, H, T, 1):
+        of L^2 weights in L rows that sum to 1 the mean is 1 / L."""
+        if lengths is not None:
+            rows = torch.arange(squares.size(2), device=squares.device) < lengths[:, None]
+            squares = squares.where(rows[:, None, :, None], 0)
+        return squares.sum(2, keepdim=True) - 1
 
     def attend(self, q, k, v, lengths=None):
-        """Attention over whole texts: q, k, v (B, H, T, D) -> (B, H, T, D), in O(T) memory."""
+        """Attention over whole texts: q, k, v (B, H, T, D) -> (B, H, T, D). Without the reference in O(T) memory."""
         dropout = self.dropout if self.training else 0.0
         kernel = self.choose_kernel(q.device)
         if kernel == "reference":
             return drop(self.weights(q, k, lengths=lengths), dropout) @ v
-        if kernel == "sdpa":
-            mask = None
-            if lengths is not None:
-                mask = (torch.arange(q.size(2), device=q.device) < lengths[:, None])[:, None, None]
-            elif self.causal and q.size(2) > self.block_size:
-                mask = self.bias(*2 * [torch.arange(q.size(2), device=q.device)])[0].to(q.dtype)
-            return F.scaled_dot_product_attention(
-                q, k, v, mask, dropout, is_causal=self.causal and mask is None
-            )
-        return engine(self, q, k, v, lengths, dropout, self.statistic(q, k, lengths))
-
-    def choose_kernel(self, device):
-        """'engine', 'sdpa' or 'reference': the configured one, or by 'auto' the faster for `device`.
-
-        Raises UserError where PyTorch's fused call is asked for and cannot hold the mechanism.
-        """
-        if self.kernel == "sdpa" and not self.dense:
-            raise UserError("kernel=sdpa computes dense attention only; for this mechanism use engine or reference")
-        if self.kernel == "auto":
-            return "sdpa" if self.dense and torch.device(device).type != "cpu" else "engine"
-        return self.kernel
+        if kernel == "engine":
+            return engine(self, q, k, v, lengths, dropout)
+        if kernel == "flex":
+            return flex.attend(self, q, k, v, lengths, dropout)
+        mask = None
+        if lengths is not None:
+            mask = (torch.arange(q.size(2), device=q.device) < lengths[:, None])[:, None, None]
+        elif self.causal and q.size(2) > self.block_size:
+            mask = self.bias_at(*2 * [torch.arange(q.size(2), device=q.device)])[0].to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=self.causal and mask is None)
 
     def project(self, x, rotation=None):
         """q, k, v, each (B, H, T, D), of x (B, T, C)."""
@@ -177,15 +216,15 @@ class Attention(nn.Module):
         return split_heads(qkv, rotation)
 
     def map(self, x, rotation=None, lengths=None):
-        """The weights (B, H, T, T) by which `forward` of x joins values."""
+        """The weights (B, H, T, T) by which `forward` of x averages values."""
         q, k, _ = self.project(x, rotation)
         return self.weights(q, k, lengths=lengths)
 
     def forward(self, x, rotation=None, lengths=None, cache=None):
         """x (B, T, C) -> (B, T, C).
 
-        rotation: cosines and sines of the positions' angles (`rotations`), or None.
-        lengths: (B,), see `weights`. cache: a `Cache`; x then continues the text it holds.
+        rotation: cosines and sines of the positions' angles (`ops.rotations`), or None.
+        lengths: (B,), see `weights`. cache: a `kvcache.Cache`; x then continues the text it holds.
         """
         B, T, C = x.shape
         q, k, v = self.project(x, rotation)
@@ -194,179 +233,29 @@ class Attention(nn.Module):
                 cache.extend(k, v)
             with torch.autocast(x.device.type, enabled=False):
                 y = self.attend(q, k, v, lengths)
-        elif T == 1:
-            cache.extend(k, v)
-            y = self.decode(q, cache)
         else:
-            i = torch.arange(cache.length, cache.length + T, device=x.device)
-            keys, values, j = cache.extend(k, v)
-            y = self.weights(q, keys, i, j) @ values
+            y = kvcache.attend(self, q, k, v, cache)
         return drop(self.proj(y.transpose(1, 2).reshape(B, T, C)), self.dropout if self.training else 0.0)
 
-    def decode(self, q, cache):
-        """Outputs (B, H, 1, D) of the newest token of a cache, reading only the keys its query keeps."""
-        (k, v, j), i = cache.held(), torch.tensor([cache.length - 1], device=q.device)
-        if self.reweighs:
-            return self.weights(q, k, i, j) @ v
-        if not self.bias_period:
-            bias = self.bias(i, j)
-            slots = (bias > -math.inf).any(0)[0].nonzero()[:, 0]
-            return self.attend_to(q, k.index_select(2, slots), v.index_select(2, slots), bias[:, :, slots])
-        residue = cache.length % self.bias_period
-        if residue not in cache.kept:
-            cache.kept[residue] = self.kept_by_distance(cache.size, residue, q.device)
-        heads, distances, bias = cache.kept[residue]
-        if distances is None:
-            return self.attend_to(q, k, v, None if bias is None else bias[:, :, i - j])
-        if cache.length < cache.size:
-            near = distances <= i
-            heads, distances, bias = heads[near[: len(heads)]], distances[near], bias[:, :, near]
-        slots = (i - distances) % cache.size
-        if not len(heads):
-            return self.attend_to(q, k.index_select(2, slots), v.index_select(2, slots), bias)
-        k, v = (x.flatten(1, 2).index_select(1, heads * cache.size + slots)[:, None] for x in (cache.k, cache.v))
-        return self.attend_to(q.transpose(1, 2), k, v, bias.transpose(0, 1)).transpose(1, 2)  # heads as queries: one product
-
-    @staticmethod
-    def attend_to(q, k, v, bias):
-        """softmax(q k^T / sqrt(D) + bias) v, where nothing else happens to the scores."""
-        scores = q @ k.mT / math.sqrt(q.size(3))
-        return torch.softmax(scores if bias is None else scores + bias.to(q.dtype), -1) @ v
-
-    def kept_by_distance(self, size, residue, device):
-        """What a query, the last of a text whose length modulo `bias_period` is `residue`, keeps of
-        the `size` latest positions: (heads, distances, bias).
-
-        All of them: distances is None, bias (H or 1, 1, size) by distance, or None: 0. The same in each head:
-        distances (m,), bias (H or 1, 1, m). Else all heads' distances in one row, heads (m,) saying
-        whose they are, and bias (H, 1, m) that keeps every head from the others'.
-        """
-        i = size - 1 + (residue - size) % self.bias_period
-        bias = self.bias(torch.tensor([i], device=device), torch.arange(i, i - size, -1, device=device))
-        kept = bias[:, 0] > -math.inf
-        if kept.all():
-            return None, None, bias if bias.any() else None
-        if (kept == kept[0]).all():
-            distances = kept[0].nonzero()[:, 0]
-            return distances[:0], distances, bias[:, :, distances]
-        heads, distances = kept.nonzero().unbind(1)
-        own = heads == torch.arange(len(kept), device=device)[:, None, None]
-        return heads, distances, bias[:, :, distances].where(own, FLOOR)
-
-    def pairs(self, T):
-        """Query-key pairs per head that the plan multiplies for a text of T tokens."""
-        return sum(block.pairs for part in self.plan(T) for block in part) / self.n_head
+    def multiplied_pairs(self, T):
+        """Query-key pairs per head that the blocks multiply for a text of T tokens."""
+        return sum(block.pairs for part in blocks.find(self, T) for block in part) / self.n_head
 
     @torch.no_grad()
-    def kept(self, T):
+    def kept_pairs(self, T):
         """Query-key pairs per head whose bias is not -inf, for a text of T tokens."""
-        device = self.proj.weight.device
         if self.relative:
-            j = torch.arange(2 * T - 1, device=device)
-            kept = self.bias(j[T - 1 : T], j) > -math.inf  # (H or 1, 1, offsets from 1 - T to T - 1)
-            return (kept * (T - (j - T + 1).abs())).sum().item() / kept.size(0)
-        total, j = 0, torch.arange(T, device=device)
+            kept = self.bias_by_offset(T) > -math.inf
+            offset = torch.arange(1 - T, T, device=kept.device)
+            return (kept * (T - offset.abs())).sum().item() / kept.size(0)
+        total, j = 0, torch.arange(T, device=self.proj.weight.device)
         for i in j.split(256):
-            bias = self.bias(i, j)
+            bias = self.bias_at(i, j)
             total += (bias > -math.inf).sum().item() / bias.size(0)
         return total
-
-
-# ---- positions -----------------------------------------------------------------------------
-
-
-def rotations(positions, head_size, base=10000.0):
-    """Cosines and sines of rotary positions (Su et al. 2021, section 3.2.2).
-
-    positions: (T,) LongTensor. Returns (2, T, D / 2) in float64, for angles
-    position * base^(-2 d / D): float32 angles would be wrong in the third digit at position 1e5.
-    """
-    d = torch.arange(0, head_size, 2, dtype=torch.float64)
-    angles = torch.outer(positions.double(), base ** (-d / head_size))
-    return torch.stack([angles.cos(), angles.sin()])
-
-
-class Rotate(torch.autograd.Function):
-    """Rotary positions on q and k, and the engine's memory order, in two passes.
-
-    qkv (3, B, H, T, D) with any strides -> the same, contiguous, with dimensions d and d + D / 2
-    of q and k turned by the angle. By hand because autograd would keep and pad every half.
-    """
-
-    @staticmethod
-    def turn(x, cos, sin):
-        half = x.size(-1) // 2
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        x1, x2, y1, y2 = x[:2, ..., :half], x[:2, ..., half:], y[:2, ..., :half], y[:2, ..., half:]
-        torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-1)
-        torch.mul(x2, cos, out=y2).addcmul_(x1, sin)
-        y[2] = x[2]
-        return y
-
-    @staticmethod
-    def forward(ctx, qkv, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        return Rotate.turn(qkv, cos, sin)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        cos, sin = ctx.saved_tensors
-        return Rotate.turn(grad, cos, -sin), None, None
-
-
-def split_heads(qkv, rotation=None):
-    """q, k, v, each (B, H, T, D) and contiguous, from a (3, B, H, T, D) view; q and k rotated."""
-    if rotation is None:
-        return qkv.contiguous().unbind(0)
-    cos, sin = rotation.to(qkv.dtype).unbind(0)
-    turn = Rotate.apply if torch.is_grad_enabled() else Rotate.turn  # apply costs a decoding step 5 %
-    return turn(qkv, cos, sin).unbind(0)
-
-
-# ---- cache ---------------------------------------------------------------------------------
-
-
-class Cache:
-    """Keys and values of the last `size` positions of one layer, in a ring: (B, H, size, D)."""
-
-    def __init__(self, size):
-        self.size, self.length = size, 0  # length: tokens seen so far, kept or not
-        self.kept = {}  # `Attention.kept_by_distance` by residue, once it is known
-
-    def extend(self, k, v):
-        """Append k, v (B, H, T, D), from position `length` on.
-
-        Returns the keys and values that the new tokens may need, (B, H, m, D) in any order, and
-        their positions (m,).
-        """
-        T, start = k.size(2), self.length
-        new = torch.arange(start, start + T, device=k.device)
-        if start == 0:
-            self.k, self.v = (x.new_empty(*x.shape[:2], self.size, x.size(3)) for x in (k, v))
-            self.positions = torch.empty(self.size, dtype=torch.long, device=k.device)
-        every = k, v, new
-        if T > 1 and start:  # together before the ring is written: the first new token may need what the last displaces
-            every = [torch.cat([old, x], dim) for old, x, dim in zip(self.held(), every, (2, 2, 0))]
-        first = max(0, T - self.size)  # of the new ones, the first that stays
-        while first < T:
-            slot = (start + first) % self.size
-            last = min(T, first + self.size - slot)
-            there = slice(slot, slot + last - first)
-            self.k[:, :, there], self.v[:, :, there] = k[:, :, first:last], v[:, :, first:last]
-            self.positions[there] = new[first:last]
-            first = last
-        self.length += T
-        return every if T > 1 else self.held()
-
-    def held(self):
-        """(keys, values, positions) of the slots that are filled."""
-        if self.length >= self.size:
-            return self.k, self.v, self.positions
-        return self.k[:, :, : self.length], self.v[:, :, : self.length], self.positions[: self.length]
 
 
 if __name__ == "__main__":
     import pattern
 
-    pattern.show_pattern("dense")
+    pattern.show_pattern()

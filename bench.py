@@ -30,7 +30,7 @@ import torch.nn.functional as F
 
 import hardware
 import ranks
-from attention import split_heads
+from ops import split_heads
 from configurator import Text, UserError, choose, configure, run, typed
 from model import GPT, GPTConfig, mechanism
 
@@ -154,11 +154,11 @@ def bench_attention(rows, B, H, T):
     *costs, peers = side_by_side([lambda layer=layer: ours(layer) for layer in layers] + [fused])
     found = []
     for row, layer, cost in zip(rows, layers, costs):
-        kept = layer.kept(T)
+        kept = layer.kept_pairs(T)
         found.append({
             "attention": row.label, "batch x heads x time": f"{B}x{H}x{T}", "ms": 1e3 * cost.seconds,
             "fused call, ms": 1e3 * peers.seconds, "times as fast": peers.seconds / cost.seconds,
-            "pairs kept": kept / T**2, "pairs multiplied": layer.pairs(T) / T**2,
+            "pairs kept": kept / T**2, "pairs multiplied": layer.multiplied_pairs(T) / T**2,
             # two products forward and four backward; what is computed again does not count as work
             **work(12 * head_size * kept * B * H, cost.seconds), "MiB more": mebibytes(cost.memory),
             "fused, MiB more": mebibytes(peers.memory), "repeats": cost.rounds,
@@ -311,7 +311,7 @@ def cache_bytes(cache):
 @torch.no_grad()
 def keys_of_last(layer, T):
     """Keys that the last query of T sees, the mean over heads."""
-    bias = layer.bias(torch.tensor([T - 1], device=device), torch.arange(T, device=device))
+    bias = layer.bias_at(torch.tensor([T - 1], device=device), torch.arange(T, device=device))
     return (bias > -math.inf).sum().item() / bias.size(0)
 
 

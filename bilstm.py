@@ -16,10 +16,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attention import drop
 from configurator import UserError, choose
-from engine import FLOOR
 from model import GPTConfig, Model, mechanism, mechanisms
+from ops import drop, mask_value
 
 hidden = 128  # channels of each direction
 
@@ -64,6 +63,7 @@ class BiLSTM(Model):
         elif config.attention != "none":
             self.attention = mechanism(mechanism_of(config.attention))[0](replace(config, n_embd=C))
             self.layers = [SimpleNamespace(attention=self.attention)]
+            self.check_attention()
         self.head = nn.Linear(C, config.n_class)
 
     def read(self, idx, lengths):
@@ -85,7 +85,7 @@ class BiLSTM(Model):
     def additive(self, x, lengths):
         """The weight of each token, (B, T), from outputs (B, T, C)."""
         padded = torch.arange(x.size(1), device=x.device) >= lengths[:, None]
-        return torch.softmax((torch.tanh(self.inner(x)) @ self.context).masked_fill(padded, FLOOR), -1)
+        return torch.softmax((torch.tanh(self.inner(x)) @ self.context).masked_fill(padded, mask_value(x.dtype)), -1)
 
     def forward(self, idx, targets=None, lengths=None):
         """idx (B, T) token ids -> logits (B, n_class), and the loss to targets (B,) or None. lengths: (B,) tokens of each text."""
@@ -127,7 +127,7 @@ class BiLSTM(Model):
         if self.config.attention == "additive":
             work += C * C + 2 * C
         for attention in self.attentions():
-            work += 4 * C * C + 2 * C * attention.pairs(T) / T
+            work += 4 * C * C + 2 * C * attention.multiplied_pairs(T) / T
         return 3 * 2 * work
 
 

@@ -1,260 +1,187 @@
-"""The engine: attention by a mechanism's plan, block by block, forward and backward, in O(T) memory.
+"""The CPU kernel: attention by a mechanism's blocks, forward and backward, in O(T) memory.
 
-A mechanism never needs this file: it states its bias and its plan (`attention.py`), and the
-engine multiplies what the plan names, a tile of scores at a time, adds the bias, takes the
-softmax, and computes all of it again in the backward pass instead of keeping it.
+A mechanism never needs this file: it states its bias (attention.py), blocks.py finds where to multiply, and the engine
+computes a tile of scores at a time, adds the bias, takes the softmax, and recomputes all of it in the backward pass
+instead of keeping it.
 
-Letters: B batch, T time, H heads, D head size, S blocks of one shape in a stack; a tile holds h
-heads, b examples and s blocks of n queries and m keys.
+Letters: B batch, T time, H heads, D head size, S blocks of one shape in a stack; a tile holds h heads, b examples and
+s blocks of n queries and m keys.
 """
 
-import math
 from functools import cached_property
-from typing import NamedTuple, Optional, Union
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-# Stands for -inf inside the engine: exp() of it is exactly 0 in every precision, a row of
-# nothing else stays finite, and on CPUs exp(-inf) takes two to three times as long.
-FLOOR = -1e4
+import blocks
+from ops import accumulate_dtype, dropout_mask, mask_value
 
-# Elements of one tile of scores in the engine: of bfloat16 on a CPU some fit the shared cache, and
-# fewer are slower, since every operation costs microseconds to start.
+# Elements of one tile of scores: of bfloat16 on a CPU some fit the shared cache, and fewer are slower, since every
+# operation costs microseconds to start.
 TILE = 2**21
 
 
-class Block(NamedTuple):
-    """Every pair of `queries` x `keys`, multiplied densely for each of `heads`.
+def engine(layer, q, k, v, lengths=None, dropout=0.0):
+    """Attention by `layer`'s bias and blocks; equals `layer.weights(q, k) @ v`.
 
-    heads: a range of neighbouring heads. queries: a range of positions. keys: a range, or a tuple
-    of ranges that share no position. distances: the range of |i - j| that the block answers for,
-    where another part of the plan answers for the rest; None: all.
+    q, k, v: (B, H, T, D). lengths: (B,) or None. First derivatives only. Raises ValueError where the layer reweighs and
+    its blocks have several parts, none of which holds complete rows.
     """
-
-    heads: range
-    queries: range
-    keys: Union[range, tuple]
-    distances: Optional[range] = None
-
-    @property
-    def runs(self):
-        """`keys` as a tuple of ranges, none of them empty."""
-        return tuple(run for run in (self.keys if isinstance(self.keys, tuple) else (self.keys,)) if run)
-
-    @property
-    def pairs(self):
-        return len(self.heads) * len(self.queries) * sum(map(len, self.runs))
-
-    def geometry(self):
-        """What blocks have in common that differ by a shift alone."""
-        first = self.queries.start
-        runs = tuple((run.start - first, len(run), run.step) for run in self.runs)
-        return self.heads, len(self.queries), self.queries.step, runs, self.distances
-
-
-class Stack(NamedTuple):
-    """`count` blocks, the first of them `block`, each `shift` positions after the one before."""
-
-    block: Block
-    count: int
-    shift: int
+    B, H = q.shape[:2]
+    variation = None
+    if layer.reweighs and layer.scope == "matrix":
+        squares = row_squares(layer, q, k, lengths)
+        variation = [layer.matrix_variation(squares, lengths).expand_as(squares)]
+    parts, lengths, q, k, v, *variation = pack_heads(layer, q, lengths, k, v, *variation or ())
+    if layer.reweighs and len(parts) > 1:
+        raise ValueError(f"factor needs complete rows, blocks of one part; these have {len(parts)}")
+    seed = int(torch.randint(2**62, ())) if dropout else 0  # of the global stream, which resuming restores
+    parameters = [p for p in layer.mask_parameters() if p.requires_grad]
+    results = []
+    for n, stacks in enumerate(parts):
+        setting = stacks, lengths, dropout, seed + n, variation[0] if variation else None, len(parts) > 1
+        results.append(Engine.apply(layer, setting, q, k, v, *parameters))
+    y, lse = results[0]
+    for other, other_lse in results[1:]:  # softmax over all keys: a part weighs as much as its sum of exponentials
+        y = torch.lerp(y, other, torch.sigmoid(other_lse - lse).to(y.dtype))
+        lse = torch.logaddexp(lse, other_lse)
+    if len(parts) > 1:
+        y = y.masked_fill(lse < mask_value(q.dtype) / 2, 0)  # rows without a kept key
+    return unpack_heads(y, B, H)
 
 
-def stacks(blocks, period):
-    """The blocks in order, neighbours of one geometry as one stack, where the layer's bias is the
-    same for all of them: they are a multiple of its `period` apart."""
-    found, before = [], None
-    for block in blocks:
-        geometry = block.geometry() if period else None
-        if geometry and geometry == before:
-            first, count, shift = found[-1]
-            ahead = block.queries.start - first.queries.start
-            shift = shift or ahead
-            # keys of different residues must not meet: `Tile.add` takes turns only where they are of one
-            apart = all(shift % run.step == 0 or ahead < run.step for run in block.runs)
-            if ahead == count * shift > 0 == shift % period and apart:
-                found[-1] = Stack(first, count + 1, shift)
-                continue
-        found.append(Stack(block, 1, 0))
-        before = geometry
-    return found
-
-
-def dropout_mask(x, p, generator=None):
-    """0 with probability p, else 1 / (1 - p), in the shape and type of x.
-
-    From 16 random bits an element: PyTorch draws 32, one at a time, which on a CPU takes several
-    times as long as the attention it is for.
-    """
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None, generator=generator)
-    dropped = round(p * 2**16)
-    kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
-    return kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
-
-
-def drop(x, p):
-    """x with elements dropped at rate p."""
-    if p == 0:
-        return x
-    return x * dropout_mask(x, p) if x.device.type == "cpu" else F.dropout(x, p)
-
-
-def folded(layer, q, lengths, *others):
-    """(plan, lengths, q, *others) in the engine's order, (H, B, T, E) and contiguous.
+def pack_heads(layer, q, lengths, *others):
+    """(parts as stacks, lengths, q, *others) in the engine's order, (H, B, T, E) and contiguous.
 
     Heads that share everything become more examples, (1, B H, T, E): no copy into another order.
     """
-    parts, (B, H) = layer.plan(q.size(2)), q.shape[:2]
+    parts, (B, H) = stacks_of(layer, q.size(2)), q.shape[:2]
     first = torch.zeros(1, dtype=torch.long, device=q.device)
-    if layer.bias(first, first).size(0) == 1 and all(len(block.heads) == H for part in parts for block in part):
-        parts = [[block._replace(heads=range(1)) for block in part] for part in parts]
+    if layer.bias_at(first, first).size(0) == 1 and all(len(s.block.heads) == H for part in parts for s in part):
+        parts = [[s._replace(block=s.block._replace(heads=range(1))) for s in part] for part in parts]
         lengths = lengths.repeat_interleave(H) if lengths is not None else None
-        moved = [x.contiguous().view(1, B * H, *x.shape[2:]) for x in (q, *others)]
-    else:
-        moved = [x.transpose(0, 1).contiguous() for x in (q, *others)]
-    return parts, lengths, *moved
+        return parts, lengths, *(x.contiguous().view(1, B * H, *x.shape[2:]) for x in (q, *others))
+    return parts, lengths, *(x.transpose(0, 1).contiguous() for x in (q, *others))
 
 
-def unfolded(x, B, H):
-    """`folded`, back to (B, H, T, E)."""
+def unpack_heads(x, B, H):
+    """`pack_heads`, back to (B, H, T, E)."""
     return x.view(B, H, *x.shape[2:]) if x.size(1) == B * H else x.transpose(0, 1)
 
 
-def engine(layer, q, k, v, lengths=None, dropout=0.0, statistic=None):
-    """Attention by `layer`'s bias and plan; equals `layer.weights(q, k) @ v`.
-
-    q, k, v: (B, H, T, D). lengths: (B,) or None. statistic: (B, H, T, 1), what `layer.reweigh` is
-    to know of each row, or None. First derivatives only. Raises ValueError where the layer
-    reweighs and its plan has several parts, none of which holds complete rows.
-    """
-    B, H = q.shape[:2]
-    extra = [] if statistic is None else [statistic]
-    parts, lengths, q, k, v, *extra = folded(layer, q, lengths, k, v, *extra)
-    if layer.reweighs and len(parts) > 1:
-        raise ValueError(f"reweigh needs complete rows, a plan of one part; this plan has {len(parts)}")
-    seed = int(torch.randint(2**62, ())) if dropout else 0  # of the global stream: resume repeats it
-    parameters = [p for p in layer.mask_parameters() if p.requires_grad]
-    found = []
-    for n, part in enumerate(parts):
-        how = stacks(part, layer.bias_period), lengths, dropout, seed + n, extra[0] if extra else None, len(parts) > 1
-        found.append(Engine.apply(layer, how, q, k, v, *parameters))
-    y, lse = found[0]
-    for other, its in found[1:]:  # softmax over all keys: a part weighs as much as the sum of its exponentials
-        y, lse = torch.lerp(y, other, torch.sigmoid(its - lse).to(y.dtype)), torch.logaddexp(lse, its)
-    return unfolded(y, B, H)
+def stacks_of(layer, T):
+    """The layer's parts for a text of T tokens, stacked; where no parameter can change them, found once for each T."""
+    if layer.mask_parameters():
+        return [blocks.stack(layer, part) for part in blocks.find(layer, T)]
+    key = T, "stacks"
+    if key not in layer.blocks_of:
+        layer.blocks_of[key] = [blocks.stack(layer, part) for part in blocks.find(layer, T)]
+    return layer.blocks_of[key]
 
 
 @torch.no_grad()
 def row_squares(layer, q, k, lengths=None):
-    """The sum of squares of each query's softmax weights, (B, H, T, 1), before `reweigh`: for a
-    mechanism's `statistic`. The plan must have one part."""
+    """The sum of squares of each query's softmax weights, (B, H, T, 1). The blocks must be of one part."""
     B, H = q.shape[:2]
-    (part,), lengths, q, k = folded(layer, q, lengths, k)
-    squares = q.new_empty(*q.shape[:3], 1, dtype=wide(q))
-    for tile in Walk(layer, stacks(part, layer.bias_period), lengths, q=q).tiles():
-        p = torch.softmax(tile.scores(tile.take(q, tile.queries), tile.take(k, *tile.keys)), -1, dtype=squares.dtype)
+    (stacks,), lengths, q, k = pack_heads(layer, q, lengths, k)
+    squares = q.new_zeros(*q.shape[:3], 1, dtype=accumulate_dtype(q))
+    for tile in Tiles(layer, stacks, lengths, q=q):
+        s = tile.scores(tile.gather(q, tile.queries), tile.gather_keys(k))
+        p = tile.without_empty_rows(torch.softmax(s, -1, dtype=squares.dtype), s)
         tile.put(squares, tile.queries, p.square_().sum(-1, keepdim=True))
-    return unfolded(squares, B, H)
+    return unpack_heads(squares, B, H)
 
 
 class Engine(torch.autograd.Function):
-    """One part of a plan: its output (H, B, T, D) and, where it is to be joined with others, the
-    logarithm of each row's sum of exponentials (H, B, T, 1)."""
+    """One part of the blocks: its output (H, B, T, D) and, where it is to be joined with others, the log-sum-exp of each
+    row of scores (H, B, T, 1)."""
 
     @staticmethod
-    def forward(ctx, layer, how, q, k, v, *parameters):
-        walk = Walk(layer, *how, q)
-        out = torch.zeros_like(v) if walk.joined else torch.empty_like(v)
-        lse = v.new_full((*v.shape[:3], 1), -math.inf, dtype=wide(v)) if walk.joined else None
-        for tile in walk.tiles():
-            s = tile.scores(tile.take(q, tile.queries), tile.take(k, *tile.keys))
-            largest = s.amax(-1, keepdim=True).to(lse.dtype) if walk.joined else None
+    def forward(ctx, layer, setting, q, k, v, *parameters):
+        tiles, out = Tiles(layer, *setting, q), torch.zeros_like(v)
+        lse = v.new_full((*v.shape[:3], 1), mask_value(q.dtype), dtype=accumulate_dtype(v)) if tiles.joined else None
+        for tile in tiles:
+            s = tile.scores(tile.gather(q, tile.queries), tile.gather_keys(k))
+            largest = s.amax(-1, keepdim=True) if tiles.joined or tile.may_be_empty else None
             p = torch.softmax(s, -1, out=s)
-            if walk.joined:  # whose weight is exp(largest - lse)
-                tile.put(lse, tile.queries, largest - p.amax(-1, keepdim=True).to(lse.dtype).log_())
-            tile.put(out, tile.queries, torch.bmm(tile.drop(tile.reweigh(p)), tile.take(v, *tile.keys)))
+            if tiles.joined:  # the largest weight is exp(largest - lse)
+                tile.put(lse, tile.queries, largest.to(lse.dtype) - p.amax(-1, keepdim=True).to(lse.dtype).log_())
+            p = tile.reweigh(tile.without_empty_rows(p, largest))
+            tile.put(out, tile.queries, torch.bmm(tile.drop(p), tile.gather_keys(v)))
         ctx.save_for_backward(q, k, v, *parameters)
-        ctx.layer, ctx.how = layer, how
+        ctx.layer, ctx.setting = layer, setting
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, grad_lse):
         q, k, v, *parameters = ctx.saved_tensors
-        walk, grad, scale = Walk(ctx.layer, *ctx.how, q, parameters), grad.contiguous(), q.size(-1) ** -0.5
-        dq = (torch.zeros_like if walk.joined else torch.empty_like)(q)
-        dk, dv = (torch.zeros_like(x, dtype=wide(x)) for x in (k, v))  # sums over many blocks
-        for tile in walk.tiles():
-            queries, keys, g = tile.take(q, tile.queries), tile.take(k, *tile.keys), tile.take(grad, tile.queries)
+        tiles, grad, scale = Tiles(ctx.layer, *ctx.setting, q, parameters), grad.contiguous(), q.size(-1) ** -0.5
+        dq = torch.zeros_like(q)
+        dk, dv = (torch.zeros_like(x, dtype=accumulate_dtype(x)) for x in (k, v))  # sums over many blocks
+        for tile in tiles:
+            queries, keys, g = tile.gather(q, tile.queries), tile.gather_keys(k), tile.gather(grad, tile.queries)
             s = tile.scores(queries, keys)
-            p = torch.softmax(s, -1, out=s)
-            used, dp = p, tile.drop(torch.bmm(g, tile.take(v, *tile.keys).mT))
-            if walk.layer.rescales:  # p f / sum(p f) is softmax(s + log f)
-                p = used = tile.reweigh(p)
-            elif walk.layer.reweighs:
-                with torch.enable_grad():
-                    used = tile.reweigh(p.requires_grad_())
-                (dp,) = torch.autograd.grad(used, p, dp)
-                p, used = p.detach(), used.detach()
-            tile.add(dv, tile.keys, torch.bmm(tile.drop(used).mT, g))
+            largest = s.amax(-1, keepdim=True) if tile.may_be_empty else None
+            p = tile.without_empty_rows(torch.softmax(s, -1, out=s), largest)
+            dp = tile.drop(torch.bmm(g, tile.gather_keys(v).mT))
+            used = tile.reweigh(p)
+            if ctx.layer.reweighs and ctx.layer.renormalize:  # p f / sum(p f) is softmax(s + log f)
+                p = used
+            elif ctx.layer.reweighs:  # p f
+                dp.mul_(torch.where(p > 0, used / p, 0))
+            tile.scatter_add(dv, torch.bmm(tile.drop(used).mT, g))
             ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
-            if walk.joined:
-                ds.addcmul_(p, tile.take(grad_lse, tile.queries).to(p.dtype))
-            tile.put(dq, tile.queries, product(ds, keys, scale))
-            tile.add(dk, tile.keys, product(ds.mT, queries, scale))
+            if tiles.joined:
+                ds.addcmul_(p, tile.gather(grad_lse, tile.queries).to(p.dtype))
+            tile.put(dq, tile.queries, scaled_bmm(ds, keys, scale))
+            tile.scatter_add(dk, scaled_bmm(ds.mT, queries, scale))
             tile.add_bias_gradient(ds)
-        return None, None, dq, dk.to(k.dtype), dv.to(v.dtype), *walk.gradients
+        return None, None, dq, dk.to(k.dtype), dv.to(v.dtype), *tiles.gradients
 
 
-def wide(x):
-    """The precision for sums over what x holds: float64 for float64, else float32."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def product(a, b, scale):
+def scaled_bmm(a, b, scale):
     """scale * a @ b for batches of matrices."""
     return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
 
 
-class Walk:
-    """The tiles of one part of a plan in order, with what all of them need.
+class Tiles:
+    """The tiles of one part of the blocks in order, with what all of them need.
 
-    Walks of one seed draw the same dropout. After the last tile `gradients` are those of
-    `parameters`, on which the bias depends.
+    Those of one seed draw the same dropout. After the last tile `gradients` are those of `parameters`, on which the bias
+    depends.
     """
 
-    def __init__(self, layer, stacks, lengths=None, dropout=0.0, seed=0, statistic=None, joined=False, q=None, parameters=()):
-        self.layer, self.stacks, self.statistic, self.joined = layer, stacks, statistic, joined
+    def __init__(self, layer, stacks, lengths=None, dropout=0.0, seed=0, variation=None, joined=False, q=None, parameters=()):
+        self.layer, self.stacks, self.variation, self.joined = layer, stacks, variation, joined
         self.q, self.parameters, self.dropout = q, parameters, dropout
         self.random = torch.Generator(q.device).manual_seed(seed) if dropout else None
         self.gradients = [torch.zeros_like(p) for p in parameters]
         self.padding = None
         if lengths is not None:
             padded = torch.arange(q.size(2), device=q.device) >= lengths[:, None]
-            self.padding = q.new_zeros(padded.shape).masked_fill_(padded, FLOOR)[None, ..., None]  # (1, B, T, 1)
+            padding = q.new_zeros(padded.shape).masked_fill_(padded, mask_value(q.dtype))
+            self.padding = padding[None, ..., None]  # (1, B, T, 1)
 
-    def tiles(self):
-        H, B, T = self.q.shape[:3]
-        # a bias of i - j alone: one row of it, with the offsets of keys from 1 - T to T - 1
-        row = Bias(self, range(T - 1, T), [range(2 * T - 1)]) if self.layer.relative else None
+    def __iter__(self):
+        B, T = self.q.shape[1:3]
+        with torch.set_grad_enabled(len(self.parameters) > 0):
+            row = Bias(self, self.layer.bias_by_offset(T)) if self.layer.relative else None
         # the largest first: the smaller ones then find room in what these leave, where growing ones would never
         for stack in sorted(self.stacks, key=lambda stack: -stack.block.pairs):
-            block = stack.block
-            bias = Spread(row, block, T) if row else Bias(self, block.queries, block.runs, block)
+            with torch.set_grad_enabled(len(self.parameters) > 0):
+                bias = RelativeBias(row, stack.block, T) if row else Bias(self, blocks.block_bias(self.layer, stack.block))
             room = TILE if self.q.device.type == "cpu" else 128 * TILE
-            room = max(1, room // (len(block.queries) * sum(map(len, block.runs))))
+            room = max(1, room // (stack.block.pairs // len(stack.block.heads)))
             n_blocks = min(room, stack.count)
             n_batch = min(room // n_blocks, B)
-            n_heads = room // (n_blocks * n_batch)
-            for heads in pieces(block.heads, n_heads):
+            for heads in pieces(stack.block.heads, room // (n_blocks * n_batch)):
                 for batch in pieces(range(B), n_batch):
-                    for blocks in pieces(range(stack.count), n_blocks):
-                        yield Tile(self, stack, bias, heads, batch, blocks)
-            bias.finish()
+                    for chosen in pieces(range(stack.count), n_blocks):
+                        yield Tile(self, stack, bias, heads, batch, chosen)
+            bias.backward()
         if row:
-            row.finish()
+            row.backward()
 
 
 def pieces(whole, size):
@@ -262,149 +189,160 @@ def pieces(whole, size):
     return (whole[a : a + size] for a in range(0, len(whole), size))
 
 
-class Strip:
-    """A bias at some queries and keys, (h or 1, n, m): `value` in the engine's precision, and the
+class Bias:
+    """The bias of a block, (h or 1, n, m), or of a relative layer by offset: `value` in the engine's dtype, and the
     `gradient` that its tiles add up, or None."""
+
+    def __init__(self, tiles, formula):
+        self.tiles, self.formula = tiles, formula
+        self.value = formula.detach().to(tiles.q.dtype).clamp(min=mask_value(tiles.q.dtype))
+        self.gradient = torch.zeros_like(self.value, dtype=accumulate_dtype(self.value)) if formula.requires_grad else None
 
     @cached_property
     def kept(self):
         """1.0 where a pair is kept, else 0.0."""
-        return (self.value > FLOOR / 2).to(wide(self.value))
+        return (self.value > mask_value(self.value.dtype) / 2).to(accumulate_dtype(self.value))
 
+    def some_row_empty(self, padded):
+        """Whether a query may keep none of the keys, without the padding; the rows of padding itself do not count."""
+        return padded or not self.kept_rows
 
-class Bias(Strip):
-    """What the layer says the bias is, at any queries and keys."""
+    @cached_property
+    def kept_rows(self):
+        return bool((self.value.amax(-1) > mask_value(self.value.dtype) / 2).all())
 
-    def __init__(self, walk, queries, runs, block=None):
-        self.walk, device = walk, walk.q.device
-        i, *j = (torch.arange(x.start, x.stop, x.step, device=device) for x in (queries, *runs))
-        j = torch.cat(j)
-        with torch.set_grad_enabled(len(walk.parameters) > 0):
-            self.live = walk.layer.bias(i, j)
-            if block and self.live.size(0) > 1:
-                self.live = self.live[block.heads.start : block.heads.stop]
-        value = self.live.detach().clamp(min=FLOOR).to(walk.q.dtype)
-        self.value = answered(value, (j - i[:, None]).abs(), block.distances) if block else value
-        self.gradient = torch.zeros_like(self.value, dtype=wide(self.value)) if self.live.requires_grad else None
-
-    def finish(self):
-        """Carry `gradient` on to the parameters."""
+    def backward(self):
+        """Pass `gradient` on to the parameters."""
         if self.gradient is None:
             return
-        found = torch.autograd.grad(self.live, self.walk.parameters, self.gradient.to(self.live.dtype), allow_unused=True)
-        for total, part in zip(self.walk.gradients, found):
+        parts = torch.autograd.grad(self.formula, self.tiles.parameters, self.gradient.to(self.formula.dtype), allow_unused=True)
+        for total, part in zip(self.tiles.gradients, parts):
             if part is not None:
                 total += part
 
 
-def answered(value, distance, distances):
-    """`value` where the distance is one that a block answers for, else the floor."""
-    if distances is None:
-        return value
-    return value.masked_fill((distance < distances.start) | (distance >= distances.stop), FLOOR)
-
-
-class Spread(Strip):
-    """A `Bias` of one row with all offsets, spread over the pairs of a block."""
+class RelativeBias(Bias):
+    """The `Bias` by offset of a relative layer, at the pairs of a block."""
 
     def __init__(self, row, block, T):
         self.row, self.block, self.T = row, block, T
         self.heads = slice(block.heads.start, block.heads.stop) if row.value.size(0) > 1 else slice(None)
-        offsets = torch.arange(1 - T, T, device=row.value.device)
-        self.value = self.spread(answered(row.value[self.heads, 0], offsets.abs(), block.distances))
+        distance = torch.arange(1 - T, T, device=row.value.device).abs()
+        dropped = mask_value(row.value.dtype)
+        self.value = self.spread(blocks.answered(row.value[self.heads], distance, block.distances, dropped))
         self.gradient = torch.zeros_like(self.value, dtype=row.gradient.dtype) if row.gradient is not None else None
 
+    def some_row_empty(self, padded):
+        keeps_itself = bool((self.row.value[self.heads, self.T - 1] > mask_value(self.value.dtype) / 2).all())
+        return not (keeps_itself if padded else self.kept_rows)
+
     def spread(self, x):
-        """x (h, 2 T - 1) by offset -> (h, n, m), each pair's own."""
+        """x (h, 2 T - 1) by offset -> (h, n, m), each pair's."""
         queries, n = self.block.queries, len(self.block.queries)
         parts = []
-        for run in self.block.runs:  # from the last query up, since strides cannot be negative
-            first = run.start - queries[-1] + self.T - 1
-            size, stride = (x.size(0), n, len(run)), (x.stride(0), queries.step, run.step)
-            parts.append(x.as_strided(size, stride, x.storage_offset() + first))
+        for keys in self.block.kv_ranges:  # from the last query up, since strides cannot be negative
+            first = keys.start - queries[-1] + self.T - 1
+            size, stride = (x.size(0), n, len(keys)), (x.stride(0), queries.step * x.stride(1), keys.step * x.stride(1))
+            parts.append(x.as_strided(size, stride, x.storage_offset() + first * x.stride(1)))
         return torch.cat(parts, 2).flip(1)
 
-    def finish(self):
+    def backward(self):
         if self.gradient is not None:
-            where = self.spread(torch.arange(2 * self.T - 1, device=self.value.device)[None])
-            self.row.gradient[self.heads, 0].index_add_(1, where.flatten(), self.gradient.flatten(1))
+            offsets = self.spread(torch.arange(2 * self.T - 1, device=self.value.device)[None])
+            self.row.gradient[self.heads].index_add_(1, offsets.flatten(), self.gradient.flatten(1))
 
 
 class Tile:
     """Some heads, examples and blocks (ranges) of a stack: what is multiplied in one piece."""
 
-    def __init__(self, walk, stack, bias, heads, batch, blocks):
-        self.walk, self.stack, self.heads, self.batch, self.blocks = walk, stack, heads, batch, blocks
-        self.queries, self.keys = stack.block.queries, stack.block.runs
+    def __init__(self, tiles, stack, bias, heads, batch, chosen):
+        self.tiles, self.stack, self.heads, self.batch, self.chosen = tiles, stack, heads, batch, chosen
+        self.queries = stack.block.queries
         first = heads.start - stack.block.heads.start
-        own = slice(first, first + len(heads)) if bias.value.size(0) > 1 else slice(None)
-        self.bias = bias.value[own]
-        self.bias_gradient = bias.gradient[own] if bias.gradient is not None else None
-        self.kept = bias.kept[own] if walk.layer.reweighs else None
-        self.shape = len(heads), len(batch), len(blocks), *self.bias.shape[1:]
+        rows = slice(first, first + len(heads)) if bias.value.size(0) > 1 else slice(None)
+        self.bias = bias.value[rows]
+        self.bias_gradient = bias.gradient[rows] if bias.gradient is not None else None
+        self.kept = bias.kept[rows] if tiles.layer.reweighs else None
+        self.may_be_empty = not tiles.joined and bias.some_row_empty(tiles.padding is not None)
+        self.shape = len(heads), len(batch), len(chosen), *self.bias.shape[1:]
         self.dropout_mask = None
 
-    def at(self, x, run):
-        """The view of x (H, B, T, E) at this tile's heads and examples and, in each of its blocks, at
-        the positions `run` (as in the first block): (h, b, s, n, E)."""
+    def view_of(self, x, positions, shift):
+        """The view of x (H, B, T, E) at this tile's heads and examples and, in each of its blocks, at `positions` (those
+        in the first block): (h, b, s, n, E)."""
         heads, (_, B, T, E) = self.heads if x.size(0) > 1 else range(1), x.shape
-        start = (heads.start * B + self.batch.start) * T + run.start + self.blocks.start * self.stack.shift
-        size = len(heads), len(self.batch), len(self.blocks), len(run), E
-        return x.as_strided(size, (B * T * E, T * E, self.stack.shift * E, run.step * E, 1), x.storage_offset() + start * E)
+        start = (heads.start * B + self.batch.start) * T + positions.start + self.chosen.start * shift
+        size = len(heads), len(self.batch), len(self.chosen), len(positions), E
+        return x.as_strided(size, (B * T * E, T * E, shift * E, positions.step * E, 1), x.storage_offset() + start * E)
 
-    def take(self, x, *runs):
-        """`at`, copied: (h b s, n, E). A product would copy a strided operand each time it is used."""
-        views = [self.at(x, run) for run in runs]
+    def keys_of(self, x):
+        """[view of x at the keys] for each of the block's key ranges."""
+        return [self.view_of(x, keys, shift) for keys, shift in zip(self.stack.block.kv_ranges, self.stack.kv_shifts)]
+
+    def gather(self, x, positions):
+        """x at the queries' positions, copied: (h b s, n, E). A product would copy a strided operand at each use."""
+        return self.view_of(x, positions, self.stack.shift).flatten(0, 2).contiguous()
+
+    def gather_keys(self, x):
+        """x at the keys, copied: (h b s, m, E)."""
+        views = self.keys_of(x)
         return (views[0] if len(views) == 1 else torch.cat(views, 3)).flatten(0, 2).contiguous()
 
-    def put(self, x, run, y):
-        """Write y (h b s, n, E) at the places of `at`."""
-        view = self.at(x, run)
+    def put(self, x, positions, y):
+        """Write y (h b s, n, E) into x at the queries' positions."""
+        view = self.view_of(x, positions, self.stack.shift)
         view.copy_(y.view(view.shape))
 
-    def add(self, x, runs, y):
-        """Add y (h b s, m, E) to the places of `at`. Blocks of a stack may share keys: then in turns,
-        each as long as the way from one block to the next."""
-        start, shift, y = 0, self.stack.shift, y.to(x.dtype)  # adding what is of another type takes twice as long
-        for run in runs:
-            turn = shift // run.step if len(self.blocks) > 1 and shift % run.step == 0 else len(run)
-            for some in pieces(run, turn):
-                view = self.at(x, some)
-                view.add_(y[:, start : start + len(some)].view(view.shape))
-                start += len(some)
+    def scatter_add(self, x, y):
+        """Add y (h b s, m, E) to x at the keys. Blocks of a stack may share keys: then in turns, each as long as the way
+        from one block to the next; where all have the same keys their sum is added."""
+        start, y = 0, y.to(x.dtype)  # adding what is of another dtype takes twice as long
+        for keys, shift in zip(self.stack.block.kv_ranges, self.stack.kv_shifts):
+            if len(self.chosen) > 1 and not shift:
+                view = self.view_of(x, keys, 0)[:, :, 0]
+                part = y[:, start : start + len(keys)].reshape(*self.shape[:3], len(keys), -1)
+                view.add_(part.sum(2))
+                start += len(keys)
+                continue
+            turn = shift // keys.step if len(self.chosen) > 1 and shift % keys.step == 0 else len(keys)
+            for piece in pieces(keys, turn):
+                view = self.view_of(x, piece, shift)
+                view.add_(y[:, start : start + len(piece)].view(view.shape))
+                start += len(piece)
 
     def scores(self, queries, keys):
         """queries keys^T / sqrt(D) + bias, (h b s, n, m)."""
         bias = self.bias[:, None, None].expand(self.shape).flatten(0, 2)
         s = torch.baddbmm(bias, queries, keys.mT, alpha=queries.size(-1) ** -0.5)
-        if self.walk.padding is not None:
-            s.view(self.shape).add_(self.padding().mT)
+        if self.tiles.padding is not None:
+            s.view(self.shape).add_(torch.cat(self.keys_of(self.tiles.padding), 3).mT)
         return s
 
-    def padding(self):
-        """0 for keys that are there, the floor for padding: (1, b, s, m, 1)."""
-        return torch.cat([self.at(self.walk.padding, run) for run in self.keys], 3)
+    def without_empty_rows(self, p, largest):
+        """Softmax weights p, 0 in rows without a kept key, whose `largest` score tells them."""
+        if not self.may_be_empty:
+            return p
+        return p.masked_fill_(largest.amax(-1, keepdim=True) < mask_value(largest.dtype) / 2, 0)
 
     def reweigh(self, p):
-        """The layer's `reweigh` of this tile's rows, told how many keys each of them sees."""
-        if not self.walk.layer.reweighs:
+        """The layer's `reweigh` of this tile's rows, with the number of unmasked keys in each."""
+        if not self.tiles.layer.reweighs:
             return p
-        if self.walk.padding is None:
+        if self.tiles.padding is None:
             keys = self.kept.sum(-1)[:, None, None]
         else:
-            there = (self.padding() == 0).to(self.kept.dtype)[0, ..., 0]
-            keys = torch.einsum("hnm,bsm->hbsn", self.kept, there)
+            real = (torch.cat(self.keys_of(self.tiles.padding), 3) == 0).to(self.kept.dtype)[0, ..., 0]
+            keys = torch.einsum("hnm,bsm->hbsn", self.kept, real)
         keys = keys.long()[..., None].expand(*self.shape[:4], 1).reshape(*p.shape[:2], 1)
-        if self.walk.statistic is None:
-            return self.walk.layer.reweigh(p, keys)
-        return self.walk.layer.reweigh(p, keys, self.take(self.walk.statistic, self.queries))
+        variation = self.tiles.variation
+        return self.tiles.layer.reweigh(p, keys, None if variation is None else self.gather(variation, self.queries))
 
     def drop(self, p):
         """Dropout of weights p, or of their gradient."""
-        if self.walk.random is None:
+        if self.tiles.random is None:
             return p
         if self.dropout_mask is None:
-            self.dropout_mask = dropout_mask(p, self.walk.dropout, self.walk.random)
+            self.dropout_mask = dropout_mask(p, self.tiles.dropout, self.tiles.random)
         return p * self.dropout_mask
 
     def add_bias_gradient(self, ds):

@@ -17,8 +17,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import attention
+import contract
+import kvcache
 from configurator import UserError, choose, mechanism_files, nearest, plain_values
-from engine import wide
+from ops import accumulate_dtype, drop, rotations
 
 
 MODELS = ("gpt", "bilstm")
@@ -90,7 +92,7 @@ EPSILON = 1e-6  # in RMSNorm: next to the mean square
 
 def normalize(x):
     """(x / rms(x) over the last dimension, 1 / rms(x)): F.rms_norm without a gain, in fewer operations."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide(x))
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=accumulate_dtype(x))
     scale = (length.square_() / x.size(-1)).add_(EPSILON).rsqrt_()
     return (x * scale).to(x.dtype), scale
 
@@ -151,7 +153,7 @@ class Layer(nn.Module):
     def forward(self, x, rotation=None, lengths=None, cache=None):
         x = x + self.attention(self.norm1(x), rotation, lengths, cache)
         y = self.down(F.gelu(self.up(self.norm2(x))))
-        return x + attention.drop(y, self.dropout if self.training else 0.0)
+        return x + drop(y, self.dropout if self.training else 0.0)
 
 
 class Model(nn.Module):
@@ -173,6 +175,11 @@ class Model(nn.Module):
     def attentions(self):
         """The attention mechanisms, one for each layer that has one."""
         return [layer.attention for layer in self.layers]
+
+    def check_attention(self):
+        """Raise UserError where a mechanism's declarations do not hold: see contract.py."""
+        for each in self.attentions():
+            contract.check(each, self.config.attention)
 
     def penalty(self):
         """The mechanisms' term of the loss, summed over layers: a scalar tensor, or 0."""
@@ -251,6 +258,7 @@ class GPT(Model):
         self.norm = new_norm(config)
         self.head = nn.Linear(C, config.n_class or config.vocab_size, bias=not config.causal)
         self.register_buffer("angles", torch.empty(0), persistent=False)
+        self.check_attention()
         self.apply(self.initialise)
         for layer in self.layers:  # so that the residual stream starts with the same size at any depth
             for weight in (layer.attention.proj.weight, layer.down.weight):
@@ -270,7 +278,7 @@ class GPT(Model):
         if self.angles.numel() == 0 or self.angles.size(1) < end:
             size = self.config.n_embd // (self.config.n_head if self.config.pos == "rope" else 1)
             length = max(self.config.block_size, 2 * end if end > self.config.block_size else 0)
-            self.angles = attention.rotations(torch.arange(length), size).float().to(self.embedding.weight.device)
+            self.angles = rotations(torch.arange(length), size).float().to(self.embedding.weight.device)
         return self.angles[:, :end]
 
     def embed(self, idx, start=0):
@@ -300,7 +308,7 @@ class GPT(Model):
         continues the text they hold. The loss is None without targets, and never holds `penalty`.
         """
         x, rotation = self.embed(idx, caches[0].length if caches else 0)
-        x = attention.drop(x, self.config.dropout if self.training else 0.0)
+        x = drop(x, self.config.dropout if self.training else 0.0)
         for n, layer in enumerate(self.layers):
             x = layer(x, rotation, lengths, caches[n] if caches else None)
         x = self.norm(x)
@@ -327,7 +335,7 @@ class GPT(Model):
         three times the forward pass, attention counted from each layer's plan."""
         C, layers = self.config.n_embd, self.config.n_layer
         linear = 12 * C * C * layers + (C * self.config.vocab_size if self.config.causal else 0)
-        pairs = sum(layer.attention.pairs(T) for layer in self.layers)
+        pairs = sum(layer.attention.multiplied_pairs(T) for layer in self.layers)
         return 3 * 2 * (linear + 2 * C * pairs / T)
 
     # ---- sampling --------------------------------------------------------------------------
@@ -348,7 +356,7 @@ class GPT(Model):
         return self
 
     def new_caches(self):
-        return [attention.Cache(layer.attention.reach() + 1) for layer in self.layers]
+        return [kvcache.Cache(layer.attention.max_distance() + 1) for layer in self.layers]
 
     @torch.inference_mode()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None):

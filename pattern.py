@@ -1,10 +1,11 @@
-"""A mechanism's own pattern, as text and as a picture: what python sparse.py and its like show.
+"""A mechanism's pattern, as text and as a picture, and whether its kernels keep to its formula: python attention.py NAME.
 
 The picture (--out=FILE.png) needs matplotlib; the text comes without.
 """
 
 import math
 import shutil
+import sys
 import textwrap
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def patterns(model, name, T):
     masks, factors, said = {}, {}, {}
     q, k = torch.randn(2, 1, 1, T, model.layers[0].attention.head_size, generator=torch.Generator().manual_seed(0))
     for n, layer in enumerate(layer.attention for layer in model.layers):
-        bias = layer.bias(i, i).expand(layer.n_head, T, T)
+        bias = layer.bias_at(i, i).expand(layer.n_head, T, T)
         mask = bias.exp()
         unseen = (i[:, None] < i) & (mask == 0) if layer.causal else torch.zeros_like(mask, dtype=torch.bool)
         each = {key[:-1]: of for key, of in layer.stats().items() if isinstance(of, list) and len(of) == layer.n_head}
@@ -75,7 +76,8 @@ def patterns(model, name, T):
             said[n, h] = {"": getattr(layer, "pattern", name), **{key: f"{each[key][h]:.3g}" for key in each}}
         if layer.reweighs:
             p = torch.softmax(q @ k.transpose(2, 3) / math.sqrt(q.size(3)) + bias, -1)  # (1, H, T, T)
-            factor = (layer.reweigh(p, (bias > -math.inf)[None].sum(-1, keepdim=True)) / p)[0]
+            variation = layer.matrix_variation(p.square().sum(-1, keepdim=True)) if layer.scope == "matrix" else None
+            factor = (layer.reweigh(p, (bias > -math.inf)[None].sum(-1, keepdim=True), variation) / p)[0]
             factors |= {(n, h): torch.where(p[0, h] > 0, factor[h], math.nan).numpy() for h in range(layer.n_head)}
     dense = T * (T + 1) / 2 if model.config.causal else T * T
     titles = []
@@ -118,18 +120,41 @@ def draw_pattern(fig, masks, factors, path):
     plot.write(fig, path)
 
 
-def pattern(name, defaults):
-    """`show_pattern`, with errors as exceptions."""
+def laws(model, T):
+    """Whether all kernels of a model's mechanisms agree with the reference, in words; differences are the largest in float64."""
+    import torch
+    import contract
+
+    worst, lengths = {}, torch.tensor([T, max(1, T // 2)])
+    for layer in (layer.attention for layer in model.double().layers):
+        found = {kernel: contract.error(layer, kernel, T, lengths) for kernel in ("engine", "flex")}
+        if layer.causal:
+            found["decoding"] = contract.decoding_error(layer, T + 9, max(1, T // 2), 1)
+        worst = {name: max(found[name], worst.get(name, 0.0)) for name in found}
+        missed = contract.cells_missed(layer, T)
+    wrong = [name for name, error in worst.items() if not error < 1e-9] + ["the block mask of flex"] * (missed > 0)
+    text = ", ".join(f"{name} {error:.0e}" for name, error in worst.items())
+    if wrong:
+        raise UserError(f"not as the formula says: {' and '.join(wrong)} (differences in float64: {text})")
+    return f"as the formula says: {text} (largest difference in float64, outputs and gradients); blocks hold every kept pair once"
+
+
+def pattern(name, defaults, arguments=None):
+    """Draw the mechanism `name` as text and as a picture, and check its kernels: what `python attention.py NAME` does.
+
+    defaults: of its options, T, n_layer, n_head, causal and out, other than they are elsewhere; arguments: the command line.
+    """
     import torch
     from model import GPT, GPTConfig, mechanism
 
     own = {"n_layer": 1, "n_head": 4, "causal": True, "out": ""}
     settings = {**own, **mechanism(name)[1], **defaults}
     T = settings.pop("T", 48)
-    settings["__doc__"] = (f"The pattern of {name} attention, as text and as a picture (out; default pattern-{name}.png).\n\n"
+    settings["__doc__"] = (f"The pattern of {name} attention, as text and as a picture (out; default pattern-{name}.png),\n"
+                           f"and whether engine, flex and decoding agree with its formula.\n\n"
                            f"--T={T} positions, in n_layer layers of n_head heads, causal or in both directions;\n"
-                           f"the rest is the mechanism's own.")
-    settings, more = configure(settings, more=lambda settings: {"T": T})
+                           f"the other settings are the mechanism's.")
+    settings, more = configure(settings, arguments, more=lambda settings: {"T": T})
     T, path = more["T"], Path(settings["out"] or f"pattern-{name}.png")
     if not 1 <= T <= 2048:
         raise UserError(f"T must be from 1 to 2048 (a T x T picture is drawn), got {T}")
@@ -139,7 +164,9 @@ def pattern(name, defaults):
     config = GPTConfig(block_size=T, vocab_size=1, n_layer=settings["n_layer"], n_head=settings["n_head"],
                        n_embd=16 * settings["n_head"], n_class=0 if settings["causal"] else 2, attention=name,
                        options={key: value for key, value in settings.items() if key not in own})
-    masks, factors = patterns(GPT(config).eval().requires_grad_(False), name, T)
+    model = GPT(config).eval()
+    with torch.no_grad():
+        masks, factors = patterns(model, name, T)
     columns = shutil.get_terminal_size().columns
     mean = f"; a character is the mean of {size} x {size} pairs" if (size := -(-T // columns)) > 1 else ""
     print(f"a line a query, a column a key; {SHADES[-1]} kept, {SHADES[1:-1]} in part, {SHADES[0]} dropped{mean}\n")
@@ -155,11 +182,11 @@ def pattern(name, defaults):
         print(f"no picture: {error}")
     else:
         draw_pattern(fig, masks, factors, path)
+    print(laws(model, min(T, 256)))
 
 
-def show_pattern(name, **defaults):
-    """Draw the mechanism `name` as text and as a picture, from the command line: what its file does alone.
-
-    defaults: of the mechanism's options, T, n_layer, n_head, causal and out, other than they are elsewhere.
-    """
-    run(lambda: pattern(name, defaults))
+def show_pattern():
+    """`python attention.py [NAME] [--T=64] [--key=value ...]`: the mechanism of NAME.py (default: dense)."""
+    named = len(sys.argv) > 1 and not sys.argv[1].startswith("-")
+    name = sys.argv[1].removesuffix(".py") if named else "dense"
+    run(lambda: pattern(name, {}, sys.argv[1 + named :]))

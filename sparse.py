@@ -1,4 +1,4 @@
-"""Sparse attention: fixed patterns of which keys a query sees. python sparse.py draws them.
+"""Sparse attention: fixed patterns of which keys a query sees. `python attention.py sparse` draws them.
 
     local    the `window` nearest positions                                          n w pairs
     strided  the `stride` nearest, and every `stride`-th before them                 n sqrt(n)
@@ -16,7 +16,8 @@ import math
 import torch
 
 import attention
-from attention import Block
+import blocks
+from blocks import Block
 from configurator import UserError, choose
 
 # One pattern, or one for each layer, used again from the first where they run out: names with commas
@@ -27,6 +28,7 @@ stride = 0  # length of a block; 0: near the square root of block_size, where bo
 fixed_columns = 4  # summary positions at each block's end: few, since every query reads all of them
 global_tokens = 0  # first positions that see and are seen by all, like a classifier's [CLS]
 
+LONGEST = 2**24  # positions: far beyond any text, and safe in integer arithmetic
 LETTERS = {"D": "dense", "L": "local", "S": "strided", "F": "fixed", "G": "log"}
 
 
@@ -39,20 +41,15 @@ class Attention(attention.Attention):
         for pattern in patterns:
             choose("sparse_pattern", pattern, LETTERS.values())
         for name, least in (("window", 1), ("stride", 0), ("fixed_columns", 1), ("global_tokens", 0)):
-            if getattr(self.options, name) < least:
-                raise UserError(f"{name} must be at least {least}, got {getattr(self.options, name)}")
+            if not least <= getattr(self.options, name) <= LONGEST:
+                raise UserError(f"{name} must be from {least} to {LONGEST:,}, got {getattr(self.options, name)}")
         self.pattern = patterns[layer % len(patterns)]
         self.window, self.globals = self.options.window, self.options.global_tokens
         self.stride = self.options.stride or round(math.sqrt(self.block_size))
         self.columns = min(self.options.fixed_columns, self.stride)
-        self.bias_period = 0 if self.globals else self.stride if self.pattern == "fixed" else 1
+        self.relative = self.pattern != "fixed" and not self.globals
 
-    @property
-    def dense(self):
-        return self.pattern == "dense"
-
-    def bias(self, i, j):
-        i, j = i[:, None], j[None]
+    def bias(self, h, i, j):
         distance = (i - j).abs()
         if self.pattern == "dense":
             kept = distance >= 0
@@ -66,18 +63,14 @@ class Attention(attention.Attention):
             kept = (distance < self.window) | (distance & (distance - 1) == 0)
         if self.globals:
             kept = kept | (i < self.globals) | (j < self.globals)
-        if self.causal:
-            kept = kept & (j <= i) & (distance < self.block_size)
-        return torch.where(kept, 0.0, -math.inf)[None]
+        return torch.where(kept, 0.0, -math.inf)
 
-    def plan(self, T):
-        if self.pattern == "dense":
-            return super().plan(T)
+    def blocks(self, T):
+        if self.pattern in ("dense", "local"):
+            return super().blocks(T)
         heads, g = range(self.n_head), min(self.globals, T)
-        rest = range(g, T)  # the pattern's own positions; what the first g see and are seen by comes beside
-        if self.pattern == "local":
-            parts = [self.near(rest, self.window)]
-        elif self.pattern == "strided":
+        rest = range(g, T)  # the pattern's positions; what the first g see and are seen by comes beside
+        if self.pattern == "strided":
             parts = [self.near(rest, self.stride, range(self.stride)),
                      self.classes(rest, self.stride, T, range(self.stride, T))]
         elif self.pattern == "fixed":
@@ -92,18 +85,22 @@ class Attention(attention.Attention):
                 step *= 128
         if g:
             parts[0] = [Block(heads, range(g), range(g if self.causal else T)), *parts[0]]
-            parts.append([Block(heads, queries, range(g)) for queries, _ in self.windows(rest, 256, 0)])
+            parts.append([Block(heads, queries, range(g)) for queries, _ in blocks.windows(rest, 256, 0)])
         return [part for part in parts if part]
 
-    def near(self, positions, window, distances=None):
-        """Blocks of the keys nearer than `window`."""
-        reach = 32 * math.ceil((window - 1) / 32)  # products like round sizes
-        n = 64 if window <= 128 else 96 if window <= 512 else 128
-        return [Block(range(self.n_head), *pair, distances) for pair in self.windows(positions, n, reach)]
+    def windows(self, positions, n, before):
+        """`blocks.windows`, in classifiers in both directions."""
+        return blocks.windows(positions, n, before, 0 if self.causal else before)
 
-    def classes(self, positions, step, reach, distances):
-        """Blocks of the keys whose distance is a multiple of `step`, up to `reach` times."""
-        pairs = [list(self.windows(positions[first::step], 64, reach)) for first in range(min(step, len(positions)))]
+    def near(self, positions, window, distances):
+        """Blocks of the keys nearer than `window`."""
+        before = blocks.ROUND * math.ceil((window - 1) / blocks.ROUND)
+        return [Block(range(self.n_head), *pair, distances)
+                for pair in self.windows(positions, blocks.queries_of(before, positions.stop), before)]
+
+    def classes(self, positions, step, before, distances):
+        """Blocks of the keys whose distance is a multiple of `step`, up to `before` times."""
+        pairs = [list(self.windows(positions[first::step], 64, before)) for first in range(min(step, len(positions)))]
         # all classes' first blocks, then all second ones, ...: neighbours that differ by a shift of one
         return [Block(range(self.n_head), *pair[n], distances)
                 for n in range(max(map(len, pairs), default=0)) for pair in pairs if n < len(pair)]
@@ -115,7 +112,7 @@ class Attention(attention.Attention):
         for start in range(positions.start // l * l, T, n * l):
             starts = [range(max(a, positions.start), min(a + rest, T)) for a in range(start, start + n * l, l)]
             part.append(Block(range(self.n_head), range(max(start, positions.start), min(start + n * l, T)), tuple(starts)))
-        return [block for block in part if block.queries and block.runs]
+        return [block for block in part if block.queries and block.kv_ranges]
 
     def summaries(self, positions):
         """`fixed`: all blocks' summary columns, their own among them. Many queries at a time, so that
@@ -127,13 +124,4 @@ class Attention(attention.Attention):
             queries = range(max(start, positions.start), min(start + n, T))
             keys = tuple(column[: len(range(column.start, queries.stop, l))] if self.causal else column for column in columns)
             part.append(Block(range(self.n_head), queries, keys))
-        return [block for block in part if block.queries and block.runs]
-
-    def reach(self):
-        return self.window - 1 if self.pattern == "local" and not self.globals else self.block_size - 1
-
-
-if __name__ == "__main__":
-    import pattern
-
-    pattern.show_pattern("sparse", sparse_pattern="local,strided,fixed,log", n_layer=4, window=8, fixed_columns=1)
+        return [block for block in part if block.queries and block.kv_ranges]

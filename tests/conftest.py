@@ -24,6 +24,10 @@ from data.toy import prepare as toy_prepare
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--attention", default="", help="the one mechanism that tests/test_contract.py holds to the laws")
+
+
 class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
     """Counts the elements of the largest tensor that anything makes within it: `elements`."""
 

@@ -1,0 +1,209 @@
+"""Where to multiply: blocks of heads, query and key positions, written by a mechanism or derived from its formula.
+
+A part is a list of blocks in which a query of a head stands in one block at most. Blocks of one shape and one bias are
+stacked, so that a batched product serves many of them.
+
+Letters: T time, H heads, n queries, m keys.
+"""
+
+import hashlib
+import math
+from typing import NamedTuple, Optional, Union
+
+import numpy as np
+import torch
+
+CELL = 64  # queries and keys of the cells in which a pattern that is not relative is looked for
+GAP = 256  # distances between two bands of kept ones from which it pays to leave them out; above n + 2 ROUND below
+ROUND = 32  # widths are multiples of it: products like round sizes, and while spans move the shapes stay few
+
+
+class Block(NamedTuple):
+    """Every pair of `queries` x `keys`, multiplied densely for each of `heads`.
+
+    heads: a range of neighbouring heads. queries: a range of positions. keys: a range, or a tuple of ranges that share no
+    position. distances: the range of |i - j| that the block answers for, where another part answers for the rest; None:
+    all.
+    """
+
+    heads: range
+    queries: range
+    keys: Union[range, tuple]
+    distances: Optional[range] = None
+
+    @property
+    def kv_ranges(self):
+        """`keys` as a tuple of ranges, none of them empty."""
+        return tuple(keys for keys in (self.keys if isinstance(self.keys, tuple) else (self.keys,)) if keys)
+
+    @property
+    def pairs(self):
+        return len(self.heads) * len(self.queries) * sum(map(len, self.kv_ranges))
+
+    def shape(self):
+        """What blocks of one stack have in common."""
+        keys = tuple((len(keys), keys.step) for keys in self.kv_ranges)
+        return self.heads, len(self.queries), self.queries.step, keys, self.distances
+
+
+class Stack(NamedTuple):
+    """`count` blocks, the first of them `block`. Each lies `shift` positions after the one before, its key ranges
+    `kv_shifts`: `shift` as well, or 0 where all blocks share the same keys."""
+
+    block: Block
+    count: int
+    shift: int
+    kv_shifts: tuple
+
+
+def windows(positions, n, before, after=0, edge=0):
+    """Yield (queries, keys): n of the `positions` (a range) at a time, with every key among them from `before` places
+    before to `after` places after each query.
+
+    edge: how many at a time while the window is cut off at the start, where every block has a shape of its own
+    (0: n as well).
+    """
+    a = 0
+    while a < len(positions):
+        b = a + (edge or n if a < before else n)
+        yield positions[a:b], positions[max(0, a - before) : max(0, b + after)]
+        a = b
+
+
+# ---- derived from the formula --------------------------------------------------------------
+
+
+@torch.no_grad()
+def derive(layer, T):
+    """Parts that cover every pair whose bias is above -inf, from the formula alone: one part."""
+    if layer.relative:
+        return [relative_blocks(layer, T)]
+    if layer.mask_parameters():  # which may move anywhere
+        heads, before, after = range(layer.n_head), *((layer.block_size - 1, 0) if layer.causal else (T, T))
+        return [[Block(heads, *pair) for pair in windows(range(T), CELL, before, after)]]
+    return [cell_blocks(layer, T)]
+
+
+def find(layer, T):
+    """`layer.blocks(T)`; where no parameter can change them, as found at the first call for T."""
+    if layer.mask_parameters():
+        return layer.blocks(T)
+    if T not in layer.blocks_of:
+        layer.blocks_of[T] = layer.blocks(T)
+    return layer.blocks_of[T]
+
+
+def relative_blocks(layer, T):
+    """Windows of the offsets j - i that each head keeps; neighbouring heads that keep about the same share blocks."""
+    kept = (layer.bias_by_offset(T) > -math.inf).cpu().numpy()
+    part, first = [], 0
+    bands_of = [bands(row.nonzero()[0] + 1 - T) for row in np.broadcast_to(kept, (layer.n_head, 2 * T - 1))]
+    while first < layer.n_head:
+        last = next((h for h in range(first, layer.n_head) if bands_of[h] != bands_of[first]), layer.n_head)
+        heads, (lows, highs) = range(first, last), zip(*bands_of[first]) if bands_of[first] else ((), ())
+        first = last
+        if len(lows) == 1:
+            before, after = max(0, -lows[0]), max(0, highs[0])
+            n = queries_of(before, T)
+            edge = n * max(1, round(before / n / 4)) if before < T - 1 else n
+            part += [Block(heads, *pair) for pair in windows(range(T), n, before, after, edge)]
+        elif lows:
+            for a in range(0, T, 64):
+                b = min(a + 64, T)
+                keys = tuple(range(max(0, a + low), max(0, min(b + high, T))) for low, high in zip(lows, highs))
+                part.append(Block(heads, range(a, b), keys))
+    return [block for block in part if block.kv_ranges]
+
+
+def queries_of(before, T):
+    """Queries of a block with a window of some positions: few enough that little is multiplied in vain."""
+    if before >= T - 1:
+        return 64 if T <= 256 else 128 if T <= 1024 else 256
+    return 64 if before <= 128 else 96 if before <= 512 else 128
+
+
+def bands(offsets):
+    """[(low, high), ...] that hold all of some rising offsets, rounded outwards; gaps below GAP are filled."""
+    if not len(offsets):
+        return []
+    cuts = np.flatnonzero(np.diff(offsets) > GAP)
+    lows, highs = offsets[np.r_[0, cuts + 1]], offsets[np.r_[cuts, len(offsets) - 1]]
+    return [(ROUND * math.floor(low / ROUND), ROUND * math.ceil(high / ROUND)) for low, high in zip(lows, highs)]
+
+
+def cell_blocks(layer, T):
+    """The cells of CELL x CELL that hold a kept pair; neighbouring heads with the same cells share blocks."""
+    device, starts = layer.proj.weight.device, range(0, T, CELL)
+    j = torch.arange(T, device=device)
+    rows = []
+    for a in starts:
+        kept = (layer.bias_at(j[a : a + CELL], j) > -math.inf).any(1)  # (H or 1, T)
+        rows.append(torch.nn.functional.pad(kept, (0, -T % CELL)).unflatten(1, (-1, CELL)).any(2))
+    cells = torch.stack(rows, 1).expand(layer.n_head, -1, -1).cpu().numpy()  # (H, queries, keys)
+    part, first = [], 0
+    while first < layer.n_head:
+        last = next((h for h in range(first, layer.n_head) if (cells[h] != cells[first]).any()), layer.n_head)
+        for a, row in zip(starts, cells[first]):
+            edges = np.flatnonzero(np.diff(np.r_[False, row, False])).reshape(-1, 2) * CELL
+            keys = tuple(range(low, min(high, T)) for low, high in edges.tolist())
+            if keys:
+                part.append(Block(range(first, last), range(a, min(a + CELL, T)), keys))
+        first = last
+    return part
+
+
+# ---- stacks --------------------------------------------------------------------------------
+
+
+def stack(layer, part):
+    """The blocks of a part in order, neighbours of one shape as one stack where their bias is the same."""
+    stacks, shape, bias = [], None, None
+    for block in part:
+        alike, shape, before = shape == block.shape(), block.shape(), bias
+        bias = None if layer.relative else digest_of_bias(layer, block)
+        if alike and (layer.relative or bias is not None and bias == before):
+            if joined := join(stacks[-1], block, layer.relative):
+                stacks[-1] = joined
+                continue
+        stacks.append(Stack(block, 1, 0, (0,) * len(block.kv_ranges)))
+    return stacks
+
+
+def join(stack, block, relative):
+    """`stack` with one more block of its shape, or None where that lies elsewhere than the next one would."""
+    first, count, *_ = stack
+    ahead = block.queries.start - first.queries.start
+    kv_ahead = tuple(b.start - a.start for a, b in zip(first.kv_ranges, block.kv_ranges))
+    shift = stack.shift or ahead
+    kv_shifts = stack.kv_shifts if count > 1 else kv_ahead
+    if not ahead == count * shift > 0 or kv_ahead != tuple(count * each for each in kv_shifts):
+        return None
+    for keys, each in zip(first.kv_ranges, kv_shifts):
+        # keys of different residues must not meet: `Tile.scatter_add` takes turns only where they are of one
+        apart = each == 0 and not relative or each == shift and (shift % keys.step == 0 or ahead < keys.step)
+        if not apart:
+            return None
+    return Stack(first, count + 1, shift, kv_shifts)
+
+
+@torch.no_grad()
+def digest_of_bias(layer, block):
+    """What tells two biases apart, of blocks of one shape; None where a parameter can make them differ."""
+    if layer.mask_parameters():
+        return None
+    return hashlib.sha256(block_bias(layer, block).contiguous().cpu().numpy().tobytes()).digest()
+
+
+def block_bias(layer, block):
+    """The bias of a block, (h or 1, n, m), -inf at distances that it does not answer for; differentiable."""
+    device = layer.proj.weight.device
+    i, *j = (torch.arange(x.start, x.stop, x.step, device=device) for x in (block.queries, *block.kv_ranges))
+    j = torch.cat(j)
+    return answered(layer.bias_at(i, j, block.heads), (j - i[:, None]).abs(), block.distances, -math.inf)
+
+
+def answered(bias, distance, distances, dropped):
+    """`bias` where the distance is one that a block answers for (None: all), else `dropped`."""
+    if distances is None:
+        return bias
+    return bias.masked_fill((distance < distances.start) | (distance >= distances.stop), dropped)
