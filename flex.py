@@ -52,14 +52,19 @@ def run(q, k, v, score_mod, block_mask):
 
     Raises UserError where PyTorch has compiled too many variants: it would go on uncompiled, with T x T scores.
     """
-    call = compiled() if q.is_cuda else torch_flex.flex_attention  # uncompiled: exact on any device, dense, for tests
     try:
-        y, aux = call(q, k, v, score_mod=score_mod, block_mask=block_mask, return_aux=torch_flex.AuxRequest(lse=True))
+        y, aux = kernel(q.device.type)(q, k, v, score_mod=score_mod, block_mask=block_mask,
+                                       return_aux=torch_flex.AuxRequest(lse=True))
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:
         raise UserError("kernel=flex: FlexAttention was compiled for more shapes than torch._dynamo.config.recompile_limit "
                         f"({torch._dynamo.config.recompile_limit}) allows; raise it, keep to one text length, or use "
                         "kernel=engine") from error
     return y, aux.lse
+
+
+def kernel(device):
+    """FlexAttention for a kind of device: compiled on CUDA, elsewhere as it is: exact, with T x T scores, for tests."""
+    return compiled() if device == "cuda" else torch_flex.flex_attention
 
 
 @functools.cache

@@ -62,7 +62,7 @@ def test_gradient_at_the_ends_of_the_ramp():
     made.span.data = torch.logit(torch.tensor([0.25], dtype=torch.float64))
     assert made.spans().item() == 16.0
     for distance, kept in ((24, False), (16, True), (23, True)):
-        bias = made.bias(torch.tensor([distance]), torch.tensor([0]))
+        bias = made.bias_at(torch.tensor([distance]), torch.tensor([0]))
         assert (bias > -math.inf).item() is kept
         (gradient,) = torch.autograd.grad(bias.clamp(min=-1e4).sum(), made.span)
         assert math.isfinite(gradient.item()) and (gradient.item() != 0) is kept
@@ -87,7 +87,7 @@ def test_wave_by_hand(harmonics):
     """p = 4, r = 0: distances 0 to 4 keep 1, 1/2, 0, 1/2, 1; far away the same."""
     made = periodic([4.0], [0.0], triangle_wave_harmonics=harmonics)
     for far in (0, 4 * 10**6):
-        w = made.wave(torch.arange(far, far + 5, dtype=torch.float64))[0]
+        w = made.wave(0, torch.arange(far, far + 5, dtype=torch.float64))
         torch.testing.assert_close(w, torch.tensor([1, 0.5, 0, 0.5, 1], dtype=torch.float64), rtol=0, atol=1e-7)
 
 
@@ -96,10 +96,10 @@ def test_kept_share_against_a_count():
     periods = [2.3 + math.pi / 100 * k for k in (1, 90, 170, 130, 30)]  # irrational: distances fall everywhere
     ratios = [-0.1, 0.0, -0.2, 0.13, -0.24]
     made = periodic(periods, ratios, triangle_wave_harmonics=0)
-    counted = (made.wave(torch.arange(200_000, dtype=torch.float64)) > 0).double().mean(1)
+    counted = (made.wave(torch.arange(len(periods))[:, None], torch.arange(200_000, dtype=torch.float64)) > 0).double().mean(1)
     torch.testing.assert_close(made.kept_of_period(), counted, rtol=0, atol=1e-3)
     full = periodic([2.5], [0.2], triangle_wave_harmonics=0)  # nothing dropped: 1 + the least of w
-    least = full.wave(torch.linspace(0, 10, 100_001, dtype=torch.float64)).min().item()
+    least = full.wave(0, torch.linspace(0, 10, 100_001, dtype=torch.float64)).min().item()
     assert full.kept_of_period().item() == pytest.approx(1 + least, abs=1e-3) and least > 0
 
 
@@ -131,53 +131,41 @@ def test_snapped_periods():
     """Whole periods in the formula, no gradient for them, and in the keys of a plan only kept residues."""
     made = periodic([4.2, 3.3], [-0.2, -0.2], span_init=[60.0], snap_periods=True)
     assert made.waves()[0].tolist() == [4, 3]
-    (made.bias(torch.tensor([60]), torch.arange(61)).clamp(min=-1e4).sum()).backward()
+    (made.bias_at(torch.tensor([60]), torch.arange(61)).clamp(min=-1e4).sum()).backward()
     assert made.period.grad.abs().max() == 0 and made.ratio.grad.abs().max() > 0
-    assert [(p, kept) for _, p, kept in made.extents()] == [(4, [0]), (3, [0])]
-    for block in (block for part in made.plan(64) for block in part):
-        (p,) = {made.extents()[h][1] for h in block.heads}
-        assert {(block.queries[0] - run[0]) % p for run in block.runs} == {0}
+    for block in (block for part in made.blocks(64) for block in part):
+        (p,) = {[4, 3][h] for h in block.heads}
+        assert block.queries.step == p and {(block.queries[0] - keys[0]) % p for keys in block.kv_ranges} == {0}
     unsnapped = periodic([4.2, 3.3], [-0.2, -0.2], span_init=[60.0])
-    assert [(p, kept) for _, p, kept in unsnapped.extents()] == [(1, [0]), (1, [0])]
+    assert {block.queries.step for part in unsnapped.blocks(64) for block in part} == {1}
+    long = periodic([4.2, 1e7], [-0.2, -0.2], span_init=[60.0], snap_periods=True, period_max_triangle_wave_masking=1e7)
+    assert len(long.blocks(64)[0]) < 12  # a period longer than the span is nothing to skip, and costs no loop over it
 
 
 def test_shapes_stay_few():
     """Spans that move a little change no block: compiled code and kernels are met again."""
     made = layer(block_size=1024, span_init=[100.0, 300.0, 700.0])
-    before = made.plan(1024)
+    before = made.blocks(1024)
     for part in made.span.data:
         part += 0.005  # about one position
-    assert made.plan(1024) == before
+    assert made.blocks(1024) == before
     made.span.data += 0.5
-    assert made.plan(1024) != before
+    assert made.blocks(1024) != before
 
 
-def test_a_gpu_is_not_waited_for(monkeypatch):
-    """In training on a GPU the plan goes by the spans of the call before, with room for what a step changes."""
-    made = layer(block_size=1024, span_init=[100.0], n_head=1)
-    waited = []
-
-    class Stream:
-        def record_event(self):
-            waited.append("recorded")
-            return self
-
-        def synchronize(self):
-            waited.append("synchronized")
-
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    made.eval()
-    assert made.reach() == 131 and not waited
-    made.train()
-    room = 1024 // 128
-    assert made.reach() == 131 + room  # the first call has nothing before it
-    made.span.data += 1 / 32  # the largest step
-    assert 131 < made.spans().item() + 32 <= 131 + room
-    assert made.reach() == 131 + room and made.reach() > 131 + room
-    assert waited == 3 * ["recorded", "synchronized"]
-    made.train()
-    assert made.copy is None
+@pytest.mark.parametrize("period, ratio, harmonics", [(64.0, -0.249, 0), (64.0, -0.249, 5), (32.0, -0.249, 3), (16.0, -0.249, 1)])
+def test_a_query_always_keeps_itself(period, ratio, harmonics):
+    """With long periods and low ratios w(0) is below 0: the query's key stays, and nothing later is seen."""
+    made = periodic([period], [ratio], triangle_wave_harmonics=harmonics, period_max_triangle_wave_masking=64.0, span_init=[30.0])
+    assert made.wave(0, torch.zeros(1, dtype=torch.float64)) >= 0
+    q, k, v = torch.randn(3, 1, 1, 200, 8, dtype=torch.float64)
+    before = [made.attend(q, k, v), made.weights(q, k) @ v]
+    k[:, :, 150:], v[:, :, 150:] = 5.0, 100.0
+    for old, new in zip(before, (made.attend(q, k, v), made.weights(q, k) @ v)):
+        assert old.isfinite().all() and torch.equal(old[:, :, :150], new[:, :, :150])
+    assert made.stats()["kept_share"] > 0
+    i = torch.arange(200)
+    assert (made.total_bias(torch.tensor(0), i, i) > -math.inf).all()
 
 
 @pytest.mark.parametrize("options, said", [
@@ -188,6 +176,12 @@ def test_a_gpu_is_not_waited_for(monkeypatch):
     ({"period_min_triangle_wave_masking": 9.0}, "got 9.0 and 8.0"),
     ({"period_min_triangle_wave_masking": 0.5}, "got 0.5 and 8.0"),
     ({"ratio_init_triangle_wave_masking": -0.25}, "above -1/4 and below 1/4, got -0.25"),
+    ({"max_span": 10**20}, "both at most 16,777,216"),
+    ({"softness_span_mask": 10**20}, "both at most 16,777,216"),
+    ({"period_max_triangle_wave_masking": 1e9}, "<= 16,777,216, got 2.0 and 1000000000.0"),
+    ({"span_init": [[1]]}, r"above 0 and below 64 \(max_span\), got \[\[1\]\]"),
+    ({"span_init": ["1"]}, "above 0 and below 64"),
+    ({"span_init": [math.nan]}, "above 0 and below 64"),
     ({"triangle_wave_harmonics": 2}, "unknown triangle_wave_harmonics '2'"),
 ])
 def test_refused(options, said):

@@ -1,4 +1,4 @@
-"""ATRT beyond the laws of tests/test_attention.py: its zones, its statistics, its gradient.
+"""ATRT beyond the laws of tests/test_contract.py: its zones, its statistics, its gradient.
 
 `formula` is the equation of the design, term by term; what `atrt.py` computes in fewer operations is held to it.
 """
@@ -10,6 +10,7 @@ import torch
 from conftest import LargestTensor
 
 import atrt
+import engine
 from configurator import UserError
 from model import GPTConfig, mechanism
 
@@ -219,12 +220,18 @@ def test_scopes_differ():
     """Two sharp queries and two nearly flat ones: among all weights, the flat rows' are below the mean or barely above."""
     p = torch.tensor([[0.9, 0.04, 0.03, 0.03], [0.26, 0.26, 0.24, 0.24], [0.3, 0.3, 0.2, 0.2], [0.97, 0.01, 0.01, 0.01]])
     p, keys = p.double()[None, None], torch.full((1, 1, 4, 1), 4)
-    row, matrix = (make(scope=scope, renormalize=False).reweigh(p, keys)[0, 0] / p[0, 0] for scope in ("row", "matrix"))
+    row, matrix = (reweighed(make(scope=scope, renormalize=False), p, keys)[0, 0] / p[0, 0] for scope in ("row", "matrix"))
     # in their rows the larger weights of the flat queries stand at s = 1, and among all at (0.26 - 1/4) / sigma
     sigma = p.std(correction=0).item()
     for found, s in ((row[1, 0], 1.0), (matrix[1, 0], 0.01 / sigma), (matrix[2, 0], 0.05 / sigma)):
         assert found.item() == pytest.approx(formula(torch.tensor(s, dtype=torch.float64), *TASKS["classification"]).item())
     assert matrix[0, 0] > 1.25 and matrix[3, 0] > 1.25
+
+
+def reweighed(layer, p, keys):
+    """`reweigh` of whole matrices p (B, H, T, T) as the reference calls it; as many queries as keys are not padding."""
+    squares, lengths = p.detach().square().sum(-1, keepdim=True), keys[:, 0, 0, 0].long()
+    return layer.reweigh(p, keys, layer.matrix_variation(squares, lengths) if layer.scope == "matrix" else None)
 
 
 @pytest.mark.parametrize("scope", ["row", "matrix"])
@@ -235,13 +242,13 @@ def test_gradient(renormalize, scope):
     p, keys = rows(1, 2, 6, 6)
     p[..., 4:] = 0
     p, keys = p / p.sum(-1, keepdim=True), keys - 2
-    f = (make(renormalize=False, scope=scope).reweigh(p, keys) / p).nan_to_num(1)  # 1 where p is 0
+    f = (reweighed(make(renormalize=False, scope=scope), p, keys) / p).nan_to_num(1)  # 1 where p is 0
 
     def fixed(p):
         return p * f / (p * f).sum(-1, keepdim=True) if renormalize else p * f
 
     p.requires_grad_()
-    y = layer.reweigh(p, keys)
+    y = reweighed(layer, p, keys)
     torch.testing.assert_close(y.detach(), fixed(p.detach()), rtol=0, atol=1e-14)
     upstream = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     (grad,) = torch.autograd.grad(y, p, upstream)
@@ -316,14 +323,14 @@ def test_memory(graph):
     assert largest.elements == p.numel()
 
 
-def test_statistic():
-    """Row scope needs none; that of matrix scope is one number for each head of an example."""
+def test_variation_of_a_matrix():
+    """The engine's rows give the one number for each head of an example that matrix scope ranks by."""
     q, k = torch.randn(2, 2, 3, 30, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    assert make().statistic(q, k, None) is None
-    found = make(scope="matrix").statistic(q, k, torch.tensor([30, 12]))
-    assert found.shape == (2, 3, 30, 1) and (found == found[:, :, :1]).all()
+    layer, lengths = make(scope="matrix"), torch.tensor([30, 12])
+    found = layer.matrix_variation(engine.row_squares(layer, q, k, lengths), lengths)
+    assert found.shape == (2, 3, 1, 1)
     p = torch.softmax(q[1, 2, :12] @ k[1, 2, :12].T / math.sqrt(8), -1)
-    assert found[1, 2, 0].item() == pytest.approx((p.std(correction=0) / p.mean()).item() ** 2, rel=1e-12)
+    assert found[1, 2].item() == pytest.approx((p.std(correction=0) / p.mean()).item() ** 2, rel=1e-12)
 
 
 @pytest.mark.parametrize("options, said", [
@@ -336,7 +343,10 @@ def test_statistic():
       for given in ([1.0], [0, 1, 2], ["0", "1"], [0, math.inf], [0, math.nan], [True, 2])),
     ({"factors": [1.1, 1.2]}, "atrt_factors expects 4 numbers like"),
     ({"factors": [0, 1.1, 1.2, 1.3]}, "atrt_factors must be above 0"),
-    *(({"sharpness": given}, "atrt_sharpness must be at least 0") for given in (-1.0, math.inf, math.nan)),
+    *(({"sharpness": given}, "atrt_sharpness must be from 0") for given in (-1.0, math.inf, math.nan, 1e308)),
+    ({"factors": [1e300] * 4}, "atrt_factors must be above 0"),
+    ({"borders": [-1e308, 1e308]}, "atrt_borders must lie within 10,000 of 0"),
+    ({"borders": [1.0, 1.0 + 1e-9]}, "atrt_borders must lie within 10,000 of 0 and apart"),
 ])
 def test_refused(options, said):
     """What cannot be is refused with what to do."""

@@ -92,7 +92,7 @@ def test_attention(capsys, tmp_path, settings):
     assert dense["pairs kept"] == 100 * 101 / 2 / 100**2 and window["pairs kept"] == (100 * 10 - 45) / 100**2
     for row in dense, window, wider:
         layer = bench.parse(row["attention"]).model(n_layer=1, n_head=1, n_embd=8, block_size=100).layers[0].attention
-        assert row["pairs kept"] < row["pairs multiplied"] == layer.pairs(100) / 100**2 <= 1
+        assert row["pairs kept"] < row["pairs multiplied"] == layer.multiplied_pairs(100) / 100**2 <= 1
         assert list(row) == list(table[0]) and row["repeats"] == 2
         assert row["fused call, ms"] == dense["fused call, ms"]  # one run for all
         assert row["times as fast"] == pytest.approx(row["fused call, ms"] / row["ms"])

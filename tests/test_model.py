@@ -221,7 +221,7 @@ def test_a_file_dropped_beside_is_a_mechanism(monkeypatch, tmp_path):
     weights = layer.weights(q, k)
     assert (weights[0, 0, 8] > 0).nonzero().flatten().tolist() == [6, 7, 8]
     torch.testing.assert_close(layer.attend(q, k, v), weights @ v)
-    assert layer.pairs(300) < 300 * (128 + 3)
+    assert layer.multiplied_pairs(300) < 300 * (128 + 3)
     save(tmp_path / "ckpt.pt", {"model": model.float().state_dict(), "model_config": vars(model.config)})
     again, _ = load(tmp_path / "ckpt.pt")
     idx = torch.randint(50, (1, 16))

@@ -1,6 +1,7 @@
 """A mechanism shows its own pattern, as text and as a picture, with or without matplotlib."""
 
 import math
+import re
 import runpy
 import sys
 from types import SimpleNamespace
@@ -11,13 +12,13 @@ import torch
 from conftest import ROOT, call
 from test_plot import drawn, panels, without_matplotlib  # noqa: F401  fixtures
 
+import contract
 import pattern
 import plot
 from attention import Attention
 from configurator import UserError
-from model import GPTConfig
+from model import GPTConfig, mechanisms
 
-MECHANISMS = [file for file in sorted(ROOT.glob("*.py")) if "\nclass Attention(" in file.read_text("utf-8")]
 
 
 @pytest.fixture
@@ -38,7 +39,9 @@ HEAD = "a line a query, a column a key; # kept, :+* in part, . dropped"
 
 def test_text(in_folder, capsys, drawn):
     assert alone("dense", "--T=4", n_head=2) is None
-    assert capsys.readouterr().out == f"""{HEAD}
+    out, _, agreement = capsys.readouterr().out.rpartition("as the formula says: ")
+    assert re.fullmatch(r"engine \de-1\d, flex \de-1\d, decoding \de-1\d \(largest .*\n", agreement)
+    assert out == f"""{HEAD}
 
 layer 0, heads 0-1: dense, keeps 100.0 % of the pairs of dense attention
 #
@@ -81,10 +84,8 @@ class Steps(Attention):
 
     rows = {0: [[1, 0.5, 0, 0.01], [1, 1, 1, 1], [1, 0.5, 0, 0.01]], 1: [[1, 1, 1, 1], [1, 1, 1, 1], [1, 0.9, 0.4, 0]]}
 
-    def bias(self, i, j):
-        distance = i[:, None] - j[None]
-        far = torch.tensor(self.rows[self.layer])[:, distance.clamp(min=0)]
-        return far.where(distance >= 0, 0).log()
+    def bias(self, h, i, j):
+        return torch.tensor(self.rows[self.layer])[h, (i - j).clamp(min=0)].log()
 
     def stats(self):
         return {"kept_share": 0.5, "spans": [1.25, 300.0, 1.25], "names": ["a"]}
@@ -93,7 +94,9 @@ class Steps(Attention):
 class Doubles(Attention):
     """The first key's weight counts double where a query sees more than two."""
 
-    def reweigh(self, p, keys, statistic=None):
+    reweighs = True
+
+    def reweigh(self, p, keys, variation=None):
         first = torch.zeros_like(p)
         first[..., 0] = 1
         return p * (1 + first * (keys > 2))
@@ -157,24 +160,25 @@ def test_without_matplotlib(in_folder, capsys, monkeypatch, without_matplotlib):
     """The text comes all the same, with a word on the picture, and that is no failure."""
     monkeypatch.setattr(sys, "argv", ["attention.py", "--T=3"])
     with pytest.raises(SystemExit) as left:
-        pattern.show_pattern("dense")
+        pattern.show_pattern()
     out, err = capsys.readouterr()
     assert left.value.code in (None, 0) and err == "" and "\n#\n# #\n# # #\n" in out
-    assert out.splitlines()[-1].startswith("no picture: pictures need matplotlib (") and "pip install matplotlib" in out
+    assert out.splitlines()[-2].startswith("no picture: pictures need matplotlib (") and "pip install matplotlib" in out
     assert list(in_folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("file", MECHANISMS, ids=lambda file: file.stem)
-def test_each_mechanism_shows_itself(file, in_folder, capsys, monkeypatch, drawn):
-    """Run alone, a mechanism's file prints its pattern, in ASCII, and draws it; so it does in both directions."""
+@pytest.mark.parametrize("name", mechanisms())
+def test_each_mechanism_is_shown(name, in_folder, capsys, monkeypatch, drawn):
+    """attention.py NAME prints the mechanism's pattern, in ASCII, draws it, in both directions, and says that its kernels agree."""
     for more in ([], ["--causal=False", "--out=both.png"]):
-        monkeypatch.setattr(sys, "argv", [file.name, *more])
+        monkeypatch.setattr(sys, "argv", ["attention.py", *[name] * (name != "dense"), "--T=20", *more])
         with pytest.raises(SystemExit) as left:
-            runpy.run_path(str(file), run_name="__main__")
+            runpy.run_path(str(ROOT / "attention.py"), run_name="__main__")
         out, err = capsys.readouterr()
         assert left.value.code in (None, 0) and err == "" and out.isascii()
+        assert out.splitlines()[-1].startswith("as the formula says: engine ")
         assert "layer 0, head" in out and "% of the pairs of dense attention\n#" in out
-        assert out.splitlines()[-1] in drawn and max(map(len, out.splitlines())) < 130
+        assert out.splitlines()[-2] in drawn and max(map(len, out.splitlines())) < 180
     assert "both.png" in drawn and len(drawn) == 2
 
 
@@ -192,6 +196,13 @@ def test_pattern_refused(in_folder, name, arguments, defaults, says):
     with pytest.raises(UserError) as error:
         alone(name, *arguments, **defaults)
     assert says in str(error.value) and list(in_folder.iterdir()) == []
+
+
+def test_what_is_wrong_is_said(in_folder, monkeypatch):
+    """A kernel that does not agree is named, with the difference."""
+    monkeypatch.setattr(contract, "decoding_error", lambda *how: 0.25)
+    with pytest.raises(UserError, match=r"not as the formula says: decoding \(differences in float64: engine .*, decoding 2e-01\)"):
+        alone("dense", "--T=3")
 
 
 def test_help(capsys):

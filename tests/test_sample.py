@@ -123,10 +123,10 @@ def test_in_bfloat16_every_mechanism_keeps_its_mask(tmp_path, shown, attention, 
     out = write_checkpoint(tmp_path / "out", CHARS, attention=name, options=options, block_size=1024)
     model, _ = load(out / "best.pt")
     j = torch.arange(1024)
-    before = [layer.attention.bias(j[-1:], j) for layer in model.layers]
+    before = [layer.attention.bias_at(j[-1:], j) for layer in model.layers]
     model.for_sampling(torch.bfloat16)
     for layer, bias in zip(model.layers, before):
-        torch.testing.assert_close(layer.attention.bias(j[-1:], j), bias, rtol=0, atol=0)
+        torch.testing.assert_close(layer.attention.bias_at(j[-1:], j), bias, rtol=0, atol=0)
     common = (f"--out_dir={out}", "--start=" + "abc" * 340, "--num_samples=1", "--max_new_tokens=20", "--dtype=bfloat16")
     assert re.fullmatch("(abc){340}[abc]{20}", *samples(shown(*common)))
 

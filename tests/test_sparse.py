@@ -101,7 +101,7 @@ def layer(n=16, causal=True, **options):
     ("fixed", 1, False, FIXED_BOTH),
 ])
 def test_patterns_by_hand(pattern, window, causal, drawn):
-    kept = layer(causal=causal, sparse_pattern=pattern, window=window, fixed_columns=1).bias(*2 * [torch.arange(16)])[0] == 0
+    kept = layer(causal=causal, sparse_pattern=pattern, window=window, fixed_columns=1).bias_at(*2 * [torch.arange(16)])[0] == 0
     if drawn is None:  # log with the smallest window: 0, 1, 2, 4, 8
         assert [[d for d in range(16) if i >= d and kept[i, i - d]] for i in (0, 3, 15)] == [[0], [0, 1, 2], [0, 1, 2, 4, 8]]
         return
@@ -113,10 +113,10 @@ def test_both_directions_and_globals():
     i = torch.arange(16)
     for pattern in ("local", "strided", "fixed", "log"):
         options = {"sparse_pattern": pattern, "window": 3}
-        both, causal = (layer(causal=c, **options).bias(i, i)[0] == 0 for c in (False, True))
+        both, causal = (layer(causal=c, **options).bias_at(i, i)[0] == 0 for c in (False, True))
         assert (both == both.T).all() or pattern == "fixed"
         assert torch.equal(both.tril(), causal)
-    kept = layer(6, causal=False, window=2, global_tokens=2).bias(torch.arange(6), torch.arange(6))[0] == 0
+    kept = layer(6, causal=False, window=2, global_tokens=2).bias_at(torch.arange(6), torch.arange(6))[0] == 0
     assert ["".join(".x"[there] for there in row) for row in kept.int().tolist()] == GLOBAL.split()
 
 
@@ -134,7 +134,7 @@ def test_a_pattern_for_each_layer(said, patterns):
 
 def test_dense_layers_may_use_the_fused_call():
     dense, local = (layer(sparse_pattern=pattern) for pattern in ("dense", "local"))
-    assert dense.choose_kernel("cuda") == "sdpa" and local.choose_kernel("cuda") == "engine"
+    assert dense.choose_kernel("cuda") == "sdpa" and local.choose_kernel("cuda") == "flex"
     local.kernel = "sdpa"
     with pytest.raises(UserError, match="dense attention only"):
         local.choose_kernel("cpu")
@@ -149,10 +149,11 @@ def test_stride_follows_the_block_size():
     ({"sparse_pattern": "strided,lokal"}, "did you mean local"),
     ({"sparse_pattern": "LXD"}, "there are dense, fixed, local, log, strided"),
     ({"sparse_pattern": ""}, "unknown sparse_pattern"),
-    ({"window": 0}, "window must be at least 1, got 0"),
-    ({"stride": -1}, "stride must be at least 0, got -1"),
-    ({"fixed_columns": 0}, "fixed_columns must be at least 1"),
-    ({"global_tokens": -2}, "global_tokens must be at least 0"),
+    ({"window": 0}, "window must be from 1 to 16,777,216, got 0"),
+    ({"window": 10**20}, "window must be from 1 to 16,777,216, got 100000000000000000000"),
+    ({"stride": -1}, "stride must be from 0 to 16,777,216, got -1"),
+    ({"fixed_columns": 0}, "fixed_columns must be from 1"),
+    ({"global_tokens": -2}, "global_tokens must be from 0"),
 ])
 def test_refused(options, said):
     with pytest.raises(UserError, match=said):
@@ -161,7 +162,7 @@ def test_refused(options, said):
 
 def test_kept_pairs():
     """Counts in closed form: local n w - w (w - 1) / 2."""
-    assert layer(100, window=7).kept(100) == 100 * 7 - 21
-    assert layer(100, causal=False, window=7).kept(100) == 100 * 13 - 42
-    assert layer(16, sparse_pattern="log", window=1).kept(16) == 16 + 15 + 14 + 12 + 8
+    assert layer(100, window=7).kept_pairs(100) == 100 * 7 - 21
+    assert layer(100, causal=False, window=7).kept_pairs(100) == 100 * 13 - 42
+    assert layer(16, sparse_pattern="log", window=1).kept_pairs(16) == 16 + 15 + 14 + 12 + 8
     assert math.isclose(layer(16, sparse_pattern="log", window=1).stats()["kept_share"], 65 / 136)

@@ -386,7 +386,7 @@ def test_pattern(page, name, attention, options):
     choose(page, "Mechanism", name)
     config = GPTConfig(block_size=256, vocab_size=1, n_layer=1, n_head=4, n_embd=64, attention=attention, options=options)
     layer, dense = GPT(config).layers[0].attention, 256 * 257 / 2
-    kept, pairs = layer.kept(256), layer.pairs(256)
+    kept, pairs = layer.kept_pairs(256), layer.multiplied_pairs(256)
     metric(page, "Pairs kept", f"{kept:,.0f}")
     metric(page, "Kept of dense", f"{kept / dense:.1%}")
     metric(page, "Work against", f"{pairs / dense:.1%}")
