@@ -88,9 +88,11 @@ class Attention(nn.Module):
         keys: (..., n, 1); variation: (..., n or 1, 1), or None: that of each row.
         """
         keys = keys.clamp(min=1)  # 0 in a row of padding
+        x = p.detach().to(accumulate_dtype(p))
         if variation is None:
-            variation = p.detach().to(accumulate_dtype(p)).square().sum(-1, keepdim=True) * keys - 1
-        y = p * self.factor(p.detach().to(variation.dtype), keys, variation).to(p.dtype)
+            x = x / x.sum(-1, keepdim=True).clamp(min=0.1)  # but for rounding they sum to 1, or to 0
+            variation = x.square().sum(-1, keepdim=True) * keys - 1
+        y = p * self.factor(x, keys, variation).to(p.dtype)
         total = y.sum(-1, keepdim=True)
         return y / total.masked_fill(total == 0, 1) if self.renormalize else y
 
@@ -180,8 +182,8 @@ class Attention(nn.Module):
             return p
         variation = None
         if self.scope == "matrix":
-            squares = p.detach().to(accumulate_dtype(p)).square().sum(-1, keepdim=True)
-            variation = self.matrix_variation(squares, lengths)
+            exact = torch.softmax(scores.detach(), -1, dtype=accumulate_dtype(p)).masked_fill(~kept, 0)
+            variation = self.matrix_variation(exact.square().sum(-1, keepdim=True), lengths)
         return self.reweigh(p, kept.sum(-1, keepdim=True), variation)
 
     @staticmethod

@@ -35,7 +35,7 @@ def check(layer, name):
         elif layer.causal:
             check_distance(layer, name, i, bias)
         if type(layer).blocks is not Attention.blocks:
-            for size in {1, min(7, T), T}:
+            for size in sorted({1, min(7, T), T}):
                 check_blocks(layer, name, size, i[i < size], bias[:, i < size, :size])
     check_gradient(layer, name)
 

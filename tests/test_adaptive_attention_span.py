@@ -20,7 +20,7 @@ def layer(block_size=64, causal=True, n_head=3, dtype=torch.float64, **options):
 def periodic(periods, ratios, causal=True, **options):
     """A layer whose heads have the given periods and ratios."""
     made = layer(causal=causal, n_head=len(periods), use_triangle_wave_masking=True, **options)
-    made.period.data = torch.logit((torch.tensor(periods, dtype=torch.float64) - 2) / 6)
+    made.period.data = torch.logit((torch.tensor(periods, dtype=torch.float64) - made.low) / (made.high - made.low))
     made.ratio.data = torch.logit(2 * torch.tensor(ratios, dtype=torch.float64) + 0.5)
     return made
 

@@ -125,8 +125,8 @@ def test_soft_masks_and_merging():
 def test_a_key_after_its_query_is_shown():
     """A mechanism that looks ahead is seen doing it."""
     class Ahead(Attention):
-        def bias(self, i, j):
-            return torch.where(j[None] - i[:, None] <= 1, 0.0, -math.inf)[None]
+        def total_bias(self, h, i, j):
+            return torch.where(j - i <= 1, 0.0, -math.inf)
 
     ((_, mask),), _ = pattern.patterns(stand_in(Ahead), "ahead", 4)
     assert pattern.text(mask, 80) == "# #\n# # #\n# # # #\n# # # #"

@@ -133,7 +133,7 @@ def test_a_pattern_for_each_layer(said, patterns):
 
 
 def test_dense_layers_may_use_the_fused_call():
-    dense, local = (layer(sparse_pattern=pattern) for pattern in ("dense", "local"))
+    dense, local = (layer(sparse_pattern=pattern, window=4) for pattern in ("dense", "local"))
     assert dense.choose_kernel("cuda") == "sdpa" and local.choose_kernel("cuda") == "flex"
     local.kernel = "sdpa"
     with pytest.raises(UserError, match="dense attention only"):
