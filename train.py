@@ -201,8 +201,7 @@ def main(arguments=None):
         batches(data, split, 1, block_size)  # refuses now what would otherwise be missed after hours
     with ranks.joined(hardware.pick_device(device)) as device:
         if ranks.local == 0:
-            for path in list(data.opened):
-                data.check_digest(path)
+            data.check_files()
         if init_from == "auto" or init_from == "scratch" and ranks.restarted(folder):
             init_from = "resume" if (folder / "ckpt.pt").exists() else "scratch"
         model, checkpoint = build(data, settings, options)

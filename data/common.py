@@ -27,8 +27,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from configurator import UserError, run as run_script
-
-FORMAT = 1
+from meta import FORMAT, PARTS, files_of, read_meta
 
 
 def run(main):
@@ -414,8 +413,9 @@ def write(out_dir, meta, splits):
                 if key in split:
                     files.append(f"{name}{suffix}.bin")
                     np.ascontiguousarray(split[key], dtype=kind).tofile(temporary / files[-1])
-            plain = {key: int(value) for key, value in split.items() if key not in ("tokens", "offsets", "labels")}
-            counts[name] = {"tokens": len(split["tokens"]), **plain, "sha256": digest_of(temporary / f"{name}.bin")}
+            plain = {key: int(value) for key, value in split.items() if key not in PARTS}
+            digests = {key: digest_of(temporary / f"{name}{suffix}.bin") for part, (suffix, key) in PARTS.items() if part in split}
+            counts[name] = {"tokens": len(split["tokens"]), **plain, **digests}
         meta = {"format": FORMAT, **meta, "dtype": dtype.name, "splits": counts}
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         out_dir.mkdir(exist_ok=True)
