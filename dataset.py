@@ -43,7 +43,8 @@ class Dataset:
         self.meta = read_meta(self.folder)
         self.vocab_size, self.kind, self.lossless = (self.meta[key] for key in ("vocab_size", "kind", "lossless"))
         self.splits, self.source, self.classes = self.meta["splits"], self.meta["source"], self.meta.get("classes", [])
-        self.dtype, self.digests = np.dtype(self.meta["dtype"]).newbyteorder("<"), files_of(self.meta)
+        self.dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
+        self.digests = {name: digest for name, (_, digest) in files_of(self.meta).items()}
         try:
             self.tokenizer = Tokenizer(self.meta)
         except ValueError as error:  # byte pairs that tiktoken refuses

@@ -127,11 +127,14 @@ def check_splits(splits, kind):
 
 
 def files_of(meta):
-    """{file name: its sha256, or None where the folder was prepared before meta.json told it} of a checked folder's meta."""
+    """{file name: (bytes, sha256)} of a checked folder's meta; the sha256 is None where the folder was prepared before
+    meta.json told that of offsets and labels."""
     files = {}
     for name, split in meta["splits"].items():
+        documents = split.get("documents", 0)
+        sizes = {"tokens": split["tokens"] * int(meta["dtype"][4:]) // 8, "offsets": 8 * (documents + 1), "labels": documents}
         for part, (suffix, key) in PARTS.items():
             before = "offsets_sha256" not in split and meta["kind"] == "classify" and (part == "offsets" or name != "unsup")
             if part == "tokens" or key in split or before:
-                files[f"{name}{suffix}.bin"] = split.get(key)
+                files[f"{name}{suffix}.bin"] = sizes[part], split.get(key)
     return files

@@ -83,9 +83,10 @@ def test_what_is_no_meta(text, tmp_path):
 
 
 def test_the_files_of_a_folder():
-    assert files_of({**DATA, "kind": "lm"}) == {"train.bin": "0" * 64}
+    assert files_of({**DATA, "kind": "lm", "dtype": "uint16"}) == {"train.bin": (18, "0" * 64)}
     whole = {**SPLIT, "offsets_sha256": "1" * 64, "labels_sha256": "2" * 64}
     assert files_of({**DATA, "splits": {"val": whole}}) == \
-        {"val.bin": "0" * 64, "val.offsets.bin": "1" * 64, "val.labels.bin": "2" * 64}
-    assert files_of({**DATA, "splits": {"val": SPLIT, "unsup": SPLIT}}) == \
-        {"val.bin": "0" * 64, "val.offsets.bin": None, "val.labels.bin": None, "unsup.bin": "0" * 64, "unsup.offsets.bin": None}
+        {"val.bin": (9, "0" * 64), "val.offsets.bin": (24, "1" * 64), "val.labels.bin": (2, "2" * 64)}
+    assert files_of({**DATA, "splits": {"val": SPLIT, "unsup": SPLIT}}) == {
+        "val.bin": (9, "0" * 64), "val.offsets.bin": (24, None), "val.labels.bin": (2, None),
+        "unsup.bin": (9, "0" * 64), "unsup.offsets.bin": (24, None)}
