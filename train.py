@@ -202,13 +202,13 @@ def main(arguments=None):
     for split in ["val"] + ["test"] * eval_test + ["train"] * (not eval_only):
         batches(data, split, 1, block_size)  # refuses now what would otherwise be missed after hours
     with ranks.joined(hardware.pick_device(device)) as device:
-        if ranks.local == 0:
-            data.check_files()
         if init_from == "auto" or init_from == "scratch" and ranks.restarted(folder):
             init_from = "resume" if (folder / "ckpt.pt").exists() else "scratch"
         if init_from == "scratch" and not eval_only:
             ranks.first_does(check_folder, folder)
         model, checkpoint = build(data, settings, options)
+        if ranks.local == 0:
+            data.check_files()
         if dtype == "auto" and checkpoint and checkpoint.get("device") == device.split(":")[0]:
             dtype = checkpoint["dtype"]  # as it was, whatever this machine's other work makes of the rates now
         dtype = ranks.gather(hardware.pick_dtype(dtype, device))[0]

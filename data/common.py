@@ -27,7 +27,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from configurator import UserError, run as run_script
+from configurator import UserError, run as run_script, shown
 from meta import FORMAT, PARTS, files_of, read_meta
 
 
@@ -264,14 +264,14 @@ def _read(stream, name, limit):
     """All of a stream as bytes; UserError beyond `limit` bytes, whatever its header promised."""
     data = stream.read(limit + 1)
     if len(data) > limit:
-        raise UserError(f"{name} holds more than the {limit:,} bytes expected: this is another file; check --source")
+        raise UserError(f"{shown(name)} holds more than the {limit:,} bytes expected: this is another file; check --source")
     return data
 
 
 def _claims(size, name, limit):
     """Refuses a file that by what its header or folder says has more than `limit` bytes, before anything of it is read."""
     if not 0 <= size <= limit:
-        raise UserError(f"{name} claims {size:,} bytes, more than the {limit:,} bytes expected: this is another file; check "
+        raise UserError(f"{shown(name)} claims {size:,} bytes, more than the {limit:,} bytes expected: this is another file; check "
                         "--source")
 
 
@@ -428,6 +428,7 @@ def _names(out_dir, read):
 
 
 def _moving(out_dir):
+    """The list `_MOVING`. Raises OSError where there is none, ValueError where it is not one that `write` wrote."""
     names = json.loads((out_dir / _MOVING).read_text("utf-8"))
     if type(names) is not list or not all(type(name) is str and _OURS.fullmatch(name) for name in names):
         raise ValueError("it is no list of files that `write` writes")
@@ -461,8 +462,8 @@ def replaceable(out_dir):
     at_home = out_dir.resolve().parent == Path(__file__).resolve().parent
     damaged = usual and there == usual | {"meta.json"} and _seems_ours(out_dir / "meta.json")
     if there and not at_home and not damaged:
-        raise UserError(f"--out_dir {out_dir} holds {min(there)} and no meta.json that names it: it is a folder of something "
-                        "else; give a new or an empty one")
+        raise UserError(f"--out_dir {out_dir} holds {shown(min(there))} and no meta.json that names it: it is a folder of "
+                        "something else; give a new or an empty one")
     return usual
 
 

@@ -64,12 +64,12 @@ def forged(meta):
     """[what is changed in a meta.json], each a lie that would crash a process or train on nonsense."""
     chars = {"tokenizer": "chars", "mark": None, "vocab_size": 60, "vocab": [chr(n) for n in range(60)]}
     changes = [{"dtype": dtype} for dtype in ("object", "bool", "float64", "S4", "U2", "complex128", "datetime64", None)]
-    changes += [{"vocab_size": 10**12}, {"vocab_size": 255}, {"mark": 256}, {"mark": -1}, {"classes": ["a", "a"]}, {"splits": []}, chars]
-    train = meta["splits"]["train"]
-    for change in ({"tokens": -1}, {"documents": 10**6}, {"sha256": "0" * 64}, {"labels_sha256": "0" * 64}, {"offsets_sha256": None}):
+    changes += [{"vocab_size": 10**12}, {"vocab_size": 255}, {"mark": 256}, {"mark": -1}, {"classes": ["a", "a"]}, {"splits": []}]
+    train, none = meta["splits"]["train"], "0" * 64
+    for change in ({"tokens": -1}, {"documents": 10**6}, {"sha256": none}, {"labels_sha256": none}, {"offsets_sha256": None}):
         changes.append({"splits": {**meta["splits"], "train": {**train, **change}}})
     without = {key: value for key, value in train.items() if key != "labels_sha256"}
-    return [*changes, {"splits": {**meta["splits"], "train": without}}]
+    return [*changes, chars, {"splits": {**meta["splits"], "train": without}}]
 
 
 def test_a_forged_meta(whole, tmp_path, data):

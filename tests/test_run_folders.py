@@ -54,7 +54,7 @@ def test_the_working_folder_and_an_empty_value(assert_refused, tmp_path, monkeyp
     (tmp_path / "repository").mkdir()
     (tmp_path / "repository" / "train.py").write_text("# script")
     monkeypatch.chdir(tmp_path / "repository")
-    for out, said in ((".", "holds train.py, which is no file of a run"), ("..", "holds repository, which is no file"),
+    for out, said in ((".", "holds 'train.py', which is no file of a run"), ("..", "holds 'repository', which is no file"),
                       ("", "out_dir expects the path of a folder, got nothing")):
         for arguments in ((), ("--init_from=resume",) * (out == ""), ("--eval_only=True",) * (out == "")):
             assert_refused(out, tmp_path, said, *arguments)
@@ -62,7 +62,7 @@ def test_the_working_folder_and_an_empty_value(assert_refused, tmp_path, monkeyp
 
 def test_the_data_as_out_dir(assert_refused, tmp_path):
     data = write_bytes(tmp_path / "data", train="abc" * 20, val="abc" * 20)
-    assert_refused(data, tmp_path, "data holds meta.json, which is no file of a run", f"--dataset={data}")
+    assert_refused(data, tmp_path, "data holds 'meta.json', which is no file of a run", f"--dataset={data}")
 
 
 def test_other_files_beside_a_run(assert_refused, text, tmp_path):
@@ -70,7 +70,7 @@ def test_other_files_beside_a_run(assert_refused, text, tmp_path):
     out = tmp_path / "out"
     assert not call(train, f"--out_dir={out}", f"--dataset={text}", *SMALL)
     (out / "notes.txt").write_text("mine")
-    assert_refused(out, tmp_path, "holds notes.txt, which is no file of a run of train.py")
+    assert_refused(out, tmp_path, "holds 'notes.txt', which is no file of a run of train.py")
     assert not call(train, f"--out_dir={out}", f"--dataset={text}", *SMALL, "--max_iters=3", "--init_from=resume")
     assert (out / "notes.txt").read_text() == "mine" and load(out / "ckpt.pt")[1]["state"]["step"] == 3
 
@@ -141,4 +141,4 @@ def test_compare_removes_no_other_folder(text, tmp_path, refused, monkeypatch):
     (folder / "thesis.txt").write_text("mine")
     line = refused(compare, f"--out_dir={tmp_path / 'out'}", f"--base={[f'--dataset={text}', *SMALL[:-1]]}", "--amount=1.0",
                    "--variants=['dense:', 'local: --attention=sparse']", "--seeds=[1, 2]")
-    assert "holds thesis.txt, which is no file of a run" in line and (folder / "thesis.txt").read_text() == "mine"
+    assert "holds 'thesis.txt', which is no file of a run" in line and (folder / "thesis.txt").read_text() == "mine"
