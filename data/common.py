@@ -377,9 +377,9 @@ def finished(args, options, source=None):
     args.source, and without one any source will do. Raises UserError, before any long work, for a folder that `write`
     would refuse.
     """
+    replaceable(args.out_dir)
     if args.source is not None and source is None:
         source = identity(args.source)
-    replaceable(args.out_dir)
     try:
         meta = read_meta(args.out_dir)
     except (OSError, UserError):
