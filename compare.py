@@ -27,7 +27,7 @@ from configurator import UserError, choose, configure, plain_values, run
 from dataset import Dataset, batches
 from plot import read_log
 from ranks import leave_if_asked
-from runs import Stop, asked, clock, locked, write_text
+from runs import Stop, asked, check_folder, clock, locked, write_text
 from sample import encode, predict
 from significance import LEVEL, chance, holm, interval, mcnemar, standard_error
 from tokenizer import Tokenizer
@@ -174,6 +174,7 @@ def train_one(variant, seed, steps):
     if (folder / "ckpt.pt").exists() and same(folder / "config.json", wanted):
         arguments.append("--init_from=resume")
     elif folder.exists() and not (folder / "ckpt.pt").exists() and not (folder / "result.json").exists():
+        check_folder(folder)
         shutil.rmtree(folder)  # stopped before anything was saved
     vars(train).update(TRAIN)
     if train.main(arguments):

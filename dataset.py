@@ -7,13 +7,13 @@ Letters: B batch, T time, N texts.
 """
 
 import contextlib
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from configurator import UserError, nearest, shown
+from meta import PARTS, files_of, read_meta
 from runs import digest
 from tokenizer import Tokenizer
 
@@ -40,17 +40,15 @@ class Dataset:
 
     def __init__(self, folder, task=""):
         self.folder, self.opened = find(folder), {}  # {path: its stamp}
+        self.meta = read_meta(self.folder)
+        self.vocab_size, self.kind, self.lossless = (self.meta[key] for key in ("vocab_size", "kind", "lossless"))
+        self.splits, self.source, self.classes = self.meta["splits"], self.meta["source"], self.meta.get("classes", [])
+        self.dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
+        self.digests = {name: digest for name, (_, digest) in files_of(self.meta).items()}
         try:
-            self.meta = json.loads((self.folder / "meta.json").read_text("utf-8"))
-            self.vocab_size, self.kind, self.lossless = (self.meta[key] for key in ("vocab_size", "kind", "lossless"))
-            self.splits = {name: dict(split) for name, split in self.meta["splits"].items()}
-            self.source, self.classes = self.meta["source"], self.meta.get("classes", [])
-            self.dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
-            if len(self.classes) != 2 * (self.kind == "classify"):
-                raise ValueError(f"expected two classes for kind 'classify', none for 'lm'; found {self.classes}")
             self.tokenizer = Tokenizer(self.meta)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-            raise UserError(f"{self.folder / 'meta.json'} is damaged ({error!r}); run its prepare.py again")
+        except ValueError as error:  # byte pairs that tiktoken refuses
+            raise UserError(f"{self.folder / 'meta.json'} is damaged ({error}); run its prepare.py again")
         if task not in ("", "lm", self.kind):
             raise UserError(f"{self.folder} holds {self.kind} data; task expects 'lm' or '{self.kind}', got {task!r}")
         self.kind = task or self.kind
@@ -70,26 +68,31 @@ class Dataset:
         """A count that meta.json gives for a split."""
         if split not in self.splits:
             raise UserError(f"{self.folder} has no split {split!r}; it has {', '.join(self.splits)}")
-        count = self.splits[split].get(key)
-        if type(count) is not int or count < 0:
-            raise UserError(f"{self.folder / 'meta.json'} is damaged (expected a number as {key} of {split}, "
-                            f"found {count!r}); run its prepare.py again")
-        return count
+        return self.splits[split][key]
 
     def check_digest(self, path):
-        """Raise DataChanged where a file of tokens is not the one that meta.json gives the sha256 of."""
-        expected = self.splits.get(path.stem, {}).get("sha256")
+        """Raise DataChanged where a file is not the one that meta.json gives the sha256 of."""
+        expected = self.digests.get(path.name)
         if expected and path.exists():
             with open(path, "rb") as file:
                 if (found := digest(file)) != expected:
                     raise DataChanged(f"{path}: expected sha256 {expected}, as its meta.json says, found {found}; it is damaged "
                                       "or of other data: run its prepare.py again")
 
+    def check_files(self):
+        """Raise UserError where a file that is in use is damaged: its digest, and every token of it."""
+        for path, before in list(self.opened.items()):
+            self.check_digest(path)
+            name = path.name.removesuffix(".bin")
+            if name in self.splits and before and np.iinfo(self.dtype).max >= self.vocab_size:
+                for piece in cut(self.tokens(name), 1 << 24):
+                    check_ids(piece, self)
+
     def check_unchanged(self):
         """Raise DataChanged where a file that is in use was cut, replaced or taken away; one rewritten as it was may stay."""
         for path, before in self.opened.items():
             if (now := stamp(path)) != before:
-                if not (now and before) or now[0] != before[0] or "sha256" not in self.splits.get(path.stem, {}):
+                if not (now and before) or now[0] != before[0] or not self.digests.get(path.name):
                     found = f"{now[0]:,} others" if now else "no file"
                     raise DataChanged(f"{path} was changed while in use: expected {(before or (0,))[0]:,} bytes as they were, "
                                       f"found {found}; put it back or run its prepare.py again")
@@ -147,9 +150,10 @@ IDENTITY = ("source", "kind", "tokenizer", "vocab_size", "mark", "classes", "voc
 def difference(before, now):
     """The first thing in which two meta.json are of different data, in words, or '': what was and what is."""
     pairs = [(key, before.get(key), now.get(key)) for key in IDENTITY]
-    for split in ("train", "val"):
-        counts = [meta.get("splits", {}).get(split, {}) for meta in (before, now)]
-        pairs += [(f"{key} of {split}", *(count.get(key) for count in counts)) for key in ("tokens", "documents", "sha256")]
+    for split in ("train", "val", "unsup"):
+        was, is_now = (meta.get("splits", {}).get(split, {}) for meta in (before, now))
+        keys = ["tokens", "documents", "sha256", *(key for _, key in PARTS.values() if key in was)]  # once they had one digest
+        pairs += [(f"{key} of {split}", was.get(key), is_now.get(key)) for key in keys]
     return next((f"{key}: expected {shown(a)}, found {shown(b)}" for key, a, b in pairs if a != b), "")
 
 
@@ -165,6 +169,13 @@ def find(folder):
             raise UserError(f"{folder} is not prepared; make it: python data/{script}/prepare.py{options}")
     made = [path.parent.name for path in data.glob("*/prepare.py")]
     raise UserError(f"no dataset {str(folder)!r}, neither as a folder nor in data/{nearest(name, made)}")
+
+
+def check_ids(ids, data):
+    """Raise UserError for token ids, an array of integers, of which one is beyond the vocabulary of `data`, a Dataset."""
+    if ids.size and (top := ids.max()) >= data.vocab_size:
+        raise UserError(f"{data.folder} holds the token {top}, expected ids below {data.vocab_size}, its vocabulary; "
+                        "it is damaged: run its prepare.py again")
 
 
 class Batches:
@@ -215,8 +226,10 @@ class TextBatches(Batches):
 
     def stack(self, rows):
         """(x, y, None): texts of one length, nothing is padding."""
-        x, y = zip(*(self.window(array, start) for array, start in rows))
-        return torch.from_numpy(np.stack(x)), torch.from_numpy(np.stack(y)), None
+        x, y = map(np.stack, zip(*(self.window(array, start) for array, start in rows)))
+        check_ids(x, self.data)
+        check_ids(y, self.data)
+        return torch.from_numpy(x), torch.from_numpy(y), None
 
     def targets(self, rows):
         return sum(min(self.block_size, len(array) - 1 - start) for array, start in rows)
@@ -258,6 +271,7 @@ class ReviewBatches(Batches):
         x = np.zeros((len(rows), width), np.int64)
         for n, row in enumerate(rows):
             x[n, : lengths[n]] = self.tokens[self.offsets[row] : self.offsets[row] + lengths[n]]
+        check_ids(x, self.data)
         return torch.from_numpy(x), torch.from_numpy(self.labels[rows].astype(np.int64)), torch.from_numpy(lengths)
 
     def targets(self, rows):

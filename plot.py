@@ -298,11 +298,11 @@ def read_predictions(runs):
 def class_names(folder):
     """What the data that a run was trained on calls its two classes, where it is still there."""
     from dataset import find
+    from meta import read_meta
 
     try:
-        settings = json.loads((folder / "config.json").read_text("utf-8"))["settings"]
-        first, second = json.loads((find(settings["dataset"]) / "meta.json").read_text("utf-8"))["classes"]
-        return [str(first), str(second)]
+        first, second = read_meta(find(json.loads((folder / "config.json").read_text("utf-8"))["settings"]["dataset"]))["classes"]
+        return [first, second]
     except (OSError, ValueError, KeyError, TypeError, UserError):
         return ["class 0", "class 1"]
 

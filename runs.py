@@ -4,12 +4,13 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
 from collections import deque
 
-from configurator import UserError
+from configurator import UserError, shown
 
 try:
     import fcntl
@@ -49,20 +50,35 @@ def locked(folder):
         yield
 
 
+EARLIER = "earlier.part"  # an earlier run's files on their way out of a folder
+RUN_FILE = re.compile(  # what train.py, plot.py and compare.py write into a run's folder, whole or half written
+    r"(config\.json|log\.jsonl|result\.json|(ckpt|ckpt-previous|best)\.pt|predictions-(train|val|test)\.npz"
+    r"|(curves|kept|confusion|roc)\.png|(spans|heat|reviews)(-.+)?\.png)(\.part)?|(ckpt|best)-\d+\.shards")
+
+
+def check_folder(folder):
+    """Raise UserError, before anything is touched, where out_dir holds anything but a run's files: a new run would be mixed
+    with it, and the next one would not know what to move aside."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    for name in names:
+        if name not in ("lock", EARLIER) and not RUN_FILE.fullmatch(name):
+            raise UserError(f"{folder} holds {shown(name)}, which is no file of a run of train.py: give another --out_dir, or "
+                            "move it away")
+
+
 def prepare_folder(folder):
-    """Clear out_dir, which is locked, for a new run; an earlier run there is moved aside, not overwritten.
+    """Clear out_dir, which is locked, for a new run: an earlier run's files are moved aside, not overwritten, and no others.
 
     Killed half way, the next call moves the rest to the same place.
     """
     folder = folder.resolve()
-    earlier = folder / "earlier.part"
-    if not (earlier.exists() or (folder / "log.jsonl").exists()):
+    earlier, names = folder / EARLIER, [path.name for path in folder.iterdir() if RUN_FILE.fullmatch(path.name)]
+    if not earlier.exists() and all(name.endswith(".part") for name in names):
         return
     earlier.mkdir(exist_ok=True)
-    for path in sorted(folder.iterdir(), key=lambda path: path.name == "log.jsonl"):  # the log last: it marks a run
-        if path.name not in ("lock", earlier.name):
-            os.rename(path, earlier / path.name)
-    n = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
+    for name in names:
+        os.rename(folder / name, earlier / name)
+    n = next(n for n in range(1, 10**6) if not os.path.lexists(folder.with_name(f"{folder.name}.{n}")))
     os.rename(earlier, folder.with_name(f"{folder.name}.{n}"))
     print(f"the earlier run in {folder.name} is now in {folder.name}.{n}")
 

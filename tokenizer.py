@@ -17,8 +17,7 @@ whatever the text says: a prompt is only text. It decodes to a newline.
 import base64
 import re
 
-KINDS = ("bytes", "chars", "words", "bpe", "gpt2")
-UNKNOWN = "<unk>"
+from meta import KINDS, UNKNOWN, check, check_meta  # noqa: F401, names that others look for here
 
 # A word may hold apostrophes inside (don't); any other visible character stands alone.
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*|\S")
@@ -73,10 +72,11 @@ class Tokenizer:
     meta: dict with `tokenizer` (one of KINDS), `vocab_size`, `mark`, and `vocab` (chars, words) or
     `pattern` and `ranks` (bpe).
     Public attributes: kind, vocab_size (int), mark (int or None).
-    Raises ValueError for a kind that does not exist, ConnectionError where gpt2 cannot be loaded.
+    Raises ValueError for a meta that is not as meta.py's `check` expects, ConnectionError where gpt2 cannot be loaded.
     """
 
     def __init__(self, meta):
+        check(meta)
         self.kind = meta["tokenizer"]
         self.mark = meta["mark"]
         self._encoding = None
@@ -87,21 +87,17 @@ class Tokenizer:
         elif self.kind == "words":
             # A word brings its own space, so that what is decoded token by token is what is decoded at once.
             self._bytes = [(w if w in _CLOSING else " " + w).encode("utf-8") for w in meta["vocab"]]
-        elif self.kind in ("bpe", "gpt2"):
+        else:
             own = self.kind == "bpe"
             self._encoding = bpe_encoding(meta["pattern"], meta["ranks"], self.mark) if own else gpt2_encoding()
             self._bytes = [self._encoding.decode_single_token_bytes(i) for i in range(self._encoding.n_vocab)]
-        else:
-            raise ValueError(f"there is no tokenizer {self.kind!r}: choose one of {', '.join(KINDS)}")
+        self.vocab_size = len(self._bytes)
+        if self.vocab_size != meta["vocab_size"]:  # of gpt2, whose vocabulary is not in the meta
+            raise ValueError(f"the meta says {meta['vocab_size']} tokens and {self.kind} has {self.vocab_size}: prepare the data "
+                             "again")
         if self.mark is not None:
             self._bytes[self.mark] = b"\n"
-        self.vocab_size = len(self._bytes)
-        if self.vocab_size != meta["vocab_size"]:
-            raise ValueError(
-                f"the meta says {meta['vocab_size']} tokens and its {self.kind} vocabulary has {self.vocab_size}: "
-                "prepare the data again"
-            )
-        self._vocab = meta.get("vocab")
+        self._vocab = meta["vocab"] if self.kind in ("chars", "words") else None
         if self._vocab is not None:
             self._ids = {entry: i for i, entry in enumerate(self._vocab)}
             self._unknown = self._ids.get(UNKNOWN)

@@ -26,8 +26,8 @@ from configurator import UserError, choose, configure, run
 from dataset import DataChanged, Dataset, batches, difference
 from evaluation import health
 from model import GPTConfig, new_model, options_of
-from runs import (Log, SaveError, Stop, asked, clock, listen, locked, mend_log, prepare_folder, say, say_stats, start_wandb,
-                  write_text, write_whole)
+from runs import (Log, SaveError, Stop, asked, check_folder, clock, listen, locked, mend_log, prepare_folder, say, say_stats,
+                  start_wandb, write_text, write_whole)
 
 # ---- settings: every name here is a key of the command line and of config files ---------------
 
@@ -110,6 +110,8 @@ def to_device(*tensors):
 
 def check(settings):
     """Raise UserError for a value that no run can have."""
+    if not out_dir:
+        raise UserError("out_dir expects the path of a folder, got nothing")
     choose("init_from", init_from, ("scratch", "resume", "auto"))
     choose("on_save_error", on_save_error, ("stop", "warn"))
     choose("lr_schedule", lr_schedule, ("cosine", "linear"))
@@ -200,12 +202,13 @@ def main(arguments=None):
     for split in ["val"] + ["test"] * eval_test + ["train"] * (not eval_only):
         batches(data, split, 1, block_size)  # refuses now what would otherwise be missed after hours
     with ranks.joined(hardware.pick_device(device)) as device:
-        if ranks.local == 0:
-            for path in list(data.opened):
-                data.check_digest(path)
         if init_from == "auto" or init_from == "scratch" and ranks.restarted(folder):
             init_from = "resume" if (folder / "ckpt.pt").exists() else "scratch"
+        if init_from == "scratch" and not eval_only:
+            ranks.first_does(check_folder, folder)
         model, checkpoint = build(data, settings, options)
+        if ranks.local == 0:
+            data.check_files()
         if dtype == "auto" and checkpoint and checkpoint.get("device") == device.split(":")[0]:
             dtype = checkpoint["dtype"]  # as it was, whatever this machine's other work makes of the rates now
         dtype = ranks.gather(hardware.pick_dtype(dtype, device))[0]

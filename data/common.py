@@ -12,6 +12,7 @@ import hashlib
 import json
 import lzma
 import os
+import re
 import shutil
 import signal
 import stat
@@ -26,9 +27,8 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from configurator import UserError, run as run_script
-
-FORMAT = 1
+from configurator import UserError, run as run_script, shown
+from meta import FORMAT, PARTS, files_of, read_meta
 
 
 def run(main):
@@ -42,6 +42,13 @@ def run(main):
     run_script(lambda: main(sys.argv[1:]), stopped)
 
 
+def path_of(text):
+    """The Path of an option's text; an empty one, which would be the working folder, is refused."""
+    if not text:
+        raise UserError("--source and --out_dir expect a path, got nothing: give one, or leave the option out")
+    return Path(text)
+
+
 def arguments(doc, argv, here, partial="", more=None, name=None):
     """The parsed options of a script.
 
@@ -53,9 +60,9 @@ def arguments(doc, argv, here, partial="", more=None, name=None):
     plain = argparse.RawDescriptionHelpFormatter  # keeps the docstring's lines
     parser = argparse.ArgumentParser(description=doc, formatter_class=plain, allow_abbrev=False)
     parser.set_defaults(partial=False)
-    parser.add_argument("--source", type=Path, metavar="FILE_OR_FOLDER",
+    parser.add_argument("--source", type=path_of, metavar="FILE_OR_FOLDER",
                         help="a local copy: the plain file or folder, or a zip, gz, xz, bz2 or tar of it")
-    parser.add_argument("--out_dir", type=Path, metavar="FOLDER", help=f"where to write (default data/{here.name})")
+    parser.add_argument("--out_dir", type=path_of, metavar="FOLDER", help=f"where to write (default data/{here.name})")
     if partial:
         parser.add_argument("--partial", action="store_true",
                             help=f"accept a source smaller than the published {partial}; meta.json will say so")
@@ -206,12 +213,15 @@ def _fetch(url, part, have, size, timeout, local):
         came = f"after {got:,} bytes" if got else "before the first byte"
         raise UserError(f"{url}: the download broke off {came} ({type(error).__name__}): run again to go on, "
                         f"{local}") from error
+    except OSError as error:  # of the disk; those of the network are all RequestExceptions
+        raise UserError(f"could not write {part}: {error.strerror}; run again to go on, {local}") from error
     return size
 
 
 # ---- reading a source: always in memory, never extracted, so no member's name can reach the disk ---
 
 _OPENERS = ((b"\x1f\x8b", gzip.open), (b"\xfd7zXZ\0", lzma.open), (b"BZh", bz2.open))
+SKIPPED = 1 << 30  # bytes of a tar's file that nobody asked for; it is read all the same, to get to the next one
 _BROKEN = (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, OSError, RuntimeError)
 
 
@@ -254,8 +264,15 @@ def _read(stream, name, limit):
     """All of a stream as bytes; UserError beyond `limit` bytes, whatever its header promised."""
     data = stream.read(limit + 1)
     if len(data) > limit:
-        raise UserError(f"{name} holds more than the {limit:,} bytes expected: this is another file; check --source")
+        raise UserError(f"{shown(name)} holds more than the {limit:,} bytes expected: this is another file; check --source")
     return data
+
+
+def _claims(size, name, limit):
+    """Refuses a file that by what its header or folder says has more than `limit` bytes, before anything of it is read."""
+    if not 0 <= size <= limit:
+        raise UserError(f"{shown(name)} claims {size:,} bytes, more than the {limit:,} bytes expected: this is another file; check "
+                        "--source")
 
 
 def _is_tar(path):
@@ -278,6 +295,7 @@ def members(source, wanted=lambda name: True, limit=1 << 26):
     if source.is_dir():
         for name, path in _folder(source):
             if wanted(name):
+                _claims(path.stat().st_size, name, limit)
                 with open(path, "rb") as f:
                     yield name, _read(f, name, limit)
         return
@@ -293,6 +311,7 @@ def members(source, wanted=lambda name: True, limit=1 << 26):
                 name = _tame(info.filename)
                 plain = not info.is_dir() and not stat.S_ISLNK(info.external_attr >> 16)
                 if name is not None and plain and wanted(name):
+                    _claims(info.file_size, name, limit)
                     with archive.open(info) as f:
                         yield name, _read(f, name, limit)
         return
@@ -300,6 +319,7 @@ def members(source, wanted=lambda name: True, limit=1 << 26):
         if not _is_tar(source):
             name = source.stem if source.suffix in (".gz", ".xz", ".bz2") else source.name
             if wanted(name):
+                _claims(source.stat().st_size, source.name, limit)
                 with _open(source) as f:
                     yield name, _read(f, name, limit)
             return
@@ -307,7 +327,9 @@ def members(source, wanted=lambda name: True, limit=1 << 26):
             while (info := archive.next()) is not None:
                 archive.members.clear()  # it would keep a record of every member that went by
                 name = _tame(info.name)
-                if name is not None and info.isreg() and wanted(name):
+                asked = name is not None and info.isreg() and wanted(name)
+                _claims(info.size, info.name, limit if asked else SKIPPED)
+                if asked:
                     yield name, _read(archive.extractfile(info), name, limit)
             while stream.read(1 << 20):  # to the end, where gzip, xz and bz2 keep their checksums
                 pass
@@ -352,23 +374,28 @@ def finished(args, options, source=None):
     """Whether args.out_dir is whole and was made with these options from this source; if so, says so with its counts.
 
     options: the dict that will stand in meta.json. source: the identity to compare with, by default that of
-    args.source, and without one any source will do.
+    args.source, and without one any source will do. Raises UserError, before any long work, for a folder that `write`
+    would refuse.
     """
+    replaceable(args.out_dir)
     if args.source is not None and source is None:
         source = identity(args.source)
     try:
-        meta = json.loads((args.out_dir / "meta.json").read_text(encoding="utf-8"))
-        same = meta["format"] == FORMAT and meta["options"] == options and (args.partial or not meta["partial"])
-        # a renamed copy is the same source; meta may know more of a source than its identity
-        same = same and all(meta["source"].get(key) == value for key, value in (source or {}).items() if key != "file")
-        width, splits = np.dtype(meta["dtype"]).itemsize, meta["splits"].items()
-        same = same and all((args.out_dir / f"{n}.bin").stat().st_size == s["tokens"] * width for n, s in splits)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        meta = read_meta(args.out_dir)
+    except (OSError, UserError):
         return False
-    if same:
-        print(f"{args.out_dir.name} is already prepared like this: nothing to do (to redo it, remove its meta.json)")
-        report(meta)
-    return same
+    # a renamed copy is the same source; meta may know more of a source than its identity
+    same = all(meta["source"].get(key) == value for key, value in (source or {}).items() if key != "file")
+    if not same or meta.get("options") != options or meta.get("partial", True) and not args.partial:
+        return False
+    for name, (size, digest) in files_of(meta).items():
+        path = args.out_dir / name
+        if not path.is_file() or _verify(path, size, digest and f"sha256:{digest}"):
+            return False
+    (args.out_dir / _MOVING).unlink(missing_ok=True)  # of a run that was ended right after its last file
+    print(f"{args.out_dir.name} is already prepared like this: nothing to do (to redo it, remove its train.bin)")
+    report(meta)
+    return True
 
 
 def report(meta):
@@ -387,6 +414,68 @@ def little(vocab_size):
     return np.dtype("<u1" if vocab_size <= 1 << 8 else "<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
+_OURS = re.compile(r"[\w-]+(\.offsets|\.labels)?\.bin", re.ASCII)  # what `write` writes, for splits of any name
+_USUAL = re.compile(r"(train|val|test|unsup)(\.offsets|\.labels)?\.bin")
+_MOVING = "meta.json.part"  # the names of the files that are being replaced, a JSON list, in a folder that is not finished
+
+
+def _names(out_dir, read):
+    """The names that `read(out_dir)` gives, a set; None where its file is missing or damaged."""
+    try:
+        return set(read(out_dir))
+    except (OSError, UserError, ValueError, TypeError, RecursionError):
+        return None
+
+
+def _moving(out_dir):
+    """The list `_MOVING`. Raises OSError where there is none, ValueError where it is not one that `write` wrote."""
+    names = json.loads((out_dir / _MOVING).read_text("utf-8"))
+    if type(names) is not list or not all(type(name) is str and _OURS.fullmatch(name) for name in names):
+        raise ValueError("it is no list of files that `write` writes")
+    return names
+
+
+def _seems_ours(path):
+    """Whether a meta.json that is damaged may be one of `write`'s: it is no JSON, or some of its entries are there."""
+    try:
+        return "splits" in json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return True
+    except (OSError, TypeError):
+        return False
+
+
+def replaceable(out_dir):
+    """The names of the files in out_dir that `write` wrote, a set: it may replace and remove them, and no others.
+
+    A finished folder's meta.json names them; where `write` was ended half-way, the list `_MOVING` does. Without either,
+    files of the usual names count in a folder of data/, which is made for them, and where meta.json is damaged and there
+    is nothing else. Raises UserError for any other folder that is not empty.
+    """
+    if out_dir.exists() and not out_dir.is_dir():
+        raise UserError(f"--out_dir {out_dir} is a file: give a folder")
+    there = {path.name for path in out_dir.iterdir()} if out_dir.exists() else set()
+    finished, moving = _names(out_dir, lambda folder: files_of(read_meta(folder))), _names(out_dir, _moving)
+    if finished is not None or moving is not None:
+        return (finished or set()) | (moving or set())
+    usual = {name for name in there if _USUAL.fullmatch(name)}
+    at_home = out_dir.resolve().parent == Path(__file__).resolve().parent
+    damaged = usual and there == usual | {"meta.json"} and _seems_ours(out_dir / "meta.json")
+    if there and not at_home and not damaged:
+        raise UserError(f"--out_dir {out_dir} holds {shown(min(there))} and no meta.json that names it: it is a folder of "
+                        "something else; give a new or an empty one")
+    return usual
+
+
+def _remove_leftovers(out_dir):
+    """Removes the temporary folders of runs that were killed outright; a younger one may be at work."""
+    name = re.compile(re.escape(out_dir.name) + r"\.part-[a-z0-9_]{8}")
+    for old in out_dir.parent.iterdir():
+        if name.fullmatch(old.name) and old.is_dir() and time.time() - old.stat().st_mtime > 3600:
+            if all(_OURS.fullmatch(path.name) or path.name in ("meta.json", _MOVING) for path in old.iterdir()):
+                shutil.rmtree(old, ignore_errors=True)
+
+
 def write(out_dir, meta, splits):
     """Writes a finished folder and prints its counts.
 
@@ -396,34 +485,49 @@ def write(out_dir, meta, splits):
 
     The folder then holds, for each split, SPLIT.bin (flat, the smallest unsigned type, little-endian),
     SPLIT.offsets.bin (int64; document n is tokens[offsets[n]:offsets[n + 1]]), SPLIT.labels.bin (uint8; 1 = positive),
-    and meta.json. All is written to a folder beside and moved in, meta.json last: it marks a finished folder.
+    and meta.json, which tells the sha256 of each. All is written to a folder beside and moved in, meta.json last: it
+    marks a finished folder. Other files in out_dir stay as they are. Raises UserError for a folder of something else,
+    and where the system refuses to write.
     """
     out_dir, dtype = Path(out_dir).absolute(), little(meta["vocab_size"])
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    if out_dir.exists() and not out_dir.is_dir():
-        raise UserError(f"--out_dir {out_dir} is a file: give a folder")
-    for old in out_dir.parent.glob(f"{out_dir.name}.part-*"):  # of runs that were killed outright; a younger one
-        if old.is_dir() and time.time() - old.stat().st_mtime > 3600:  # may be at work
-            shutil.rmtree(old, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{out_dir.name}.part-", dir=out_dir.parent))
+    before, temporary = replaceable(out_dir), None
     try:
-        arrays = (("tokens", "", dtype), ("offsets", ".offsets", "<i8"), ("labels", ".labels", "u1"))
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(out_dir)
+        temporary = Path(tempfile.mkdtemp(prefix=f"{out_dir.name}.part-", dir=out_dir.parent))
         files, counts = [], {}
         for name, split in splits.items():
-            for key, suffix, kind in arrays:
-                if key in split:
+            plain = {key: int(value) for key, value in split.items() if key not in PARTS}
+            counts[name] = {"tokens": len(split["tokens"]), **plain}
+            for (part, (suffix, key)), kind in zip(PARTS.items(), (dtype, "<i8", "u1")):
+                if part in split:
                     files.append(f"{name}{suffix}.bin")
-                    np.ascontiguousarray(split[key], dtype=kind).tofile(temporary / files[-1])
-            plain = {key: int(value) for key, value in split.items() if key not in ("tokens", "offsets", "labels")}
-            counts[name] = {"tokens": len(split["tokens"]), **plain, "sha256": digest_of(temporary / f"{name}.bin")}
+                    with open(temporary / files[-1], "wb") as file:  # numpy's tofile does not say why it could not write
+                        file.write(np.ascontiguousarray(split[part], dtype=kind))
+                    counts[name][key] = digest_of(temporary / files[-1])
         meta = {"format": FORMAT, **meta, "dtype": dtype.name, "splits": counts}
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        out_dir.mkdir(exist_ok=True)
-        (out_dir / "meta.json").unlink(missing_ok=True)  # from here until the last line the folder is not finished
-        for old in out_dir.glob("*.bin"):
-            old.unlink()
-        for file in [*files, "meta.json"]:
-            os.replace(temporary / file, out_dir / file)
+        if foreign := [name for name in files if name not in before and os.path.lexists(out_dir / name)]:
+            raise UserError(f"--out_dir {out_dir} holds {foreign[0]}, which its meta.json does not name: move it away, or give "
+                            "another folder")
+        _move_in(temporary, out_dir, files, before)
+    except OSError as error:
+        raise UserError(f"could not write {out_dir}: {error.strerror or error}; when that is mended, run it again") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)
     report(meta)
+
+
+def _move_in(temporary, out_dir, files, before):
+    """Moves `files` and meta.json into out_dir, where those named `before` are replaced or removed. Ended half-way, it
+    leaves a folder without meta.json, of which `replaceable` still tells what is whose."""
+    (temporary / _MOVING).write_text(json.dumps(sorted({*files, *before})))
+    out_dir.mkdir(exist_ok=True)
+    os.replace(temporary / _MOVING, out_dir / _MOVING)
+    (out_dir / "meta.json").unlink(missing_ok=True)  # from here until it is back the folder is not finished
+    for name in before:
+        (out_dir / name).unlink(missing_ok=True)
+    for name in [*files, "meta.json"]:
+        os.replace(temporary / name, out_dir / name)
+    (out_dir / _MOVING).unlink()

@@ -11,14 +11,14 @@ from conftest import review, tokens_of, write_bytes, write_reviews
 from hypothesis import given, settings, strategies
 
 from configurator import UserError
-from dataset import Dataset, ReviewBatches, TextBatches, batches, spread
+from dataset import DataChanged, Dataset, ReviewBatches, TextBatches, batches, difference, spread
 from evaluation import scores
 
 
 class Given:
     """Stands for a Dataset of these arrays of tokens."""
 
-    kind, folder = "lm", "given"
+    kind, folder, vocab_size = "lm", "given", 10**4
 
     def __init__(self, *arrays):
         self.arrays = [np.array(array, np.uint16) for array in arrays]
@@ -300,6 +300,74 @@ def test_tokens_are_as_wide_as_meta_says(tmp_path):
     meta["dtype"], meta["splits"]["train"]["tokens"] = "uint16", 7
     (folder / "meta.json").write_text(json.dumps(meta))
     assert Dataset(folder).tokens("train").tolist() == tokens.tolist()
+
+
+@pytest.mark.parametrize("dtype", ["object", "bool", "float64", "S4", "U2", "complex128", "datetime64", None])
+def test_a_forged_dtype(text, tmp_path, dtype):
+    folder = damaged(text, tmp_path, lambda meta: meta.update(dtype=dtype))
+    with pytest.raises(UserError, match="is damaged .expected uint8, uint16, uint32 as dtype, found"):
+        Dataset(folder)
+
+
+def flipped(folder, name):
+    """One byte of a file is another, its size is the same."""
+    content = bytearray((folder / name).read_bytes())
+    content[-1] ^= 1
+    (folder / name).write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "train.offsets.bin", "train.labels.bin"])
+def test_every_file_has_a_digest(reviews, tmp_path, name):
+    """At the start, and while it is in use."""
+    shutil.copytree(reviews, tmp_path / "r")
+    data = Dataset(tmp_path / "r")
+    source = batches(data, "train", 2, 8)
+    data.check_files()
+    good = (tmp_path / "r" / name).read_bytes()
+    (tmp_path / "r" / name).write_bytes(good)  # rewritten as it was
+    source.batch(0)
+    flipped(tmp_path / "r", name)
+    with pytest.raises(DataChanged, match=f"{name}: expected sha256 [0-9a-f]+, as its meta.json says, found [0-9a-f]+"):
+        source.batch(1)
+    with pytest.raises(DataChanged, match=f"{name}: expected sha256"):
+        data.check_files()
+
+
+def test_folders_prepared_before_are_read(reviews, tmp_path):
+    """Their meta.json tells the digest of the tokens alone."""
+
+    def before(meta):
+        for split in meta["splits"].values():
+            split.pop("offsets_sha256"), split.pop("labels_sha256", None)
+
+    folder = damaged(reviews, tmp_path, before)
+    old, new = Dataset(folder), Dataset(reviews)
+    for data in (old, new):
+        batches(data, "train", 2, 8)
+        data.check_files()
+    assert not difference(old.meta, new.meta) and not difference(old.meta, old.meta)
+    assert "offsets_sha256 of train: expected" in difference(new.meta, old.meta)  # it was taken away
+    flipped(folder, "train.bin")
+    with pytest.raises(DataChanged, match="train.bin: expected sha256"):
+        old.check_files()
+
+
+def test_other_labels_are_other_data(reviews, tmp_path):
+    rows = [review(n) for n in range(23)]
+    copy = write_reviews(tmp_path / "r", train=[(text, 1 - label) for text, label in rows], val=[review(n) for n in range(30, 39)])
+    assert "labels_sha256 of train: expected" in difference(Dataset(reviews).meta, Dataset(copy).meta)
+
+
+@pytest.mark.parametrize("kind", ["text", "reviews"])
+def test_tokens_beyond_the_vocabulary(kind, tmp_path, request):
+    """At the start, in every file that is in use; and in each batch, whoever reads it."""
+    few = {"tokenizer": "chars", "mark": None, "vocab_size": 99, "vocab": [chr(n) for n in range(99)]}
+    folder = damaged(request.getfixturevalue(kind), tmp_path, lambda meta: meta.update(few))
+    data = Dataset(folder)
+    source = batches(data, "train", 50, 200)
+    for read in (data.check_files, lambda: source.batch(0), lambda: next(iter(source.in_order()))):
+        with pytest.raises(UserError, match=r"holds the token \d+, expected ids below 99, .* run its prepare.py again"):
+            read()
 
 
 # ---- scores ------------------------------------------------------------------------------------

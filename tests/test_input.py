@@ -186,8 +186,7 @@ def test_meta(text, reviews, tmp_path):
                 source.batch(0)
                 next(iter(source.in_order(1)))
                 read.kind == "lm" and read.bytes_per_token(split)
-            for path in list(read.opened):
-                read.check_digest(path)
+            read.check_files()
         except UserError as error:
             assert "\n" not in str(error) and len(str(error)) < 1000
 

@@ -817,6 +817,19 @@ def test_download_without_a_server(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_download_onto_a_full_disk(server, tmp_path):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="could not write .*a.part: File too large; run again to go on, or give a local copy"):
+            common.download(f"{server}/file", tmp_path / "a", len(BODY), DIGEST)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    common.download(f"{server}/file", tmp_path / "a", len(BODY), DIGEST)
+    assert (tmp_path / "a").read_bytes() == BODY and Server.asked[-1] == ("/file", "bytes=100000-")
+
+
 def test_download_replaces_a_wrong_file(server, tmp_path, capsys):
     (tmp_path / "a").write_bytes(b"from elsewhere")
     common.download(f"{server}/file", tmp_path / "a", len(BODY), DIGEST)
