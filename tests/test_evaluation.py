@@ -90,6 +90,17 @@ def test_a_classifiers_best_is_the_most_accurate(reviews, tmp_path, monkeypatch)
     assert (state["best_step"], state["worse"]) == (5, 1) and torch.load(tmp_path / "best.pt")["state"]["step"] == 5
 
 
+def test_patience_counts_across_a_stop(text, tmp_path, monkeypatch, capsys):
+    losses, true = iter([1.0, 2.0, 3.0, 0.5]), train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda model, data, split, count=0:
+                        ({"loss": next(losses)}, None) if count else true(model, data, split, count))
+    assert not fit(tmp_path, text, "--max_iters=5", "--patience=2")  # evaluated at steps 0 and 5
+    assert not fit(tmp_path, text, "--max_iters=15", "--patience=2", "--init_from=resume")
+    assert "no better validation in 2 evaluations: stopped" in capsys.readouterr().out
+    state = torch.load(tmp_path / "ckpt.pt")["state"]
+    assert (state["step"], state["worse"], state["best_step"], next(losses)) == (10, 2, 0, 0.5)
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 99])
 def test_an_estimate_is_of_batches_spread_over_the_split(tmp_path, count):
     """A text that changes as it goes on: its first batches do not stand for it."""
