@@ -65,10 +65,13 @@ def test_hard_texts_that_are_told_right(tmp_path, monkeypatch):
 def test_the_likeliest_token_after_a_prompt(monkeypatch):
     tokenizer = Tokenizer({"tokenizer": "chars", "vocab_size": 3, "mark": None, "vocab": ["a", "b", "c"]})
     p = {"ab": [0.2, 0.5, 0.3], "c": [0.7, 0.2, 0.1]}
+
+    def model(idx):
+        return torch.tensor(p[tokenizer.decode(idx[0].tolist())]).log()[None, None], None
+
     monkeypatch.setattr(compare, "prompts", list(p))
     monkeypatch.setattr(train, "device", "cpu")
-    found = compare.continue_prompts(lambda idx: (torch.tensor(p[tokenizer.decode(idx[0].tolist())]).log()[None, None], None), tokenizer)
-    assert found == {"next": {"ab": ["b", pytest.approx(0.5)], "c": ["a", pytest.approx(0.7)]}}
+    assert compare.continue_prompts(model, tokenizer) == {"next": {"ab": ["b", pytest.approx(0.5)], "c": ["a", pytest.approx(0.7)]}}
 
 
 def test_what_a_run_is_told(text, tmp_path, monkeypatch):
@@ -76,9 +79,9 @@ def test_what_a_run_is_told(text, tmp_path, monkeypatch):
         monkeypatch.setattr(compare, key, value)
     folder, _, settings = compare.plan(compare.parse("Local, 3: --attention=sparse --window=3"), 7, 60)
     assert folder == tmp_path / "local-3-7"
-    told = {key: settings[key] for key in ("seed", "max_iters", "warmup_iters", "eval_interval", "attention", "window", "out_dir")}
-    assert told == {"seed": 7, "max_iters": 60, "warmup_iters": 6, "eval_interval": 15, "attention": "sparse", "window": 3,
-                    "out_dir": str(folder)}
+    expected = {"seed": 7, "max_iters": 60, "warmup_iters": 6, "eval_interval": 15, "attention": "sparse", "window": 3,
+                "out_dir": str(folder)}
+    assert expected.items() <= settings.items()
 
 
 def test_answers_are_of_the_test_split_where_it_was_opened(tmp_path, monkeypatch):

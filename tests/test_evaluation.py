@@ -34,13 +34,13 @@ def mean_loss(model, groups):
 @pytest.fixture
 def umlauts(tmp_path):
     """Running text by characters, of one, two and three bytes; validation has more of them than training."""
-    vocab, random = ["a", "b", "ä", "…"], np.random.default_rng(0)
-    splits = {}
-    for name, n, shares in (("train", 400, (0.5, 0.4, 0.1, 0.0)), ("val", 203, (0.1, 0.2, 0.3, 0.4)), ("test", 97, (0, 0, 0.5, 0.5))):
-        tokens = random.choice(4, n, p=shares)
+    vocab, random, splits = ["a", "b", "ä", "…"], np.random.default_rng(0), {}
+    shares = {"train": (0.5, 0.4, 0.1, 0.0), "val": (0.1, 0.2, 0.3, 0.4), "test": (0, 0, 0.5, 0.5)}
+    for name, n in (("train", 400), ("val", 203), ("test", 97)):
+        tokens = random.choice(4, n, p=shares[name])
         splits[name] = {"tokens": tokens, "bytes": len("".join(vocab[t] for t in tokens).encode())}
-    meta = {"name": "umlauts", "kind": "lm", "tokenizer": "chars", "vocab_size": 4, "vocab": vocab, "mark": None, "lossless": True,
-            "partial": False, "options": {}, "source": {"file": "umlauts"}, "split_rule": "as given"}
+    meta = {"name": "umlauts", "kind": "lm", "tokenizer": "chars", "vocab_size": 4, "vocab": vocab, "mark": None,
+            "lossless": True, "partial": False, "options": {}, "source": {"file": "umlauts"}, "split_rule": "as given"}
     common.write(tmp_path / "umlauts", meta, splits)
     return tmp_path / "umlauts"
 

@@ -56,7 +56,8 @@ def by_hand(model, idx):
 
 
 @pytest.mark.parametrize("n_class", [0, 2])
-@pytest.mark.parametrize("changes", [{}, {"bias": True, "norm": "layernorm", "pos": "learned", "tie": False}, {"pos": "sinusoidal"}])
+@pytest.mark.parametrize("changes", [{}, {"pos": "sinusoidal"},
+                                     {"bias": True, "norm": "layernorm", "pos": "learned", "tie": False}])
 @torch.no_grad()
 def test_forward_by_hand(changes, n_class):
     model = make(n_class=n_class, kernel="engine", **changes)

@@ -5,16 +5,19 @@ import math
 import pytest
 import torch
 
-import model as model_file
 from model import draw
 
 
 @pytest.fixture
 def shares(monkeypatch):
     """A function: what `draw` of these logits and rules draws from, each row's shares adding up to 1."""
-    seen = []
-    multinomial = torch.multinomial
-    monkeypatch.setattr(model_file.torch, "multinomial", lambda p, *more, **named: seen.append(p) or multinomial(p, *more, **named))
+    seen, multinomial = [], torch.multinomial
+
+    def watched(p, *more, **named):
+        seen.append(p)
+        return multinomial(p, *more, **named)
+
+    monkeypatch.setattr(torch, "multinomial", watched)
 
     def of(logits, **how):
         drawn = draw(torch.tensor(logits, dtype=torch.float64), **how)

@@ -80,7 +80,8 @@ def test_the_optimiser_gets_clipped_gradients(text, tmp_path, clip):
     hook = register_optimizer_step_pre_hook(look)
     try:
         for name, most in (("plain", 0), ("clipped", clip)):
-            assert not call(train, f"--out_dir={tmp_path / name}", f"--dataset={text}", *LINE, "--max_iters=1", f"--grad_clip={most}")
+            line = (f"--out_dir={tmp_path / name}", f"--dataset={text}", *LINE, "--max_iters=1", f"--grad_clip={most}")
+            assert not call(train, *line)
     finally:
         hook.remove()
     plain, clipped = (torch.cat([g.flatten() for g in gradients]) for gradients in seen)
