@@ -13,6 +13,8 @@ calls that alternate with all others, and every rate stands beside the machine's
 matrix product, measured in the same run.
 """
 
+import openmp  # first: torch reads its settings when it is loaded
+
 import contextlib
 import importlib.util
 import itertools

@@ -7,6 +7,8 @@ Past the block size, rotary positions go on counting and every token sees the la
 and sinusoidal positions end there, and the text goes on from its latest half block.
 """
 
+import openmp  # first: torch reads its settings when it is loaded
+
 import codecs
 import re
 import sys

@@ -6,6 +6,8 @@ A run is a folder: config.json, log.jsonl (one object a line), ckpt.pt (the last
 --init_from=resume goes on), ckpt-previous.pt (the one before), best.pt (the weights that did best on validation).
 """
 
+import openmp  # first: torch reads its settings when it is loaded
+
 import contextlib
 import json
 import math
