@@ -7,6 +7,7 @@ import os
 import platform
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -48,12 +49,59 @@ def pick_dtype(name, device):
     return "float32"
 
 
+BURST = 0.004  # seconds that a product of `burst_rate` takes at most: about a time slice of Linux
+
+
 @lru_cache
 def matmul_rate(device, dtype):
-    """Floating-point operations a second of one large matrix product, the median of several."""
-    n = 8192 if device.startswith("cuda") else 1024  # in a CPU's cache, and quick where bfloat16 is emulated
-    a, b = (torch.rand(n, n, device=device, generator=torch.Generator(device)).to(DTYPES[dtype]) for _ in range(2))
-    return 2 * n**3 / side_by_side([lambda: a @ b], device, 9)[0].seconds
+    """Floating-point operations per second of matrix products: on a CPU the sum over its threads, which compute side by side.
+
+    Each thread has its own product. If they shared one, they would wait for each other at its end, and on a busy machine
+    one of them is hardly ever running: the rate would be that of the other processes' time slices.
+    """
+    if device != "cpu":
+        return burst_rate(device, dtype)
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return sum(pool.map(burst_rate, threads * [device], threads * [dtype]))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def burst_rate(device, dtype):
+    """Floating-point operations per second in the best of many short bursts, each a product of two n x n matrices.
+
+    n grows while a burst stays short: longer ones are interrupted on a busy machine, and take seconds on a CPU that emulates
+    bfloat16.
+    """
+    rate = 0.0
+    for n in (8192,) if device.startswith("cuda") else (128, 256, 512, 1024):
+        if 2 * n**3 > BURST * rate > 0:
+            break
+        a, b = (torch.rand(n, n, device=device, generator=torch.Generator(device)).to(DTYPES[dtype]) for _ in range(2))
+        rate = max(rate, 2 * n**3 / shortest(lambda: a @ b, device))
+    return rate
+
+
+def shortest(call, device="cpu", enough=0.05, budget=0.2, agree=5):
+    """Seconds of the shortest of many calls, after one that is not timed.
+
+    They go on for `enough` seconds, and then until `agree` of them took at most 1.05 times as long as the shortest, or the
+    `budget` of seconds is spent.
+    """
+    call()
+    synchronize(device)
+    best, began, spent = [], time.perf_counter(), 0.0  # best: the `agree` shortest, in order
+    while not best or spent < budget:
+        if len(best) == agree and spent >= enough and best[-1] <= 1.05 * best[0]:
+            break
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        end = time.perf_counter()
+        best, spent = sorted([*best, end - start])[:agree], end - began
+    return best[0]
 
 
 def synchronize(device):

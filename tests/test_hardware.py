@@ -1,0 +1,88 @@
+"""The machine's rate is right beside other processes, and decoding takes the number of threads that is faster at the moment."""
+
+import itertools
+import time
+
+import pytest
+import torch
+
+import hardware
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time in seconds, [0.0], that time.perf_counter gives: calls under test move it."""
+    now = [0.0]
+    monkeypatch.setattr(hardware.time, "perf_counter", lambda: now[0])
+    return now
+
+
+@pytest.fixture
+def two_threads():
+    """Two threads of OpenMP during a test."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def bursts(clock, seconds):
+    """(a call that takes the next of these seconds each time, the list of those it took)."""
+    taken, coming = [], itertools.cycle(seconds)
+
+    def call():
+        taken.append(next(coming))
+        clock[0] += taken[-1]
+
+    return call, taken
+
+
+# ---- the rate of products ------------------------------------------------------------------------
+
+
+def test_one_burst_in_ten_is_undisturbed(clock):
+    """The rate is that of the bursts that nothing interrupted, a few of which must agree."""
+    call, taken = bursts(clock, [0.002 + 0.0005 * n for n in range(9)] + [0.001])
+    assert hardware.shortest(call, budget=0.5) == pytest.approx(0.001)
+    assert taken[1:].count(0.001) == 5 and clock[0] < 0.5
+
+
+def test_all_bursts_undisturbed(clock):
+    call, taken = bursts(clock, [9.0] + [0.0011, 0.001] * 20)  # the first is not timed
+    assert hardware.shortest(call) == pytest.approx(0.001)
+    assert clock[0] - 9 == pytest.approx(0.05, abs=0.0021)
+
+
+@pytest.mark.parametrize("seconds, calls", [([0.05 * n for n in range(1, 9)], 3), ([3.0], 2)])
+def test_bursts_that_do_not_agree_end_with_the_budget(clock, seconds, calls):
+    call, taken = bursts(clock, seconds)
+    assert hardware.shortest(call, budget=0.25) == pytest.approx(taken[1])
+    assert len(taken) == calls
+
+
+@pytest.mark.parametrize("rate, sizes", [(1e9, [128]), (9e10, [128, 256, 512]), (1e12, [128, 256, 512, 1024])])
+def test_a_burst_stays_short(monkeypatch, rate, sizes):
+    """Where bfloat16 is emulated at 1 GFLOP/s, a product of 1024 x 1024 matrices would take two seconds."""
+    seen = []
+
+    def shortest(call, device):
+        seen.append(len(call()))
+        return 2 * seen[-1] ** 3 / rate
+
+    monkeypatch.setattr(hardware, "shortest", shortest)
+    assert hardware.burst_rate("cpu", "float32") == pytest.approx(rate) and seen == sizes
+
+
+def test_threads_do_not_wait_for_each_other(monkeypatch, two_threads):
+    """Each has a product of its own, computed in it alone; their rates add up, and the number of threads is as before."""
+    threads = []
+    monkeypatch.setattr(hardware, "burst_rate", lambda *machine: threads.append(torch.get_num_threads()) or 7e9)
+    hardware.matmul_rate.cache_clear()
+    assert hardware.matmul_rate("cpu", "float32") == 14e9 and threads == [1, 1] and torch.get_num_threads() == 2
+    hardware.matmul_rate.cache_clear()
+
+
+def test_the_rate_is_measured_quickly():
+    began = time.perf_counter()
+    assert all(hardware.burst_rate("cpu", dtype) > 1e6 for dtype in ("float32", "bfloat16"))
+    assert time.perf_counter() - began < 5  # 1 s, were the machine this test's alone
