@@ -16,6 +16,7 @@ import torch
 
 from configurator import UserError, choose
 
+THREADS = torch.get_num_threads()  # of this process at its start: OMP_NUM_THREADS, or one for each core
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -110,6 +111,53 @@ def synchronize(device):
         torch.cuda.synchronize(device)
     elif device == "mps":
         torch.mps.synchronize()
+
+
+def adapt_threads(tokens, device):
+    """Yield from an iterator that decodes tokens, each on a CPU with one thread or with all, whichever is faster at the moment.
+
+    Decoding has a barrier after every small product. On an idle machine it gains from all threads; beside other processes
+    one thread, which waits for none, is faster.
+    """
+    if device != "cpu" or THREADS == 1:
+        yield from tokens
+        return
+    numbers = faster_number(1, THREADS)
+    number = next(numbers)
+    try:
+        while True:
+            torch.set_num_threads(number)  # at each token: the caller may draw from another model in between
+            began = time.perf_counter()
+            token = next(tokens, None)
+            number = numbers.send(time.perf_counter() - began)
+            torch.set_num_threads(THREADS)
+            if token is None:
+                return
+            yield token
+    finally:
+        torch.set_num_threads(THREADS)
+
+
+def faster_number(one, other, trial=4, share=0.03):
+    """A generator of the number of threads for the next token, to which the seconds of that token are sent: the faster one.
+
+    The first token, with the prompt, gets `other`. Then both numbers are tried for `trial` tokens each, the other one for
+    less if it is slow, and the faster one follows. When the trial's loss has become that `share` of the time, or 0.1
+    seconds at least have gone, the next trial begins: other processes come and go.
+    """
+    yield other
+    while True:
+        mean = {}
+        for number in (one, other):
+            spent, count = 0.0, 0
+            while count < trial and spent < 2 * trial * mean.get(one, math.inf):
+                spent += yield number
+                count += 1
+            mean[number] = spent / count
+        faster = min(mean, key=mean.get)
+        left = max(0.1, count * abs(mean[one] - mean[other]) / share)
+        while left > 0:
+            left -= yield faster
 
 
 class Cost(NamedTuple):

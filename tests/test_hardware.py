@@ -48,7 +48,7 @@ def test_one_burst_in_ten_is_undisturbed(clock):
 
 
 def test_all_bursts_undisturbed(clock):
-    call, taken = bursts(clock, [9.0] + [0.0011, 0.001] * 20)  # the first is not timed
+    call, taken = bursts(clock, [9.0] + [0.0011, 0.001] * 40)  # the first is not timed
     assert hardware.shortest(call) == pytest.approx(0.001)
     assert clock[0] - 9 == pytest.approx(0.05, abs=0.0021)
 
@@ -86,3 +86,78 @@ def test_the_rate_is_measured_quickly():
     began = time.perf_counter()
     assert all(hardware.burst_rate("cpu", dtype) > 1e6 for dtype in ("float32", "bfloat16"))
     assert time.perf_counter() - began < 5  # 1 s, were the machine this test's alone
+
+
+# ---- threads for decoding ------------------------------------------------------------------------
+
+
+def drive(cost, tokens):
+    """Numbers of threads, and seconds, of so many tokens that take cost(number, second) seconds each."""
+    numbers = hardware.faster_number(1, 2)
+    number, used, now = next(numbers), [], 0.0
+    for _ in range(tokens):
+        used.append(number)
+        now += (seconds := cost(number, now))
+        number = numbers.send(seconds)
+    return used, now
+
+
+def test_all_threads_on_an_idle_machine():
+    """Trials of one thread cost little: 405 tokens/s with two threads, 260 with one."""
+    used, seconds = drive(lambda number, now: 1 / (405 if number == 2 else 260), 500)
+    assert used[:9] == [2, 1, 1, 1, 1, 2, 2, 2, 2] and used.count(1) > 4  # it is tried again
+    assert 500 / seconds > 0.96 * 405
+
+
+def test_one_thread_on_a_busy_machine():
+    """Two threads give 4 tokens/s, one gives 250; of a slow trial one token is enough."""
+    used, seconds = drive(lambda number, now: 1 / (4 if number == 2 else 250), 500)
+    assert used[:9] == [2, 1, 1, 1, 1, 2, 1, 1, 1] and 480 / (seconds - 0.25) > 0.85 * 250
+
+
+def test_threads_follow_the_load():
+    """Busy from the first second to the fifth, with the tokens that then take long."""
+    starts = []
+
+    def cost(number, now):
+        busy = 1 <= now < 5
+        starts.append((now, number))
+        return 1 / (250 if number == 1 else 20 if busy else 405)
+
+    drive(cost, 3000)
+    share = {name: [number for now, number in starts if since <= now < until] for name, since, until in (
+        ("before", 0, 1), ("during", 1.3, 5), ("after", 8, 9))}
+    mean = {name: sum(numbers) / len(numbers) for name, numbers in share.items()}
+    assert mean["before"] > 1.9 and mean["during"] < 1.1 and mean["after"] > 1.9
+
+
+def test_tokens_come_through(monkeypatch, two_threads):
+    """All tokens in order; the number of threads is as before for the caller, also where it stops early or decoding fails."""
+    monkeypatch.setattr(hardware, "THREADS", 2)
+    within = []
+
+    def tokens():
+        for n in range(30):
+            within.append(torch.get_num_threads())
+            yield torch.tensor([n])
+        raise ValueError("decoding failed")
+
+    drawn = hardware.adapt_threads(tokens(), "cpu")
+    got = []
+    with pytest.raises(ValueError, match="decoding failed"):
+        for token in drawn:
+            got.append(int(token))
+            assert torch.get_num_threads() == 2
+    assert got == list(range(30)) and set(within) == {1, 2} and torch.get_num_threads() == 2
+    assert len(list(hardware.adapt_threads(iter(range(20)), "cpu"))) == 20
+    drawn = hardware.adapt_threads(tokens(), "cpu")
+    assert [int(next(drawn)) for _ in range(3)] == [0, 1, 2]
+    drawn.close()
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("device, threads", [("cuda", 2), ("cpu", 1)])
+def test_nothing_to_choose(monkeypatch, device, threads):
+    monkeypatch.setattr(hardware, "THREADS", threads)
+    monkeypatch.setattr(torch, "set_num_threads", None)
+    assert list(hardware.adapt_threads(iter("abc"), device)) == ["a", "b", "c"]
