@@ -150,7 +150,7 @@ def faster_number(one, other, trial=4, share=0.03):
         mean = {}
         for number in (one, other):
             spent, count = 0.0, 0
-            while count < trial and spent < 2 * trial * mean.get(one, math.inf):
+            while count < trial and spent < trial * mean.get(one, math.inf):
                 spent += yield number
                 count += 1
             mean[number] = spent / count
