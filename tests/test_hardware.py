@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import hardware
+from model import GPT, GPTConfig
 
 
 @pytest.fixture
@@ -161,3 +162,18 @@ def test_nothing_to_choose(monkeypatch, device, threads):
     monkeypatch.setattr(hardware, "THREADS", threads)
     monkeypatch.setattr(torch, "set_num_threads", None)
     assert list(hardware.adapt_threads(iter("abc"), device)) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_number_of_threads_does_not_change_the_text(two_threads, dtype):
+    """Which number is faster is by chance, and must not decide what is drawn: the logits are equal to the bit."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=256, n_layer=2, n_head=4, n_embd=256, block_size=64)).for_sampling(dtype)
+    logits = {}
+    for number in (1, 2):
+        torch.set_num_threads(number)
+        caches, drawn = model.new_caches(), []
+        for n in range(12):
+            drawn.append(model(torch.tensor([[7 * n, 7 * n + 1]] if n == 0 else [[7 * n]]), caches=caches)[0][:, -1])
+        logits[number] = torch.cat(drawn)
+    assert torch.equal(logits[1], logits[2]) and logits[1].std() > 0
