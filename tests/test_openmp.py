@@ -11,7 +11,7 @@ from conftest import ROOT
 
 import openmp
 
-SCRIPTS = ("train.py", "sample.py", "compare.py", "bench.py", "plot.py", "app.py")
+SCRIPTS = ("train.py", "sample.py", "compare.py", "bench.py", "bench_load.py", "plot.py", "app.py")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
