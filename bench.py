@@ -1,10 +1,11 @@
-"""Speed, memory and work, beside a peer in the same run: python bench.py attention|layer|step|sample|ranks [--key=value]
+"""Speed, memory and work, beside a peer in the same run: python bench.py attention|layer|step|sample|ranks|load [--key=value]
 
 attention  forward and backward of attention alone, against PyTorch's fused call, and how each grows with T
 layer      a whole attention layer, training and forward pass, against the masked T x T form of adaptive span
 step       whole training steps, against nanoGPT's where --peer=FOLDER holds a clone of it
 sample     single tokens drawn at a full context, against nanoGPT's `generate` likewise
 ranks      what a training step sends, under torchrun: torchrun --standalone --nproc_per_node=2 bench.py ranks
+load       training and sampling on an idle machine and beside busy processes, with settings of its own: bench_load.py
 
 What is measured is one row each: --mechanisms='["dense", "sparse window=128", "adaptive span"]', where
 a text is a mechanism's name and its options, or one of this script's short names; `kernel=NAME` may
@@ -12,6 +13,8 @@ stand among the options. --attention=NAME --key=value measures one alone. Every 
 calls that alternate with all others, and every rate stands beside the machine's rate for one large
 matrix product, measured in the same run.
 """
+
+import openmp  # first: torch reads its settings when it is loaded
 
 import contextlib
 import importlib.util
@@ -269,20 +272,21 @@ def add_ratios(table, *peers):
     return table
 
 
+def training_step(x, y, model, penalty, optimizer, precision):
+    """A training step on x and y of any model with nanoGPT's interface."""
+    with hardware.autocast(x.device.type, precision):
+        loss = model(x, y)[1]
+    (loss + penalty()).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
 def bench_step(rows, T):
     """Training steps, each of batch_size texts of T tokens; of a classifier where causal is False."""
     x = torch.randint(vocab_size, (batch_size, T), device=device)
     y = torch.randint(vocab_size, x.shape, device=device) if causal else torch.randint(2, (batch_size,), device=device)
-    runs = {}  # {name: (FLOP for a token, what `step` takes)}
-
-    def step(model, penalty, optimizer, precision):
-        with hardware.autocast(device, precision):
-            loss = model(x, y)[1]
-        (loss + penalty()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
+    runs = {}  # {name: (FLOP for a token, what `training_step` takes besides the batch)}
     for row in rows:
         model = ours(row, T)
         how = model.penalty, model.optimizer(1e-3, 0.1, (0.9, 0.99)), dtype
@@ -295,7 +299,7 @@ def bench_step(rows, T):
             optimizer = other.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device)
         for precision in ["float32"] + [dtype] * (dtype != "float32"):  # on a CPU it trains in float32
             runs[f"nanoGPT, {precision}"] = cost, other, lambda: 0.0, optimizer, precision
-    costs = side_by_side([lambda how=how: step(*how) for _, *how in runs.values()])
+    costs = side_by_side([lambda how=how: training_step(x, y, *how) for _, *how in runs.values()])
     return add_ratios([{
         "step": name, "ms": 1e3 * cost.seconds, "tokens/s": x.numel() / cost.seconds,
         **work(operations * x.numel(), cost.seconds), "MiB more": mebibytes(cost.memory), "repeats": cost.rounds,
@@ -419,7 +423,11 @@ def main():
     modes = {"attention": bench_attention, "layer": bench_layer, "step": bench_step, "sample": bench_sample, "ranks": bench_ranks}
     arguments = sys.argv[1:]
     mode = arguments.pop(0) if arguments and arguments[0][0] != "-" else ("" if "--help" not in arguments else "step")
-    choose("benchmark", mode, modes)
+    choose("benchmark", mode, [*modes, "load"])
+    if mode == "load":
+        import bench_load  # which imports this file
+
+        return bench_load.main(arguments)
     _, options = configure(globals(), arguments, more=lambda chosen: mechanism(chosen["attention"] or "dense")[1])
     for key in ("repeat", "tokens", "batch_size", "block_size", "vocab_size", "head_size"):
         if globals()[key] < 1:

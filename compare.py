@@ -8,6 +8,8 @@ What a step takes is measured first, all variants side by side, and kept in out_
 times that, and no run is judged by what else the machine did meanwhile.
 """
 
+import openmp  # first: torch reads its settings when it is loaded
+
 import json
 import shlex
 import shutil

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+import hardware
 import heat
 import plot
 import sample
@@ -133,7 +134,7 @@ def stream(model, tokenizer, device, prompt, seed, *how):
 
     def draw():
         before, printer = time.perf_counter(), sample.Printer(tokenizer, prompt[-1:])
-        for token in model.stream(idx, *how, generator):
+        for token in hardware.adapt_threads(model.stream(idx, *how, generator), device):
             state["text"] += printer([int(token)])
             state["tokens"] += 1
             state["seconds"] += time.perf_counter() - before

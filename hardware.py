@@ -7,6 +7,7 @@ import os
 import platform
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,7 @@ import torch
 
 from configurator import UserError, choose
 
+THREADS = torch.get_num_threads()  # of this process at its start: OMP_NUM_THREADS, or one for each core
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -48,12 +50,59 @@ def pick_dtype(name, device):
     return "float32"
 
 
+BURST = 0.004  # seconds that a product of `burst_rate` takes at most: about a time slice of Linux
+
+
 @lru_cache
 def matmul_rate(device, dtype):
-    """Floating-point operations a second of one large matrix product, the median of several."""
-    n = 8192 if device.startswith("cuda") else 1024  # in a CPU's cache, and quick where bfloat16 is emulated
-    a, b = (torch.rand(n, n, device=device, generator=torch.Generator(device)).to(DTYPES[dtype]) for _ in range(2))
-    return 2 * n**3 / side_by_side([lambda: a @ b], device, 9)[0].seconds
+    """Floating-point operations per second of matrix products: on a CPU the sum over its threads, which compute side by side.
+
+    Each thread has its own product. If they shared one, they would wait for each other at its end, and on a busy machine
+    one of them is hardly ever running: the rate would be that of the other processes' time slices.
+    """
+    if device != "cpu":
+        return burst_rate(device, dtype)
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return sum(pool.map(burst_rate, threads * [device], threads * [dtype]))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def burst_rate(device, dtype):
+    """Floating-point operations per second in the best of many short bursts, each a product of two n x n matrices.
+
+    n grows while a burst stays short: longer ones are interrupted on a busy machine, and take seconds on a CPU that emulates
+    bfloat16.
+    """
+    rate = 0.0
+    for n in (8192,) if device.startswith("cuda") else (128, 256, 512, 1024):
+        if 2 * n**3 > BURST * rate > 0:
+            break
+        a, b = (torch.rand(n, n, device=device, generator=torch.Generator(device)).to(DTYPES[dtype]) for _ in range(2))
+        rate = max(rate, 2 * n**3 / shortest(lambda: a @ b, device))
+    return rate
+
+
+def shortest(call, device="cpu", enough=0.05, budget=0.2, agree=5):
+    """Seconds of the shortest of many calls, after one that is not timed.
+
+    They go on for `enough` seconds, and then until `agree` of them took at most 1.05 times as long as the shortest, or the
+    `budget` of seconds is spent.
+    """
+    call()
+    synchronize(device)
+    best, began, spent = [], time.perf_counter(), 0.0  # best: the `agree` shortest, in order
+    while not best or spent < budget:
+        if len(best) == agree and spent >= enough and best[-1] <= 1.05 * best[0]:
+            break
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        end = time.perf_counter()
+        best, spent = sorted([*best, end - start])[:agree], end - began
+    return best[0]
 
 
 def synchronize(device):
@@ -62,6 +111,53 @@ def synchronize(device):
         torch.cuda.synchronize(device)
     elif device == "mps":
         torch.mps.synchronize()
+
+
+def adapt_threads(tokens, device):
+    """Yield from an iterator that decodes tokens, each on a CPU with one thread or with all, whichever is faster at the moment.
+
+    Decoding has a barrier after every small product. On an idle machine it gains from all threads; beside other processes
+    one thread, which waits for none, is faster.
+    """
+    if device != "cpu" or THREADS == 1:
+        yield from tokens
+        return
+    numbers = faster_number(1, THREADS)
+    number = next(numbers)
+    try:
+        while True:
+            torch.set_num_threads(number)  # at each token: the caller may draw from another model in between
+            began = time.perf_counter()
+            token = next(tokens, None)
+            number = numbers.send(time.perf_counter() - began)
+            torch.set_num_threads(THREADS)
+            if token is None:
+                return
+            yield token
+    finally:
+        torch.set_num_threads(THREADS)
+
+
+def faster_number(one, other, trial=4, share=0.03):
+    """A generator of the number of threads for the next token, to which the seconds of that token are sent: the faster one.
+
+    The first token, with the prompt, gets `other`. Then both numbers are tried for `trial` tokens each, the other one for
+    less if it is slow, and the faster one follows. When the trial's loss has become that `share` of the time, or 0.1
+    seconds at least have gone, the next trial begins: other processes come and go.
+    """
+    yield other
+    while True:
+        mean = {}
+        for number in (one, other):
+            spent, count = 0.0, 0
+            while count < trial and spent < trial * mean.get(one, math.inf):
+                spent += yield number
+                count += 1
+            mean[number] = spent / count
+        faster = min(mean, key=mean.get)
+        left = max(0.1, count * abs(mean[one] - mean[other]) / share)
+        while left > 0:
+            left -= yield faster
 
 
 class Cost(NamedTuple):

@@ -127,8 +127,8 @@ def new_norm(config):
 
 
 class PackedLinear(nn.Module):
-    """A linear layer for inference with its weight in oneDNN's own order, which a plain one is
-    brought into at every call: on one token that takes as long again as the product."""
+    """A linear layer for inference in bfloat16 with its weight in oneDNN's own order, into which a plain one is
+    brought at every call: on one token that takes as long again as the product."""
 
     def __init__(self, linear):
         super().__init__()
@@ -136,6 +136,11 @@ class PackedLinear(nn.Module):
 
     def forward(self, x):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+    @staticmethod
+    def is_supported():
+        """Whether oneDNN computes in bfloat16 on this processor (x86: avx512bw or avx_ne_convert); it refuses to pack elsewhere."""
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class Layer(nn.Module):
@@ -341,14 +346,14 @@ class GPT(Model):
     # ---- sampling --------------------------------------------------------------------------
 
     def for_sampling(self, dtype):
-        """Make this model the fastest there is for `stream`, for good: weights in `dtype`, packed
-        where that helps (bfloat16 on a CPU). Returns it."""
+        """Convert the model in place for `stream` (irreversible) and return it: weights in `dtype`; those of linear layers are
+        packed in bfloat16 on a CPU, if the processor supports it."""
         masks = [p for layer in self.layers for p in layer.attention.mask_parameters()]
         exact = [p.data for p in masks]
         self.to(dtype).eval().requires_grad_(False)
         for p, data in zip(masks, exact):  # a span rounded to bfloat16 is another mask
             p.data = data
-        if dtype == torch.bfloat16 and self.embedding.weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        if dtype == torch.bfloat16 and self.embedding.weight.device.type == "cpu" and PackedLinear.is_supported():
             for parent in list(self.modules()):
                 for name, child in parent.named_children():
                     if type(child) is nn.Linear:

@@ -15,6 +15,8 @@ FILE      what compare.py wrote (FILE.png, FILE_hard.png), or `bench.py attentio
 A mechanism's own pattern is drawn by its own file: python sparse.py. Pictures need matplotlib.
 """
 
+import openmp  # first: torch reads its settings when it is loaded
+
 import io
 import json
 import math

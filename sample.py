@@ -7,7 +7,10 @@ Past the block size, rotary positions go on counting and every token sees the la
 and sinusoidal positions end there, and the text goes on from its latest half block.
 """
 
+import openmp  # first: torch reads its settings when it is loaded
+
 import codecs
+import os
 import re
 import sys
 import time
@@ -31,6 +34,7 @@ top_p = 1.0  # draw from the fewest that hold this share of the probability
 seed = 1337
 device = "auto"
 dtype = "auto"
+threads = 0  # of a CPU; 0: all, and each token with one or all, whichever is faster at the moment
 
 
 def read_prompt():
@@ -80,7 +84,8 @@ def write_text(model, tokenizer, text):
         began, printer = time.perf_counter(), Printer(tokenizer, text[-1:])
         generator = torch.Generator(device).manual_seed(seed + n)
         print(text, end="", flush=True)
-        for token in model.stream(idx, max_new_tokens, temperature, top_k, top_p, generator):  # (1,)
+        tokens = model.stream(idx, max_new_tokens, temperature, top_k, top_p, generator)
+        for token in tokens if threads else hardware.adapt_threads(tokens, device):  # (1,)
             print(printer([int(token)]), end="", flush=True)
         print(printer([], final=True) + "\n" + "-" * 40, flush=True)
         speed = max_new_tokens / (time.perf_counter() - began)
@@ -123,11 +128,14 @@ def classify(model, tokenizer, classes, texts):
 def main():
     global device, dtype
     configure(globals())
-    for key, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0), ("seed", 0)):
+    for key, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0), ("seed", 0), ("threads", 0)):
         if not globals()[key] >= least:
             raise UserError(f"{key} must be at least {least}, got {globals()[key]}")
+    if threads > os.cpu_count():
+        raise UserError(f"threads must be at most {os.cpu_count()}, this machine's processors, got {threads}")
     if not 0 < top_p <= 1:
         raise UserError(f"top_p must be above 0 and at most 1, got {top_p}")
+    torch.set_num_threads(threads or hardware.THREADS)
     device = hardware.pick_device(device)
     folder, text = Path(out_dir), read_prompt()
     name = checkpoint or ("best.pt" if (folder / "best.pt").exists() else "ckpt.pt")

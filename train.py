@@ -6,6 +6,8 @@ A run is a folder: config.json, log.jsonl (one object a line), ckpt.pt (the last
 --init_from=resume goes on), ckpt-previous.pt (the one before), best.pt (the weights that did best on validation).
 """
 
+import openmp  # first: torch reads its settings when it is loaded
+
 import contextlib
 import json
 import math
@@ -14,6 +16,8 @@ import time
 from collections import Counter
 from dataclasses import asdict, fields
 from pathlib import Path
+
+STARTED = time.perf_counter()  # before torch is loaded, which takes seconds
 
 import numpy as np
 import torch
@@ -28,6 +32,7 @@ from evaluation import health
 from model import GPTConfig, new_model, options_of
 from runs import (Log, SaveError, Stop, asked, check_folder, clock, listen, locked, mend_log, prepare_folder, say, say_stats,
                   start_wandb, write_text, write_whole)
+from stopwatch import Stopwatch
 
 # ---- settings: every name here is a key of the command line and of config files ---------------
 
@@ -195,6 +200,7 @@ def placed(model):
 def main(arguments=None):
     """Train as `arguments` say (default: the command line). Returns the exit code of a run that was stopped, else None."""
     global device, dtype, init_from
+    began = STARTED if __name__ == "__main__" else time.perf_counter()
     settings, options = configure(globals(), arguments, further_options)
     check(settings)
     hardware.keep_freed_memory()
@@ -221,11 +227,12 @@ def main(arguments=None):
                 print(f"{split}: {say(evaluate(model, data, split)[0])}")
             return None
         with locked(folder) if ranks.rank == 0 else contextlib.nullcontext():
-            return fit(folder, data, model, checkpoint, settings, peak)
+            return fit(folder, data, model, checkpoint, settings, peak, began)
 
 
-def fit(folder, data, model, checkpoint, settings, peak):
-    """Train in a folder that is held; peak: the machine's rate of products, FLOP/s. Returns what `main` returns."""
+def fit(folder, data, model, checkpoint, settings, peak, began):
+    """Train in a folder that is held; peak: the machine's rate of products, FLOP/s; began: when this process did, by
+    time.perf_counter. Returns what `main` returns."""
     optimizer = model.optimizer(learning_rate, weight_decay, (beta1, beta2))
     scaler = torch.amp.GradScaler(device.split(":")[0], enabled=dtype == "float16")
     state = {"step": 0, "evaluated": -1, "best": math.inf, "best_step": 0, "worse": 0, "seconds": 0.0, "work": 0.0}
@@ -268,6 +275,7 @@ def fit(folder, data, model, checkpoint, settings, peak):
     def save_last():
         tally()
         ranks.first_does(log.flush, True)  # the checkpoint must not know of a step that the log lacks
+        state["seconds"] = watch.seconds()
         more = facts(scaler=scaler.state_dict(), random=ranks.gather(hardware.random_state(device)))
         save_all(folder / "ckpt.pt", more, model, optimizer, PREVIOUS)
 
@@ -303,16 +311,18 @@ def fit(folder, data, model, checkpoint, settings, peak):
     forward = ranks.synchronised(model, model.compiled() if compile else model)
     model.train()
     listen()
-    began, since, tokens, work, total = time.perf_counter() - state["seconds"], time.perf_counter(), 0, state["work"], 0.0
+    began -= state["seconds"]  # of the processes that it resumes from
+    per_evaluation, at_the_end = evaluated_batches(data)
+    explain_log(data, per_evaluation)
+    watch, tokens, work, logged, total = Stopwatch(state["seconds"]), 0, state["work"], state["step"], 0.0
     random = None  # within a step: the random stream as it was at its beginning
     try:
         while True:
             ranks.leave_if_asked()
             step = state["step"]
             if (step % eval_interval == 0 or step >= max_iters) and state["evaluated"] != step:
-                before = time.perf_counter()
-                validate()
-                since += time.perf_counter() - before  # speed is training's alone
+                with watch.evaluating(per_evaluation):
+                    validate()
             if patience and state["worse"] >= patience:
                 print(f"\nno better validation in {patience} evaluations: stopped")
                 break
@@ -332,17 +342,18 @@ def fit(folder, data, model, checkpoint, settings, peak):
             optimizer.zero_grad(set_to_none=True)
             state["step"], random = step + 1, None
             if step % log_interval == 0:
-                now = time.perf_counter()
+                seconds = watch.lap(step + 1 - logged)
                 tally()
-                speed, share = ranks.total(tokens) / (now - since), (state["work"] - work) / (now - since) / peak
-                since, tokens, work, state["seconds"] = now, 0, state["work"], now - began
-                left = state["seconds"] / (step + 1) * (max_iters - step - 1)
+                speed, share = ranks.total(tokens) / seconds, (state["work"] - work) / seconds / peak
+                tokens, work, logged, state["seconds"] = 0, state["work"], step + 1, watch.seconds()
+                evaluations = (max_iters - 1) // eval_interval - step // eval_interval + 1
+                left = watch.left(max_iters - step - 1, evaluations * per_evaluation + at_the_end)
                 record = {"step": step, "split": "train", "loss": float(total), "lr": rate(step), "grad_norm": float(norm),
                           "tokens_per_second": speed, "matmul_share": share, "seconds": state["seconds"]}
-                text = f"step {step}/{max_iters}: loss {record['loss']:.4f}, {speed:,.0f} tokens/s, "
-                may_fail(ranks.first_does, log, record, text + f"{share:.0%} of the matmul rate, {clock(left)} left")
-        state["seconds"] = time.perf_counter() - began
-        finish(data, folder, log, state)
+                text = f"step {step}/{max_iters}: loss {record['loss']:.4f}, {speed:,.0f} tokens/s, {share:.0%} of the matmul rate"
+                may_fail(ranks.first_does, log, record, text + ("" if left is None else f", {clock(left)} left"))
+        state["seconds"] = watch.seconds()
+        finish(data, folder, log, state, began)
     except (Stop, DataChanged) as reason:
         check_finite(float(total), "the training loss")
         if random:  # what was done of a step is done again
@@ -392,8 +403,27 @@ def announce(model, x, y, lengths):
           f"of weights, gradients and AdamW{words}")
 
 
-def finish(data, folder, log, state):
-    """The scores that count: of the best weights, over whole splits; the test split only on request."""
+def evaluated_batches(data):
+    """(batches of one evaluation while training, batches of those of `finish`)."""
+    count = {split: len(batches(data, split, batch_size, block_size).groups())
+             for split in ["val"] + ["train"] * eval_train + ["test"] * eval_test}
+    during = sum(min(eval_iters or count[split], count[split]) for split in ["val"] + ["train"] * eval_train)
+    return during, count["val"] + count.get("test", 0)
+
+
+def explain_log(data, count):
+    """Print what the numbers of the lines to come are; count: batches of an evaluation while training."""
+    unit = "text" if data.kind == "classify" else "token"
+    print(f"A line every {log_interval} steps: the step, of all; the loss of its batch in nats per {unit}; tokens per second of "
+          "training since the line before, without evaluations; the operations that they need, as a share of the rate of matrix "
+          "products above; the time left, with evaluations")
+    print(f"A line every {eval_interval} steps: the scores of {count} batches, then the attention's statistics, means over layers "
+          "and heads; * marks the best so far, which best.pt holds")
+
+
+def finish(data, folder, log, state, began):
+    """The scores that count: of the best weights, over whole splits; the test split only on request. began: see `fit`, or
+    before that by the seconds of the processes that this one resumes from."""
     best = placed(load(folder / "best.pt", "cpu" if shard else device)[0])
     for split in ["val"] + ["test"] * eval_test:
         result, p = evaluate(best, data, split)
@@ -403,7 +433,7 @@ def finish(data, folder, log, state):
         cost = {"seconds": state["seconds"], "work": state["work"]}
         ranks.first_does(log, {"step": state["best_step"], "split": split, "whole": True, **result, **health(best), **cost},
                          f"best weights (step {state['best_step']}), whole {split} split: {say(result)}", True)
-    print(f"{clock(state['seconds'])} in all; sample with: python sample.py --out_dir={folder}")
+    print(f"{clock(time.perf_counter() - began)} in all; sample with: python sample.py --out_dir={folder}")
 
 
 if __name__ == "__main__":

@@ -249,7 +249,7 @@ def test_sample_counts_its_tokens(settings, peer, quick):
 
 
 @pytest.mark.parametrize("arguments, says", [
-    ([], "unknown benchmark ''; there are attention, layer, ranks, sample, step"),
+    ([], "unknown benchmark ''; there are attention, layer, load, ranks, sample, step"),
     (["steps"], "unknown benchmark 'steps'; did you mean step"),
     (["attention", '--shapes=["1x2"]'], "expected BATCHxHEADSxTIME"),
     (["attention", "--shapes=[128]"], "expected BATCHxHEADSxTIME"),

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import configurator
 import model as model_file
 from checkpoint import load, save
 from configurator import UserError
-from model import GPT, GPTConfig, Normalize, draw, mechanism
+from model import GPT, GPTConfig, Normalize, PackedLinear, draw, mechanism
 
 SMALL = dict(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=16)
 
@@ -155,13 +156,17 @@ def test_activation_bytes():
     assert one > 2 * 16 * 16 * 4 * 10 and 3 < four / one < 4.5
 
 
-def test_for_sampling():
-    """bfloat16 with packed weights draws from the same distribution, within that precision."""
+@pytest.mark.parametrize("supported", [PackedLinear.is_supported(), False])
+def test_for_sampling(monkeypatch, supported):
+    """bfloat16, with weights packed if the processor supports it, draws from the same distribution within that precision."""
+    monkeypatch.setattr(PackedLinear, "is_supported", lambda: supported)
     model = GPT(GPTConfig(**{**SMALL, "n_embd": 64})).eval()
     idx = torch.randint(50, (1, 12))
     with torch.no_grad():
         before = model(idx)[0]
         after = model.for_sampling(torch.bfloat16)(idx)[0]
+    kinds = {type(module) for module in model.modules()}
+    assert (PackedLinear in kinds, nn.Linear in kinds) == (supported, not supported)
     assert after.dtype == torch.bfloat16
     assert (before - after).norm() < 0.02 * before.norm()
 

@@ -329,3 +329,19 @@ def test_as_a_program(tmp_path):
     done = subprocess.run([*command, "--start=é", "--num_samples=1", "--max_new_tokens=5"], cwd=tmp_path,
                           capture_output=True, env={"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1", "PATH": ""})
     assert done.returncode == 0 and done.stdout.startswith(b"?") and b"5 tokens, " in done.stderr, done.stderr
+
+
+def test_threads(tmp_path, shown, refused, monkeypatch):
+    """Each token is drawn with one thread or with all, or with as many as are asked for; the text is the same."""
+    out, seen, forward = write_checkpoint(tmp_path / "out", CHARS), [], sample.hardware.adapt_threads
+    monkeypatch.setattr(sample.hardware, "THREADS", 2)
+    monkeypatch.setattr(sample.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(sample.hardware, "adapt_threads", lambda *how: seen.append(how[1]) or forward(*how))
+    before, common = torch.get_num_threads(), (f"--out_dir={out}", "--start=abc", "--max_new_tokens=30", "--dtype=float32")
+    try:
+        texts = [samples(shown(*common, *more)) for more in ((), ("--threads=1",), ("--threads=2",))]
+    finally:
+        torch.set_num_threads(before)
+    assert texts[0] == texts[1] == texts[2] and seen == ["cpu"] * 3
+    assert "threads must be at most" in refused(sample, *common, "--threads=100000")
+    assert "threads must be at least 0, got -1" in refused(sample, *common, "--threads=-1")
