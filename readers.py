@@ -15,7 +15,7 @@ import zipfile
 
 import numpy as np
 
-from configurator import UserError, shown
+from configurator import PLAIN, UserError, shown
 
 LARGEST = 2**30  # bytes of a file, unpacked: larger ones are none of ours
 MOST_LINES = 64  # of a chart of a comparison or a benchmark: more cannot be told apart
@@ -101,7 +101,7 @@ def pair(first, second):
 def mapping(item, most):
     """A checker of objects with any names and items of one kind."""
     def check(value, place):
-        expect(type(value) is dict and len(value) <= most, f"an object of at most {most} entries", value, place)
+        expect(isinstance(value, dict) and len(value) <= most, f"an object of at most {most} entries", value, place)
         for name, each in value.items():
             text()(name, f"a name in {place}")
             item(each, f"{place}[{shown(name, 40)}]")
@@ -111,7 +111,7 @@ def mapping(item, most):
 def record(needed, further={}):
     """A checker of objects with these entries, the further ones may be missing or null; there may be others."""
     def check(value, place):
-        expect(type(value) is dict, "an object", value, place)
+        expect(isinstance(value, dict), "an object", value, place)
         for name, item in needed.items():
             if name not in value:
                 raise KeyError(f"{place}: {name}")
@@ -120,6 +120,26 @@ def record(needed, further={}):
             if value.get(name) is not None:
                 item(value[name], f"{place}[{name!r}]")
     return check
+
+
+def those_there(items):
+    """A checker of objects: of these entries those that are there, also where they are null; there may be others."""
+    def check(value, place):
+        record({})(value, place)
+        record({name: item for name, item in items.items() if name in value})(value, place)
+    return check
+
+
+def plain(value, place):
+    """The checker of values of settings: booleans, numbers, texts, and lists of those."""
+    expect(type(value) in PLAIN, "a boolean, a number, a text or a list", value, place)
+    if type(value) is list:
+        listing(plain, 10_000)(value, place)
+
+
+def flag(value, place):
+    """The checker of booleans."""
+    expect(type(value) is bool, "True or False", value, place)
 
 
 COUNT = number(0, 1e15, whole=True)

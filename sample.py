@@ -69,6 +69,15 @@ class Printer:
         return text
 
 
+def read_run(path, device="cpu"):
+    """(model, tokenizer, class names) of a checkpoint. Raises UserError; ConnectionError where gpt2 cannot be loaded."""
+    model, saved = load(path, device)
+    try:
+        return model, Tokenizer(saved["meta"]), saved["meta"].get("classes", [])
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path} has no tokenizer that is known here ({error!r}); train it again")
+
+
 def write_text(model, tokenizer, text):
     """Print `num_samples` continuations of the text as they are drawn, and their speed on stderr."""
     ids = encode(tokenizer, text)
@@ -131,12 +140,8 @@ def main():
     device = hardware.pick_device(device)
     folder, text = Path(out_dir), read_prompt()
     name = checkpoint or ("best.pt" if (folder / "best.pt").exists() else "ckpt.pt")
-    model, saved = load(folder / name, device)
+    model, tokenizer, classes = read_run(folder / name, device)
     dtype = hardware.pick_dtype(dtype, device)
-    try:
-        tokenizer, classes = Tokenizer(saved["meta"]), saved["meta"].get("classes", [])
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{folder / name} has no tokenizer that is known here ({error!r}); train it again")
     if model.config.causal:
         write_text(model, tokenizer, text)
     else:

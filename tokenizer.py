@@ -17,6 +17,8 @@ whatever the text says: a prompt is only text. It decodes to a newline.
 import base64
 import re
 
+from configurator import UserError
+
 KINDS = ("bytes", "chars", "words", "bpe", "gpt2")
 UNKNOWN = "<unk>"
 
@@ -64,6 +66,24 @@ def gpt2_encoding():
             f"tiktoken could not load its gpt2 vocabulary ({type(error).__name__}): run once with a network, "
             "or point TIKTOKEN_CACHE_DIR to a folder that holds it, or choose another tokenizer"
         ) from error
+
+
+def check_meta(meta, source):
+    """Raise UserError unless a meta has what Tokenizer needs, of the types and sizes that it needs. source: whose, for the message."""
+    def expect(holds, expected):
+        if not holds:
+            raise UserError(f"{source}: expected {expected}; prepare the data again")
+
+    expect(isinstance(meta, dict) and {"tokenizer", "vocab_size", "mark"} <= meta.keys(), "tokenizer, vocab_size and mark")
+    kind, size, mark = meta["tokenizer"], meta["vocab_size"], meta["mark"]
+    expect(isinstance(kind, str) and kind in KINDS, f"tokenizer to be one of {', '.join(KINDS)}")
+    expect(type(size) is int and size > 0, "vocab_size to be a whole number above 0")
+    expect(mark is None or type(mark) is int and 0 <= mark < size, f"mark to be null or a token below {size}")
+    for key, length, kinds in (("vocab", size, ("chars", "words")), ("ranks", None, ("bpe",))):
+        texts = meta.get(key)
+        expect(kind not in kinds or isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+               and length in (None, len(texts)), f"{key} to be a list of texts, one a token")
+    expect(kind != "bpe" or isinstance(meta.get("pattern"), str), "pattern to be a text")
 
 
 class Tokenizer:
