@@ -8,6 +8,7 @@ and sinusoidal positions end there, and the text goes on from its latest half bl
 """
 
 import codecs
+import math
 import re
 import sys
 import time
@@ -18,6 +19,7 @@ import torch
 import hardware
 from checkpoint import load
 from configurator import UserError, configure, run
+from model import check_finite
 from tokenizer import Tokenizer
 
 out_dir = "out"
@@ -107,14 +109,16 @@ def review_batch(model, tokenizer, texts, device):
 
 @torch.no_grad()
 def predict(model, tokenizer, texts, device, dtype):
-    """The probability of class 1 of each text, (N,). Raises UserError where a text has no tokens."""
+    """The probability of class 1 of each text, (N,). Raises UserError where a text has no tokens, or scores are not finite."""
     found = []
     for first in range(0, len(texts), 32):
         x, lengths = review_batch(model, tokenizer, texts[first : first + 32], device)
         if lengths.min() < 1:
             raise UserError(f"expected texts to classify, got an empty one: {texts[first + int(lengths.argmin())]!r}")
         with hardware.autocast(device, dtype):
-            found.append(torch.softmax(model(x, lengths=lengths)[0].float(), -1)[:, 1])
+            logits = model(x, lengths=lengths)[0].float()
+        check_finite(logits)
+        found.append(torch.softmax(logits, -1)[:, 1])
     return torch.cat(found)
 
 
@@ -135,6 +139,10 @@ def main():
     for key, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0), ("seed", 0)):
         if not globals()[key] >= least:
             raise UserError(f"{key} must be at least {least}, got {globals()[key]}")
+    if not math.isfinite(temperature):
+        raise UserError(f"temperature must be finite, got {temperature}")
+    if seed > (most := 2**64 - num_samples):  # sample n has the seed seed + n
+        raise UserError(f"seed must be at most {most}, got {seed}")
     if not 0 < top_p <= 1:
         raise UserError(f"top_p must be above 0 and at most 1, got {top_p}")
     device = hardware.pick_device(device)
