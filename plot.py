@@ -278,7 +278,7 @@ def class_names(folder):
     from dataset import find
 
     try:
-        return readers.read_classes(find(readers.read_config(folder / "config.json")["settings"]["dataset"]) / "meta.json")
+        return readers.read_classes(find(str(readers.read_config(folder / "config.json")["settings"].get("dataset"))) / "meta.json")
     except (OSError, UserError):
         return ["class 0", "class 1"]
 
