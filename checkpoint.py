@@ -59,17 +59,17 @@ def check_whole(path):
     with open(path, "rb") as file:
         file.seek(max(0, file.seek(0, 2) - len(SEAL) - 64))
         size, end = file.tell(), file.read()
-        if end.startswith(SEAL):
-            if digest(file, size).encode() != end[len(SEAL) :]:
-                raise ValueError("it is not what was written, by its digest")
-            return True
-        if end[-22:-18] != b"PK\5\6":
+        sealed = end.startswith(SEAL)
+        if sealed and digest(file, size).encode() != end[len(SEAL) :]:
+            raise ValueError("it is not what was written, by its digest")
+        if not sealed and end[-22:-18] != b"PK\5\6":
             raise ValueError("its end is missing, or it is none")
         with zipfile.ZipFile(file) as archive:
-            parts = archive.infolist()
-            if any(part.compress_type for part in parts) or archive.testzip():
+            if any(part.compress_type for part in archive.infolist()):  # unpacked it may be larger than any memory
+                raise ValueError("a part of it is not what was written, but packed")
+            if not sealed and archive.testzip():
                 raise ValueError("a part of it is not what was written, by its checksum")
-    return False
+    return sealed
 
 
 def beside(path):

@@ -1,7 +1,10 @@
 """Forged checkpoints, sealed like real ones: each is refused with one sentence, soon, by every script that reads it."""
 
+import hashlib
+import io
 import json
 import os
+import zipfile
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from test_sample import CHARS, MARKED, REVIEWS, write_checkpoint
 import heat
 import sample
 import train
-from checkpoint import beside, check_whole, load, save
+from checkpoint import SEAL, beside, check_whole, load, save
 from configurator import UserError
 from faulty import count
 from tokenizer import UNKNOWN
@@ -132,6 +135,19 @@ def test_larger_than_memory(tmp_path, refused):
         pytest.skip("this disk has no files of that size")
     with within(20):
         assert "best.pt" in refused(sample, f"--out_dir={out}")
+
+
+def test_packed(tmp_path, refused):
+    """torch.save packs nothing; what is packed may unpack to more than any memory."""
+    out = write_checkpoint(tmp_path / "out", MARKED)
+    packed = io.BytesIO()
+    with zipfile.ZipFile(out / "best.pt") as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for part in old.infolist():
+            new.writestr(part.filename, old.read(part.filename))
+    seal = SEAL + hashlib.sha256(packed.getvalue()).hexdigest().encode()
+    (out / "best.pt").write_bytes(packed.getvalue() + seal)
+    assert "packed" in refused(sample, f"--out_dir={out}")
+    count(ROW, refused=1)
 
 
 # ---- the state of a run ------------------------------------------------------------------------
