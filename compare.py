@@ -26,7 +26,7 @@ from checkpoint import PREVIOUS, load
 from configurator import UserError, choose, configure, plain_values, run
 from dataset import Dataset, batches
 from ranks import leave_if_asked
-from readers import read_config, read_log, read_predictions, read_result
+from readers import read_log, read_predictions
 from runs import Stop, asked, clock, locked, write_text
 from sample import encode, predict
 from significance import LEVEL, chance, holm, interval, mcnemar, standard_error
@@ -142,12 +142,12 @@ def steps_of(cost):
 # ---- the runs ----------------------------------------------------------------------------------
 
 
-def same(path, wanted, read):
-    """The JSON object at `path` (read: the reader of its format) where it is of a run with the wanted settings, else None."""
+def same(path, wanted):
+    """The JSON object at `path` where it is of a run with the wanted settings, else None."""
     try:
-        found = read(path)
+        found = json.loads(path.read_text("utf-8"))
         have = {**found["settings"], **found["options"]}
-    except (OSError, UserError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return found if all(key in have and have[key] == value for key, value in wanted.items()) else None
 
@@ -165,13 +165,13 @@ def plan(variant, seed, steps):
 def result_of(variant, seed, steps):
     """The result of a run that is done, as a dict, else None."""
     folder, _, wanted = plan(variant, seed, steps)
-    return same(folder / "result.json", wanted, read_result)
+    return same(folder / "result.json", wanted)
 
 
 def train_one(variant, seed, steps):
     """Train one run, or the rest of it, and return its result. Raises Stop where the user stops it."""
     folder, arguments, wanted = plan(variant, seed, steps)
-    if (folder / "ckpt.pt").exists() and same(folder / "config.json", wanted, read_config):
+    if (folder / "ckpt.pt").exists() and same(folder / "config.json", wanted):
         arguments.append("--init_from=resume")
     elif folder.exists() and not (folder / "ckpt.pt").exists() and not (folder / "result.json").exists():
         shutil.rmtree(folder)  # stopped before anything was saved

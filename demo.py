@@ -55,7 +55,8 @@ def find_runs(name):
                 skipped.append(str(error))
             except OSError as error:  # a link to nothing, a folder without rights, a file that has just been removed
                 skipped.append(f"{path}: {error.strerror}")
-    return {str(folder) if folder.name else Path.cwd().name: folder for folder in sorted(times, key=times.get, reverse=True)}, skipped
+    newest = sorted(times, key=times.get, reverse=True)
+    return {str(folder) if folder.name else Path.cwd().name: folder for folder in newest}, skipped
 
 
 def first_record(folder):

@@ -232,22 +232,9 @@ def read_predictions(path):
     return p.astype(np.float64), labels == 1
 
 
-CURVE = listing(pair(COUNT, number()), 100_000)
-SETTINGS = {"settings": mapping(plain, 1000), "options": mapping(plain, 1000)}
-
-
 def read_config(path):
-    """A run's config.json (dict): at least {"settings": {...}, "options": {...}}."""
-    return read_json(path, record(SETTINGS), "train.py")
-
-
-def read_result(path):
-    """The result.json (dict) that compare.py writes into the folder of a run."""
-    needed = {"variant": text(), "seed": number(0, 2**63, whole=True), "steps": COUNT, "split": text(), "scores": mapping(number(), 20),
-              "seconds": number(0), "work": number(0), "curve": CURVE, **SETTINGS}
-    further = {"kept_share": number(), "train_curve": CURVE, "hard": mapping(number(), MOST_LINES),
-               "next": mapping(pair(text(), number()), 1000)}
-    return read_json(path, record(needed, further), "compare.py")
+    """A run's config.json (dict) with its "settings", a dict of plain values."""
+    return read_json(path, record({"settings": mapping(plain, 1000)}), "train.py")
 
 
 def read_classes(path):
@@ -259,10 +246,11 @@ def read_classes(path):
 
 VARIANT = record({"variant": text(), "scores": record({}), "seconds_per_step": number(0), "steps": COUNT, "work": number()},
                  {"difference": record({}, {"verdict": text()}), "hard": mapping(number(), MOST_LINES)})
+CURVE = listing(pair(COUNT, number()), 100_000)
 COMPARISON = record(
     {"variants": listing(VARIANT, MOST_LINES), "runs": listing(record({"variant": text(), "curve": CURVE}), 10_000),
-     "compare": text(), "budget": text(), "amount": number(0), "seeds": listing(number(0, 2**63, whole=True), 10_000), "score": text(),
-     "split": text()},
+     "compare": text(), "budget": text(), "amount": number(0), "seeds": listing(number(0, 2**63, whole=True), 10_000),
+     "score": text(), "split": text()},
     {"title": text(), **MACHINE})
 
 

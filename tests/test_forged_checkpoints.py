@@ -84,8 +84,10 @@ def test_a_large_model_that_the_tensors_do_not_hold(forge):
 
 @pytest.mark.parametrize("meta", [
     None, [1], 3, {}, {"tokenizer": "runes"}, {**MARKED, "vocab_size": "256"}, {**MARKED, "vocab_size": 10**9},
-    {**MARKED, "vocab_size": 255}, {**MARKED, "mark": "0"}, {**MARKED, "mark": 256}, {**MARKED, "mark": -1}, {**MARKED, "mark": 0.5},
-    {**CHARS, "vocab_size": 256}, {**CHARS, "vocab_size": 256, "vocab": [3] * 256}, {**CHARS, "vocab_size": 256, "vocab": "a" * 256},
+    {**MARKED, "vocab_size": 255}, {**MARKED, "mark": "0"}, {**MARKED, "mark": 256}, {**MARKED, "mark": -1},
+    {**MARKED, "mark": 0.5},
+    {**CHARS, "vocab_size": 256}, {**CHARS, "vocab_size": 256, "vocab": [3] * 256},
+    {**CHARS, "vocab_size": 256, "vocab": "a" * 256},
     {**CHARS, "vocab_size": 256, "vocab": None}, {"tokenizer": ["bytes"], "vocab_size": 256, "mark": None},
     {**MARKED, "tokenizer": "bpe", "pattern": "(", "ranks": ["YQ=="] * 255},
     {**MARKED, "tokenizer": "bpe", "pattern": 3, "ranks": [3] * 255}, {**MARKED, "tokenizer": "bpe", "pattern": "a", "ranks": None},

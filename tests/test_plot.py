@@ -196,7 +196,7 @@ def test_confusion_and_roc(tmp_path, drawn, reviews, capsys):
     """Of the test split where there is one, with the data's names of the classes."""
     run = classifier(tmp_path / "out", "val", [0.5], [1])
     classifier(run, "test", [0.9, 0.2, 0.6, 0.7, 0.4, 0.1, 0.8], [1, 1, 0, 1, 0, 1, 1])
-    (run / "config.json").write_text(json.dumps({"settings": {"dataset": str(reviews)}, "options": {}}))
+    (run / "config.json").write_text(json.dumps({"settings": {"dataset": str(reviews)}}))
     call(plot, run)
     assert [line.rsplit("/", 1)[1] for line in capsys.readouterr().out.split()] == ["curves.png", "confusion.png", "roc.png"]
     (ax,) = drawn["confusion.png"].axes
