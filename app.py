@@ -97,9 +97,17 @@ def open_run(folder, kind):
     return opened(folder, (folder / "best.pt").stat().st_mtime, kind)
 
 
+def find_runs(name):
+    """{label: folder} of the folders that hold a file of this name, newest first; those that cannot be read are named."""
+    runs, skipped = demo.find_runs(name)
+    if skipped:
+        st.caption(demo.plain(f"Skipped: {'; '.join(skipped)}"))
+    return runs
+
+
 def pick_runs(kind):
     """{label: folder} of the runs that the visitor picked; an offer to train where there are none."""
-    runs = {label: folder for label, folder in demo.find_runs("best.pt").items() if demo.kind_of(folder) in (kind, "")}
+    runs = {label: folder for label, folder in find_runs("best.pt").items() if demo.kind_of(folder) in (kind, "")}
     first = sorted(runs, key=lambda label: not demo.kind_of(runs[label]))[:1]  # the newest that has a log
     missing = not first or not demo.kind_of(runs[first[0]])
     if missing:
@@ -342,7 +350,7 @@ def masks():
 
 
 def spans():
-    runs = {label: folder for label, folder in demo.find_runs("log.jsonl").items()
+    runs = {label: folder for label, folder in find_runs("log.jsonl").items()
             if any(layer.get("spans") for layer in demo.first_record(folder).get("stats", []))}
     if not runs:
         st.caption("A run trained with --attention=adaptive_attention_span shows here how far its heads look.")
@@ -355,7 +363,7 @@ def spans():
 
 
 def training():
-    runs, active = demo.find_runs("log.jsonl"), []
+    runs, active = find_runs("log.jsonl"), []
     with st.expander("Train a model", expanded=not runs):
         offer("classify")
         offer("lm")
@@ -388,15 +396,16 @@ def curves(runs):
             health([*records, *whole])
 
 
+FIGURES = (("step", "Step", ",d"), ("tokens_per_second", "Tokens/s", ",.0f"), ("matmul_share", "Of the matmul rate", ".0%"),
+           ("grad_norm", "Norm of the gradient", ".2f"))
+
+
 def health(records):
     """The last figures of training, and the last scores of each split."""
     last = {(record["split"], "whole" in record): record for record in records}
     if record := last.get(("train", False)):
-        place = st.columns(4)
-        place[0].metric("Step", f"{record['step']:,}")
-        place[1].metric("Tokens/s", f"{record['tokens_per_second']:,.0f}")
-        place[2].metric("Of the matmul rate", f"{record['matmul_share']:.0%}")
-        place[3].metric("Norm of the gradient", f"{record['grad_norm']:.2f}")
+        for place, (key, name, form) in zip(st.columns(len(FIGURES)), FIGURES):
+            place.metric(name, format(record[key], form) if key in record else "unknown")
     for (split, best), record in last.items():
         scores = {key: record[key] for key in (*plot.SCORES, "f1", "precision", "recall", "auc") if key in record}
         said = say(scores) + say_stats(record.get("stats", []))

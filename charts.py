@@ -1,11 +1,11 @@
 """Charts of results/*.json, for plot.py: what compare.py and `bench.py attention` wrote."""
 
-import json
 import math
 
 import numpy as np
 
 import plot
+import readers
 from configurator import UserError
 
 
@@ -17,7 +17,7 @@ def machine(saved):
 
 def draw(path, folder):
     """The pictures of a JSON file, into a folder. Raises UserError where it is of neither kind."""
-    compared = '"variants"' in path.read_text("utf-8", "replace")
+    compared = b'"variants"' in readers.read_bytes(path)
     (draw_comparison if compared else draw_bench)(path, folder)
 
 
@@ -31,27 +31,24 @@ FLOPS = (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP")
 def read_comparison(path):
     """What compare.py wrote: (its entries, {variant: {"score": (low, mean, high), "minutes", "work", "curve",
     "verdict", "hard"}}). A curve is (steps, mean, least, most) over the seeds, at the steps that all of them have."""
-    found = {}
-    try:
-        saved = json.loads(path.read_text("utf-8"))
-        for variant in saved["variants"]:
-            curves = [dict(run["curve"]) for run in saved["runs"] if run["variant"] == variant["variant"]]
-            steps = sorted(set.intersection(*map(set, curves))) if curves else []
-            values = np.array([[curve[step] for step in steps] for curve in curves], float).reshape(-1, len(steps))
-            low, mean, high = (variant["scores"][saved["score"]][key] for key in ("low", "mean", "high"))
-            found[variant["variant"]] = {
-                "score": (mean if low is None else low, mean, mean if high is None else high),  # one seed has no interval
-                "minutes": variant["seconds_per_step"] * variant["steps"] / 60, "work": variant["work"],
-                "curve": (steps, values.mean(0), values.min(0), values.max(0)) if steps else ([],) * 4,
-                "verdict": (variant["difference"] or {}).get("verdict", ""), "hard": variant.get("hard") or {}}
-        unit = {"work": "TFLOP"}.get(saved["budget"], saved["budget"])
-        saved["name"] = plot.plain(saved.get("title") or saved["compare"])
-        saved["towards"] = saved["score"].replace("_", " ") + " (lower is better)" * (saved["score"] in ("bits_per_byte", "loss"))
-        saved["about"] = f"{len(saved['seeds'])} seeds, {saved['amount']:,g} {unit} each, {saved['dtype']}; {machine(saved)}"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not what compare.py writes ({error!r})")
+    saved, found = readers.read_comparison(path), {}
+    for variant in saved["variants"]:
+        curves = [dict(run["curve"]) for run in saved["runs"] if run["variant"] == variant["variant"]]
+        steps = sorted(set.intersection(*map(set, curves))) if curves else []
+        values = np.array([[curve[step] for step in steps] for curve in curves], float)  # (seeds, steps)
+        score = variant["scores"][saved["score"]]
+        low, mean, high = (score["mean"] if score.get(key) is None else score[key]  # one seed has no interval
+                           for key in ("low", "mean", "high"))
+        found[variant["variant"]] = {
+            "score": (low, mean, high), "minutes": variant["seconds_per_step"] * variant["steps"] / 60, "work": variant["work"],
+            "curve": (steps, values.mean(0), values.min(0), values.max(0)) if steps else ([],) * 4,
+            "verdict": (variant.get("difference") or {}).get("verdict") or "", "hard": variant.get("hard") or {}}
     if not found:
         raise UserError(f"{path} holds no variants; compare.py writes them when its runs are done")
+    unit = {"work": "TFLOP"}.get(saved["budget"], saved["budget"])
+    saved["name"] = plot.plain(saved.get("title") or saved["compare"])
+    saved["towards"] = saved["score"].replace("_", " ") + " (lower is better)" * (saved["score"] in ("bits_per_byte", "loss"))
+    saved["about"] = f"{len(saved['seeds'])} seeds, {saved['amount']:,g} {unit} each, {saved.get('dtype')}; {machine(saved)}"
     return saved, found
 
 
@@ -154,17 +151,13 @@ def read_rows(path):
     Medians where a point was measured more than once, as the fused call is beside every mechanism.
     Where the shapes differ in more than T, the figures are divided by batch x heads.
     """
-    rows = []
-    try:
-        saved = json.loads(path.read_text("utf-8"))
-        for row in saved["rows"]:
-            if "attention" in row:
-                B, H, T = map(int, row["batch x heads x time"].split("x"))
-                rows.append((row["attention"], B, H, T, row["ms"], row["MiB more"]))
-                rows.append(("fused call", B, H, T, row["fused call, ms"], row["fused, MiB more"]))
-        rows = [(label, B, H, T, *(math.nan if x is None else float(x) for x in figures)) for label, B, H, T, *figures in rows]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not what `python bench.py attention --results=FILE` writes ({error!r})")
+    rows, saved = [], readers.read_benchmark(path)
+    for row in saved["rows"]:
+        if "attention" in row:
+            B, H, T = map(int, row["batch x heads x time"].split("x"))
+            rows.append((row["attention"], B, H, T, row.get("ms"), row.get("MiB more")))
+            rows.append(("fused call", B, H, T, row.get("fused call, ms"), row.get("fused, MiB more")))
+    rows = [(label, B, H, T, *(math.nan if x is None else float(x) for x in figures)) for label, B, H, T, *figures in rows]
     if not rows:
         raise UserError(f"{path} holds no rows of `python bench.py attention --results=FILE`, the one mode that is drawn")
     shapes = {(B, H) for _, B, H, *_ in rows}

@@ -6,18 +6,22 @@ then holds the parts' digests in the place of weights: any number of ranks can r
 """
 
 import io
+import math
 import pickle
 import shutil
 import warnings
 import zipfile
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 
 import hardware
 import ranks
-from configurator import UserError
-from model import GPTConfig, new_model
+from configurator import UserError, choose, typed
+from model import GPTConfig, new_model, options_of
+from readers import COUNT, check_regular, expect, flag, listing, mapping, number, plain, record, text, those_there
+from meta import check_meta
 from runs import SaveError, digest, write_whole
 
 PREVIOUS = "ckpt-previous.pt"  # the save before the last one
@@ -49,22 +53,23 @@ def save_all(path, facts, model, optimizer=None, keep=None):
 
 
 def check_whole(path):
-    """Raise ValueError unless every bit of a checkpoint is as it was written. Returns whether it is sealed: those of
-    earlier versions are not, and their parts have checksums."""
+    """Raise ValueError unless every bit of a checkpoint is as it was written, UserError where it is no regular file.
+    Returns whether it is sealed: those of earlier versions are not, and their parts have checksums."""
+    check_regular(path)
     with open(path, "rb") as file:
         file.seek(max(0, file.seek(0, 2) - len(SEAL) - 64))
         size, end = file.tell(), file.read()
-        if end.startswith(SEAL):
-            if digest(file, size).encode() != end[len(SEAL) :]:
-                raise ValueError("it is not what was written, by its digest")
-            return True
-        if end[-22:-18] != b"PK\5\6":
+        sealed = end.startswith(SEAL)
+        if sealed and digest(file, size).encode() != end[len(SEAL) :]:
+            raise ValueError("it is not what was written, by its digest")
+        if not sealed and end[-22:-18] != b"PK\5\6":
             raise ValueError("its end is missing, or it is none")
         with zipfile.ZipFile(file) as archive:
-            parts = archive.infolist()
-            if any(part.compress_type for part in parts) or archive.testzip():
+            if any(part.compress_type for part in archive.infolist()):  # unpacked it may be larger than any memory
+                raise ValueError("a part of it is not what was written, but packed")
+            if not sealed and archive.testzip():
                 raise ValueError("a part of it is not what was written, by its checksum")
-    return False
+    return sealed
 
 
 def beside(path):
@@ -75,7 +80,7 @@ def beside(path):
             if name != path.name:
                 check_whole(path.with_name(name))
                 whole.append(name)
-        except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
+        except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, UserError):
             pass
     if path.name == "ckpt.pt" and PREVIOUS in whole:
         return f"the save before it is whole: rename {PREVIOUS} to ckpt.pt to go on from there"
@@ -84,11 +89,76 @@ def beside(path):
     return "no other beside it is whole: train again"
 
 
+# ---- what a checkpoint holds ------------------------------------------------------------------
+
+FIELD = {bool: flag, int: number(0, 2**31, whole=True), float: number(), str: text(), dict: mapping(plain, 1000)}
+CONFIG = those_there({f.name: FIELD[f.type] for f in fields(GPTConfig)})
+FACTS = those_there({"settings": mapping(plain, 1000), "device": text(), "dtype": text()})
+STATE = those_there({"step": COUNT, "evaluated": number(-1, 1e15, whole=True), "best": number(-math.inf, math.inf),
+                     "best_step": COUNT, "worse": COUNT, "seconds": number(0), "work": number(0)})
+
+
+def check_tensor(name, tensor, shape, dtype=None):
+    """Raise ValueError unless a value of a checkpoint is a whole floating-point tensor, of this shape and dtype unless None."""
+    expect(torch.is_tensor(tensor) and tensor.layout == torch.strided, "a tensor", tensor, name)
+    expect(tensor.dtype == dtype if dtype else tensor.is_floating_point(), dtype or "floating point", tensor.dtype, name)
+    expect(shape is None or tensor.shape == shape, f"the shape {shape and tuple(shape)}", tuple(tensor.shape), name)
+    size, there = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
+    expect(size <= there, f"{size:,} bytes", there, name)
+
+
+def check_sizes(config, shapes):
+    """Raise ValueError where a model of this config is far from weights of these shapes, {name: shape}, before it is built:
+    a large one would take all memory, or hours."""
+    C, count = config.n_embd, sum(map(math.prod, shapes.values()))
+    expect(config.n_layer <= len(shapes), f"at most {len(shapes)}, the number of tensors", config.n_layer, "n_layer")
+    for name, shape in (("embedding.weight", (config.vocab_size, C)), ("positions.weight", (config.block_size, C)),
+                        ("head.weight", (config.n_class or config.vocab_size, *shapes.get("head.weight", ())[1:]))):
+        expect(shapes.get(name, shape) == shape, f"the shape {shape}", shapes.get(name), name)
+    expect("embedding.weight" in shapes and "head.weight" in shapes, "embedding and head", list(shapes)[:2], "weights")
+    width = C if config.model == "gpt" else config.options.get("hidden", 1)
+    expect(8 * width**2 * config.n_layer <= count, f"layers that fit {count:,} weights", width, "n_embd or hidden")
+
+
+def checked_config(path, checkpoint):
+    """(GPTConfig, {name: shape} of the weights) of a checkpoint. Raises ValueError or UserError unless the types and ranges
+    of model_config, meta, settings and weights are right and their sizes fit one another."""
+    record({"model_config": CONFIG})(checkpoint, "the checkpoint")
+    FACTS(checkpoint, "the checkpoint")
+    config = GPTConfig(**checkpoint["model_config"])
+    config.check()
+    defaults = options_of(config.model, config.attention)
+    for key in config.options:
+        choose(f"option of {config.attention}", key, defaults)
+        typed(key, config.options[key], defaults[key], "options")
+    if "shards" in checkpoint:
+        check_shards(path, checkpoint["shards"])
+        entries = read_metadata(path.parent / Path(checkpoint["shards"]["folder"]).name).state_dict_metadata
+        shapes = {name: tuple(entries[f"model.{name}"].size) for name in checkpoint["shards"]["names"]}
+    else:
+        record({"model": record({})})(checkpoint, "the checkpoint")
+        for name, tensor in checkpoint["model"].items():
+            check_tensor(name, tensor, None)
+        shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint["model"].items()}
+    check_sizes(config, shapes)
+    if "meta" in checkpoint:
+        meta = checkpoint["meta"]
+        try:
+            check_meta(meta, "its meta")
+        except UserError as error:
+            raise UserError(f"it has no tokenizer that is known here ({error})")
+        expect(meta["vocab_size"] == config.vocab_size, config.vocab_size, meta["vocab_size"], "vocab_size of its meta")
+        if config.n_class:
+            record({"classes": listing(text(), config.n_class)})(meta, "its meta")
+            expect(len(meta["classes"]) == config.n_class, f"{config.n_class} classes", meta["classes"], "its meta")
+    return config, shapes
+
+
 def load(path, device="cpu", options=None, **changes):
     """(model in evaluation mode, checkpoint) from a file that `train.py` wrote.
 
     changes: fields of GPTConfig to set otherwise (kernel, dropout); options: of its mechanism's, likewise.
-    Raises UserError where the file is missing, damaged or none of ours, or its weights do not fit.
+    Raises UserError where the file is missing, damaged or none of ours, or its weights do not fit or are not finite.
     """
     path = Path(path)
     try:
@@ -96,22 +166,29 @@ def load(path, device="cpu", options=None, **changes):
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         if checkpoint.get("sealed") and not sealed:
             raise ValueError("its end is missing")
-        config = {**checkpoint["model_config"], **changes}
-        given = {key: value for key, value in (options or {}).items() if config["options"].get(key, value) != value}
-        config["options"] = {**config["options"], **given}
+        try:
+            config, shapes = checked_config(path, checkpoint)
+        except UserError as error:
+            raise ValueError(error)
+        given = {key: value for key, value in (options or {}).items() if config.options.get(key, value) != value}
+        config = replace(config, **changes, options={**config.options, **given})
         with torch.random.fork_rng(devices=[]):  # the run's random stream is not for weights that are replaced
-            model = new_model(GPTConfig(**config))
-        if "shards" in checkpoint:
-            check_shards(path, checkpoint["shards"])
-        names = checkpoint["shards"]["names"] if "shards" in checkpoint else checkpoint["model"]
-        unlike = model.state_dict().keys() ^ set(names)
+            model = new_model(config)
+        state = model.state_dict()
+        unlike = state.keys() ^ shapes.keys()
         if given and unlike:
             raise UserError(f"the weights in {path} are of another model than {given} makes (they differ in "
                             f"{sorted(unlike)[0]}); such an option is chosen before training")
+        expect(not unlike, "the weights of its model", sorted(unlike)[:1], "weights that differ")
+        for name, weight in state.items():
+            expect(shapes[name] == weight.shape, f"the shape {tuple(weight.shape)}", shapes[name], name)
         if "shards" in checkpoint:
-            read_shards(path, checkpoint["shards"], {"model": model.state_dict()})
+            read_shards(path, checkpoint["shards"], {"model": state})
         else:
             model.load_state_dict(checkpoint["model"])
+        for name, weight in state.items():
+            if not weight.isfinite().all():
+                raise ValueError(f"{name} holds numbers that are not finite")
     except FileNotFoundError as error:
         if path.exists():
             raise UserError(f"{path} is damaged: {error.filename} beside it is missing; {beside(path)}")
@@ -119,7 +196,7 @@ def load(path, device="cpu", options=None, **changes):
     except UserError:
         raise
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"{path} is damaged or not a checkpoint of train.py ({reason}); {beside(path)}")
     return model.to(device).eval(), checkpoint
 
@@ -153,6 +230,8 @@ def restore(path, checkpoint, state, model, optimizer, scaler, seed, device, dty
             print(f"checkpoint: {name} was {checkpoint[name]!r}, is now {now!r}: the losses from here on differ by rounding, and "
                   "with dropout by its random stream, from those of an unbroken run")
     try:
+        record({"state": STATE, "scaler": mapping(number(0, math.inf), 10), "random": listing(record({}), 2**20)})(checkpoint, "it")
+        expect(checkpoint["random"], "the random stream of a rank at least", checkpoint["random"], "random")
         state |= checkpoint["state"]
         restore_optimizer(path, checkpoint, model, optimizer)
         if checkpoint["scaler"]:
@@ -188,13 +267,16 @@ def restore_optimizer(path, checkpoint, model, optimizer):
     if unlike := saved.keys() ^ (named.keys() if checkpoint["state"]["step"] else set()):  # before the first step AdamW has none
         raise ValueError(f"it differs in {sorted(unlike)[0]}")
     for name, tensors in saved.items():
-        p, found = named[name], {}
+        p, kept = named[name], {}
+        record(dict.fromkeys(("step", "exp_avg", "exp_avg_sq"), lambda value, place: None))(tensors, name)
+        expect(len(tensors) == 3, "step, exp_avg and exp_avg_sq", sorted(tensors), name)
         for key, value in tensors.items():
+            check_tensor(f"{key} of {name}", value, () if key == "step" else p.shape, torch.float32 if key == "step" else p.dtype)
+            if not value.isfinite().all() or key != "exp_avg" and (value < 0).any():
+                raise ValueError(f"{key} of {name} holds numbers that are negative or not finite")
             value = value.to(p.device)
-            if value.dim() and value.shape != p.shape:
-                raise ValueError(f"{key} of {name} has the shape {tuple(value.shape)}, expected {tuple(p.shape)}")
-            found[key] = ranks.split_like(value, p) if value.dim() else value
-        optimizer.state[p] = found
+            kept[key] = ranks.split_like(value, p) if value.dim() else value
+        optimizer.state[p] = kept
 
 
 # ---- a model's parts, of as many ranks --------------------------------------------------------
@@ -224,6 +306,7 @@ def write_shards(path, parts):
 
 
 def sha256(path):
+    check_regular(path)
     with open(path, "rb") as file:
         return digest(file)
 
@@ -236,13 +319,18 @@ def check_shards(path, shards):
             raise ValueError(f"{file.parent.name}/{name} is not what was written, by its digest")
 
 
+def read_metadata(folder):
+    """The metadata of torch.distributed.checkpoint in a folder of shards: which tensors there are, and where."""
+    return Facts(io.BytesIO((folder / ".metadata").read_bytes())).load()
+
+
 def read_shards(path, shards, parts):
     """Fill tensors, whole ones or ones of which each rank holds a part, from the folder beside `path`."""
     import torch.distributed.checkpoint as dcp
 
     class Reader(dcp.FileSystemReader):
         def read_metadata(self, *arguments, **named):
-            metadata = Facts(io.BytesIO((Path(self.path) / ".metadata").read_bytes())).load()
+            metadata = read_metadata(Path(self.path))
             metadata.storage_meta.load_id = self.load_id
             return metadata
 
@@ -277,7 +365,7 @@ def drop_shards(folder):
     """Remove the folders of shards that no checkpoint beside them speaks of."""
     there, wanted = list(folder.glob("*.shards")), set()
     for name in ("ckpt.pt", PREVIOUS, "best.pt") if there else ():
-        if (folder / name).exists():
+        if (folder / name).is_file():
             wanted.add(torch.load(folder / name, weights_only=True, mmap=True).get("shards", {}).get("folder"))
     for path in there:
         if path.name not in wanted:

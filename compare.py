@@ -27,8 +27,8 @@ import train
 from checkpoint import PREVIOUS, load
 from configurator import UserError, choose, configure, plain_values, run
 from dataset import Dataset, batches
-from plot import read_log
 from ranks import leave_if_asked
+from readers import read_log, read_predictions
 from runs import Stop, asked, check_folder, clock, locked, write_text
 from sample import encode, predict
 from significance import LEVEL, chance, holm, interval, mcnemar, standard_error
@@ -239,8 +239,8 @@ def right_answers(variant, seed):
     """Whether each text of the split that was judged is told right, (N,)."""
     folder = Path(out_dir) / f"{slug(variant)}-{seed}"
     path = next(p for p in (folder / "predictions-test.npz", folder / "predictions-val.npz") if p.exists())
-    with np.load(path) as found:
-        return (found["p"] > 0.5) == (found["label"] == 1)
+    p, labels = read_predictions(path)
+    return (p > 0.5) == labels
 
 
 def held_against(first, runs, score, kind):

@@ -26,6 +26,7 @@ class UserError(Exception):
 def run(main, stopped="stopped"):
     """Call a script's `main` and leave with what it returns. What the user or the system did wrong
     becomes one line on stderr and exit code 2; Ctrl-C the line `stopped` and 130."""
+    open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows ? for it
@@ -51,6 +52,17 @@ def run(main, stopped="stopped"):
     rank = int(os.environ.get("RANK", 0))
     print(f"{name}{f', rank {rank}' * (rank > 0)}: {line}", file=sys.stderr)
     leave(code)
+
+
+def open_closed_streams():
+    """Put the null device where standard input, output or error is closed: the next file that is opened would get its
+    descriptor, and what libraries print with it."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:  # the lowest that is free
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
 
 
 def leave(code):

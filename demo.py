@@ -3,7 +3,6 @@ output what the page shows. No Streamlit here.
 """
 
 import contextlib
-import json
 import os
 import re
 import subprocess
@@ -18,7 +17,9 @@ import torch
 import hardware
 import heat
 import plot
+import readers
 import sample
+from configurator import UserError
 from tokenizer import UNKNOWN, words
 
 HERE = Path(__file__).resolve().parent
@@ -42,21 +43,28 @@ def plain(text):
 
 
 def find_runs(name):
-    """{label: folder} of the folders that hold a file of this name, newest first."""
-    found = {}
+    """({label: folder} of the folders that hold a file of this name, newest first; [why a folder is skipped])."""
+    times, skipped = {}, []
     for folder, inside, files in os.walk("."):
         inside[:] = [other for other in inside if other[0] not in "._"] if folder.count(os.sep) < DEPTH else []
         if name in files:
-            found[folder[2:] or Path.cwd().name] = Path(folder)
-    return dict(sorted(found.items(), key=lambda item: -(item[1] / name).stat().st_mtime))
+            path = Path(folder) / name
+            try:
+                readers.check_regular(path)
+                times[path.parent] = path.stat().st_mtime
+            except UserError as error:
+                skipped.append(str(error))
+            except OSError as error:  # a link to nothing, a folder without rights, a file that has just been removed
+                skipped.append(f"{path}: {error.strerror}")
+    newest = sorted(times, key=times.get, reverse=True)
+    return {str(folder) if folder.name else Path.cwd().name: folder for folder in newest}, skipped
 
 
 def first_record(folder):
-    """The first line of a run's log as a dict; {} where there is none."""
+    """The first record of a run's log (dict); {} where there is none."""
     try:
-        with open(folder / "log.jsonl", encoding="utf-8") as file:
-            return dict(json.loads(file.readline()))
-    except (OSError, ValueError, TypeError):
+        return readers.read_first_record(folder / "log.jsonl")
+    except (OSError, ValueError, UserError):
         return {}
 
 

@@ -5,16 +5,15 @@ Letters: B batch, T time, H heads; n of the T tokens are shown.
 
 import json
 import textwrap
-from pathlib import Path
 
 import numpy as np
 import torch
 
 import plot
-from checkpoint import load
+import readers
+import sample
 from configurator import UserError
 from sample import encode, predict, review_batch
-from tokenizer import Tokenizer
 
 TOKENS, TOKENS_MANY = 64, 32  # shown by one heat map, and by each of several: as many as can be read
 COLUMNS, LINES = 100, 110  # of a page
@@ -22,19 +21,15 @@ SIZE = 9  # points of its letters, DejaVu Sans Mono's, which are 0.602 of that w
 
 
 def read_run(folder):
-    """(model, tokenizer, class names) of a run's best weights."""
-    model, checkpoint = load(folder / "best.pt")
-    try:
-        return model, Tokenizer(checkpoint["meta"]), checkpoint["meta"].get("classes", [])
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{folder / 'best.pt'} has no tokenizer that is known here ({error!r}); train it again")
+    """(model, tokenizer, class names) of a run's best weights; see `sample.read_run`."""
+    return sample.read_run(folder / "best.pt")
 
 
 def read_reviews(path, classes):
     """[{"text", "label" (0, 1 or None), "kind" (str)}] of a file of JSON lines; a label may be the class's name."""
     names, found = {name: n for n, name in enumerate(classes)} | {0: 0, 1: 1, None: None}, []
     try:
-        lines = Path(path).read_text("utf-8").splitlines()
+        lines = readers.read_bytes(path).decode("utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the reviews {path}: {error}; give a file of JSON lines")
     for number, line in enumerate(lines, 1):

@@ -391,11 +391,18 @@ class GPT(Model):
         return torch.cat([idx, *(token[:, None] for token in self.stream(idx, max_new_tokens, **how))], 1)
 
 
+def check_finite(logits):
+    """Raise UserError where a model's output is not finite: what is drawn from it would be no answer of the model's."""
+    if not logits.isfinite().all():
+        raise UserError("the model's scores are not finite; try --dtype=float32, or another checkpoint")
+
+
 def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """One token for each row of logits (B, V): (B,)."""
-    if temperature == 0:
+    """One token for each row of logits (B, V): (B,). Raises UserError where they are not finite."""
+    check_finite(logits)
+    if temperature < torch.finfo(logits.dtype).tiny:
         return logits.argmax(-1)
-    logits = logits / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # differences: the quotient may overflow, to -inf only
     if 0 < top_k < logits.size(-1):
         smallest = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -math.inf)

@@ -18,16 +18,16 @@ A mechanism's own pattern is drawn by its own file: python sparse.py. Pictures n
 import openmp  # first: torch reads its settings when it is loaded
 
 import io
-import json
 import math
 import sys
 import warnings
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
+import readers
 from configurator import UserError, configure, run
+from readers import read_log
 from runs import write_whole
 
 out = ""  # the folder for pictures; default: that of the first run, or of the JSON file
@@ -123,52 +123,6 @@ def names_of(folders):
     return {"/".join(path.parts[-depth:]): folder for path, folder in folders.items()}
 
 
-def number(value):
-    """Whether a value of a log is a number that can be drawn."""
-    return type(value) in (int, float) and abs(value) < 1e300
-
-
-def record_of(line):
-    """What of a line of a log.jsonl is like train.py's, as a dict; ValueError where not even step, split and loss are."""
-    try:
-        record = json.loads(line)
-        if not (type(record["step"]) is int and 0 <= record["step"] < 1e15 and number(record["loss"])
-                and record["split"] in ("train", "val", "test")):
-            raise ValueError("expected a step, a split and a loss")
-    except (KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"expected a record of train.py ({error!r})")
-    kept = {key: value for key, value in record.items() if key in ("split", "whole") or key != "stats" and number(value)}
-    layers = record.get("stats")
-    if isinstance(layers, list) and all(isinstance(layer, dict) for layer in layers):
-        kept["stats"] = [{key: value for key, value in layer.items()
-                          if number(value) or isinstance(value, list) and all(map(number, value))} for layer in layers]
-    return kept
-
-
-def shape(record):
-    """Which numbers each layer of a record has, and how many."""
-    return [{key: len(value) if isinstance(value, list) else 1 for key, value in layer.items()} for layer in record["stats"]]
-
-
-def read_log(path):
-    """The records of a log.jsonl, (the running ones, those of the best weights on whole splits)."""
-    if not path.exists():
-        raise UserError(f"{path.parent} holds no log.jsonl; give the out_dir of a run of train.py")
-    records = []
-    for line in path.read_text("utf-8", "replace").splitlines():
-        try:
-            records.append(record_of(line))
-        except ValueError:
-            pass  # a line cut by a crash, or that is being written just now
-    if not records:
-        raise UserError(f"{path} holds no records yet; train.py writes the first one after its first evaluation")
-    last = next((shape(r) for r in reversed(records) if "stats" in r), None)
-    for r in records:
-        if "stats" in r and shape(r) != last:  # of another model: no line goes from one to the other
-            del r["stats"]
-    return [r for r in records if "whole" not in r], [r for r in records if "whole" in r]
-
-
 def series(records, key):
     """(steps, values) of the records that have the key."""
     there = [r for r in records if key in r]
@@ -215,10 +169,23 @@ def draw_curves(logs, path):
     write(fig, path)
 
 
+MOST_LAYERS, MOST_HEADS, MOST_POINTS = 16, 16, 400  # of one picture: as many as can be told apart, and drawn in seconds
+
+
+def spread(count, most):
+    """At most `most` of the numbers below `count`, evenly spaced, the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist()
+
+
+def shown_of(chosen, count, what):
+    """'24 of 300 layers' where not all are chosen, else ''."""
+    return f"{len(chosen)} of {count:,} {what}" * (len(chosen) < count)
+
+
 def draw_kept(logs, path):
     """The share of pairs that attention keeps over the steps: of one run a line for the layers that are alike, of
     many the mean over layers, a line each. Nothing where every layer always keeps all."""
-    lines = {}
+    lines, chosen = {}, ""
     for name, (records, _) in logs.items():
         records = [r for r in records if any("kept_share" in layer for layer in r.get("stats", []))]
         steps, layers = [r["step"] for r in records], {}
@@ -229,7 +196,11 @@ def draw_kept(logs, path):
         if len(logs) > 1 and layers:
             lines[plain(name)] = steps, np.nanmean(shares, 1)
         elif len(logs) == 1:
-            lines |= {f"layer{'s' * (len(same) > 1)} {ranges(same)}": (steps, column) for column, same in layers.items()}
+            columns = list(layers.items())
+            picked = spread(len(columns), MOST_LAYERS)
+            chosen = shown_of(picked, shares.shape[-1], "layers") * (len(picked) < len(columns))
+            for column, same in (columns[n] for n in picked):
+                lines[f"layer{'s' * (len(same) > 1)} {ranges(same)}"] = steps, column
     if all(np.nanmin(shares) >= 100 for _, shares in lines.values()):
         return
     fig = figure(6.5, 3.6 + 0.18 * -(-len(lines) // 3))
@@ -238,38 +209,52 @@ def draw_kept(logs, path):
         ax.plot(*points, **style(n), linewidth=1.2, label=f"{label}: {points[1][-1]:.1f} %")
     ax.set(xlabel="step", ylabel="kept pairs (%)", ylim=(0, 104))
     ax.grid(alpha=0.3)
-    ax.set_title("share of the pairs of dense attention that are kept" + ", mean over layers" * (len(logs) > 1), fontsize=10)
+    title = "share of the pairs of dense attention that are kept" + ", mean over layers" * (len(logs) > 1)
+    ax.set_title(title + f"\n{chosen}" * bool(chosen), fontsize=10)
     below_all(fig, ax)
     write(fig, path)
 
 
 def draw_spans(records, path):
-    """Spans per layer and head over the steps, and periods below them; nothing where none were logged."""
+    """Spans per layer and head over the steps, and periods below them; nothing where none were logged.
+
+    Of more than MOST_LAYERS layers, MOST_HEADS heads or MOST_POINTS evaluations evenly spaced ones are drawn.
+    """
     records = [r for r in records if any("spans" in layer for layer in r.get("stats", []))]
     if not records:
         return
-    last = records[-1]["stats"]
+    last, records = records[-1]["stats"], [records[n] for n in spread(len(records), MOST_POINTS)]
     keys = [key for key in ("spans", "periods") if any(layer.get(key) for layer in last)]
-    rows, columns = grid(len(last), 6)
-    fig = figure(1 + 2.1 * columns, 2.1 * rows * len(keys))
-    axes = fig.subplots(rows * len(keys), columns, sharex=True, squeeze=False)
+    layers = spread(len(last), MOST_LAYERS)
+    most = max(len(layer.get(key, [])) for layer in last for key in keys or ["spans"])
+    heads = spread(most, MOST_HEADS)
+    rows, columns = grid(len(layers), 6)
+    fig = figure(1 + 2.1 * columns, 2.1 * rows * max(1, len(keys)))
+    axes = fig.subplots(rows * max(1, len(keys)), columns, sharex=True, squeeze=False)
     lines = {}
     for first, key in zip(range(0, rows * len(keys), rows), keys):
-        for n, ax in enumerate(axes[first : first + rows].flat):
-            if n >= len(last):
+        for place, ax in enumerate(axes[first : first + rows].flat):
+            if place >= len(layers):
                 ax.remove()
                 continue
+            n = layers[place]
             ax.sharey(axes[first, 0])
-            for head in range(len(last[n].get(key, []))):
+            for line, head in enumerate(heads):
+                if head >= len(last[n].get(key, [])):
+                    continue
                 steps, values = zip(*[(r["step"], r["stats"][n][key][head]) for r in records])
-                look = {**style(head), "linewidth": 1.2, "markevery": -(-len(steps) // 8)}
+                look = {**style(line), "linewidth": 1.2, "markevery": -(-len(steps) // 8)}
                 lines[f"head {head}"] = ax.plot(steps, values, **look)[0]
             kept = f", keeps {100 * last[n]['kept_share']:.1f} %" if key == "spans" and "kept_share" in last[n] else ""
+            lowest = place + columns >= len(layers)
             ax.set_title(f"layer {n}{kept}", fontsize=9)
             ax.grid(alpha=0.3)
-            ax.tick_params(labelsize=8, labelleft=n % columns == 0, labelbottom=n + columns >= len(last))
-            ax.set_xlabel("step" if n + columns >= len(last) else "")
-            ax.set_ylabel(key[:-1] + " (tokens)" if n % columns == 0 else "")
+            ax.tick_params(labelsize=8, labelleft=place % columns == 0, labelbottom=lowest)
+            ax.set_xlabel("step" if lowest else "")
+            ax.set_ylabel(key[:-1] + " (tokens)" if place % columns == 0 else "")
+    chosen = [part for part in (shown_of(layers, len(last), "layers"), shown_of(heads, most, "heads")) if part]
+    if chosen:
+        fig.suptitle(", ".join(chosen), fontsize=10)
     fig.legend(lines.values(), lines, loc="outside right upper", fontsize=8)
     write(fig, path)
 
@@ -286,14 +271,7 @@ def read_predictions(runs):
     for name in runs.keys() - found[split].keys() if found[split] else []:
         print(f"{name} holds no predictions-{split}.npz; it is left out of the pictures of predictions")
     for name, path in found[split].items():
-        try:
-            with np.load(path) as file:
-                p, labels = file["p"].astype(float), file["label"] == 1
-            if not 0 < len(p) == len(labels):
-                raise ValueError(f"{len(p)} probabilities of {len(labels)} texts")
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path} is damaged ({error}); train again, or take it away")
-        found[split][name] = p, labels
+        found[split][name] = readers.read_predictions(path)
     return split, found[split]
 
 
@@ -303,9 +281,10 @@ def class_names(folder):
     from meta import read_meta
 
     try:
-        first, second = read_meta(find(json.loads((folder / "config.json").read_text("utf-8"))["settings"]["dataset"]))["classes"]
+        settings = readers.read_config(folder / "config.json")["settings"]
+        first, second = read_meta(find(str(settings.get("dataset"))))["classes"]
         return [first, second]
-    except (OSError, ValueError, KeyError, TypeError, UserError):
+    except (OSError, ValueError, KeyError, UserError):
         return ["class 0", "class 1"]
 
 

@@ -10,6 +10,7 @@ and sinusoidal positions end there, and the text goes on from its latest half bl
 import openmp  # first: torch reads its settings when it is loaded
 
 import codecs
+import math
 import os
 import re
 import sys
@@ -21,6 +22,7 @@ import torch
 import hardware
 from checkpoint import load
 from configurator import UserError, configure, run
+from model import check_finite
 from tokenizer import Tokenizer
 
 out_dir = "out"
@@ -73,6 +75,15 @@ class Printer:
         return text
 
 
+def read_run(path, device="cpu"):
+    """(model, tokenizer, class names) of a checkpoint. Raises UserError; ConnectionError where gpt2 cannot be loaded."""
+    model, saved = load(path, device)
+    try:
+        return model, Tokenizer(saved["meta"]), saved["meta"].get("classes", [])
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path} has no tokenizer that is known here ({error!r}); train it again")
+
+
 def write_text(model, tokenizer, text):
     """Print `num_samples` continuations of the text as they are drawn, and their speed on stderr."""
     ids = encode(tokenizer, text)
@@ -103,14 +114,16 @@ def review_batch(model, tokenizer, texts, device):
 
 @torch.no_grad()
 def predict(model, tokenizer, texts, device, dtype):
-    """The probability of class 1 of each text, (N,). Raises UserError where a text has no tokens."""
+    """The probability of class 1 of each text, (N,). Raises UserError where a text has no tokens, or scores are not finite."""
     found = []
     for first in range(0, len(texts), 32):
         x, lengths = review_batch(model, tokenizer, texts[first : first + 32], device)
         if lengths.min() < 1:
             raise UserError(f"expected texts to classify, got an empty one: {texts[first + int(lengths.argmin())]!r}")
         with hardware.autocast(device, dtype):
-            found.append(torch.softmax(model(x, lengths=lengths)[0].float(), -1)[:, 1])
+            logits = model(x, lengths=lengths)[0].float()
+        check_finite(logits)
+        found.append(torch.softmax(logits, -1)[:, 1])
     return torch.cat(found)
 
 
@@ -133,18 +146,18 @@ def main():
             raise UserError(f"{key} must be at least {least}, got {globals()[key]}")
     if threads > os.cpu_count():
         raise UserError(f"threads must be at most {os.cpu_count()}, this machine's processors, got {threads}")
+    if not math.isfinite(temperature):
+        raise UserError(f"temperature must be finite, got {temperature}")
+    if seed > (most := 2**64 - num_samples):  # sample n has the seed seed + n
+        raise UserError(f"seed must be at most {most}, got {seed}")
     if not 0 < top_p <= 1:
         raise UserError(f"top_p must be above 0 and at most 1, got {top_p}")
     torch.set_num_threads(threads or hardware.THREADS)
     device = hardware.pick_device(device)
     folder, text = Path(out_dir), read_prompt()
     name = checkpoint or ("best.pt" if (folder / "best.pt").exists() else "ckpt.pt")
-    model, saved = load(folder / name, device)
+    model, tokenizer, classes = read_run(folder / name, device)
     dtype = hardware.pick_dtype(dtype, device)
-    try:
-        tokenizer, classes = Tokenizer(saved["meta"]), saved["meta"].get("classes", [])
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{folder / name} has no tokenizer that is known here ({error!r}); train it again")
     if model.config.causal:
         write_text(model, tokenizer, text)
     else:

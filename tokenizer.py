@@ -17,7 +17,7 @@ whatever the text says: a prompt is only text. It decodes to a newline.
 import base64
 import re
 
-from meta import KINDS, UNKNOWN, check, check_meta  # noqa: F401, names that others look for here
+from meta import KINDS, UNKNOWN, check
 
 # A word may hold apostrophes inside (don't); any other visible character stands alone.
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*|\S")

@@ -214,7 +214,7 @@ def test_confusion_and_roc(tmp_path, drawn, reviews, capsys):
 
 def test_predictions_of_many_runs(tmp_path, drawn, capsys):
     """All of one split, that of the most runs; the others are named."""
-    a, b, c = (classifier(tmp_path / name, "val", [0.9, 0.4, 0.3 + n], [1, 1, 0]) for n, name in enumerate("abc"))
+    a, b, c = (classifier(tmp_path / name, "val", [0.9, 0.4, min(1, 0.3 + n)], [1, 1, 0]) for n, name in enumerate("abc"))
     classifier(a, "test", [0.9, 0.1], [1, 0])
     call(plot, a, b, c)
     assert "val split" in drawn["roc.png"].axes[0].get_title()

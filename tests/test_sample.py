@@ -99,6 +99,25 @@ def test_greedy_is_the_models_likeliest(out, shown):
     assert got == ["abc" + Tokenizer(saved["meta"]).decode(ids[0, 4:].tolist())] * 3
 
 
+@pytest.mark.parametrize("temperature", ["1e-300", "1e-45", "1e-40", "1e-37", "1e-30", "1e-9"])
+@pytest.mark.parametrize("more", [(), ("--top_k=3",), ("--top_p=0.9",)])
+def test_a_tiny_temperature_is_greedy(out, shown, temperature, more):
+    common = (f"--out_dir={out}", "--start=abc", "--num_samples=1", "--max_new_tokens=8", *more)
+    assert shown(*common, f"--temperature={temperature}") == shown(*common, "--temperature=0")
+
+
+def test_logits_that_are_not_finite(out, judge, refused):
+    """Weights that are finite but too large: a sentence, not an error of PyTorch's, and no text of token 0."""
+    for folder, start in ((out, "abc"), (judge, "abc")):
+        checkpoint = torch.load(folder / "best.pt")
+        for name, weight in checkpoint["model"].items():
+            if name.startswith("layers"):
+                weight.uniform_(-1e38, 1e38)
+        save(folder / "best.pt", checkpoint)
+        for more in ((), ("--temperature=0",)):
+            assert "scores are not finite" in refused(sample, f"--out_dir={folder}", f"--start={start}", "--num_samples=1", *more)
+
+
 @pytest.mark.parametrize("meta", [MARKED, BYTES, CHARS, {**BYTES, "tokenizer": "words", "vocab": [f"a{n}" for n in range(256)]}])
 @pytest.mark.parametrize("start", ["", " "])
 def test_an_empty_prompt(tmp_path, shown, refused, meta, start):
@@ -294,7 +313,9 @@ def test_weights_of_another_shape(out, refused):
     ("--max_new_tokens=-5", "max_new_tokens must be at least 1, got -5"),
     ("--temperature=-1", "temperature must be at least 0, got -1.0"), ("--top_k=-1", "top_k must be at least 0, got -1"),
     ("--top_p=0", "top_p must be above 0 and at most 1, got 0.0"), ("--top_p=1.5", "top_p must be above 0 and at most 1"),
-    ("--seed=-1", "seed must be at least 0, got -1"),
+    ("--temperature=1e999", "temperature must be finite, got inf"), ("--temperature=nan", "temperature expects float"),
+    ("--seed=-1", "seed must be at least 0, got -1"), (f"--seed={2**64}", f"seed must be at most {2**64 - 3}, got {2**64}"),
+    (f"--seed={2**64 - 2}", f"seed must be at most {2**64 - 3}, got {2**64 - 2}"), (f"--seed={10**30}", "seed must be at most"),
     ("--device=gpu", "unknown device 'gpu'; did you mean cpu?"), ("--dtype=int8", "unknown dtype 'int8'"),
     ("--strat=x", "--strat: unknown key 'strat'; did you mean start?"),
     ("--start=FILE:/no/such/file", "cannot read the prompt FILE:/no/such/file: [Errno 2] No such file"),
