@@ -308,7 +308,7 @@ def bench_step(rows, T):
 
 def cache_bytes(cache):
     """Bytes of all tensors that a cache holds."""
-    values = [*vars(cache).values(), *itertools.chain(*cache.kept.values())]
+    values = [*vars(cache).values(), *(cache.kept or ())]
     return sum(x.untyped_storage().nbytes() for x in values if torch.is_tensor(x))
 
 

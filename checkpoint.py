@@ -19,9 +19,9 @@ import torch
 import hardware
 import ranks
 from configurator import UserError, choose, typed
+from meta import check_meta
 from model import GPTConfig, new_model, options_of
 from readers import COUNT, check_regular, expect, flag, listing, mapping, number, plain, record, text, those_there
-from meta import check_meta
 from runs import SaveError, digest, write_whole
 
 PREVIOUS = "ckpt-previous.pt"  # the save before the last one

@@ -122,6 +122,7 @@ def test_backward_reaches_the_mask(monkeypatch, settings, quick):
         seen.append([tuple(x.shape) for x in inputs]) or grad(y, inputs, *more, **how)))
     bench.bench_attention(rows, 1, 2, 40)
     qkv = [(1, 2, 40, 8)] * 3
+    seen = [shapes for shapes in seen if qkv[0] in shapes]  # the check of a new model takes gradients, too
     assert seen[0] == qkv + [(2,)] * 3 and seen[-2:] == [qkv, qkv]  # span, period and ratio; dense and the fused call
 
 

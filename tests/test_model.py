@@ -10,6 +10,7 @@ import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import configurator
+import contract
 import model as model_file
 from checkpoint import load, save
 from configurator import UserError
@@ -91,7 +92,8 @@ def test_dropout_is_everywhere_while_training_and_nowhere_else(monkeypatch):
     import attention
 
     rates = []
-    monkeypatch.setattr(attention, "drop", lambda x, p: rates.append(p) or x)
+    for module in (attention, model_file):
+        monkeypatch.setattr(module, "drop", lambda x, p: rates.append(p) or x)
     model, idx = make(dropout=0.3), torch.randint(50, (1, 16))
     model.train()(idx)
     model.eval()(idx)
@@ -209,29 +211,36 @@ def test_wrong_settings_are_refused(wrong, says):
         GPT(GPTConfig(**{**SMALL, **wrong}))
 
 
-def test_a_file_dropped_beside_is_a_mechanism(monkeypatch, tmp_path):
-    """The mechanism that the README shows works by its name, with its options, and travels in a checkpoint."""
+@pytest.mark.parametrize("name, lines, kept_by_8", [
+    ("my_window", 6, [6, 7, 8]), ("my_alibi", 5, list(range(9))), ("my_sinks", 4, [0, 1, 2, 3, 4, 5, 6, 7, 8]),
+])
+def test_the_examples_of_the_readme(monkeypatch, tmp_path, name, lines, kept_by_8):
+    """Each is under ten lines and nothing but a formula, works by its name, with its options, keeps to the laws, and
+    travels in a checkpoint."""
     root = Path(model_file.__file__).parent
-    source = (root / "README.md").read_text("utf-8").split('"""my_attention.py')[1].split("```")[0]
-    for name in ("model.py", "attention.py", "engine.py"):
-        (tmp_path / name).write_text((root / name).read_text("utf-8"), "utf-8")
-    (tmp_path / "my_attention.py").write_text('"""' + source, "utf-8")
+    source = (root / "README.md").read_text("utf-8").split(f'"""{name}.py')[1].split("```")[0]
+    assert len([line for line in source.splitlines()[1:] if line.strip()]) == lines < 10
+    for file in ("model.py", "attention.py"):
+        (tmp_path / file).write_text((root / file).read_text("utf-8"), "utf-8")
+    (tmp_path / f"{name}.py").write_text('"""' + source, "utf-8")
     monkeypatch.setattr(configurator, "__file__", str(tmp_path / "configurator.py"))
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert mechanism("my_attention")[1] == {"window": 128}
-    model = make(attention="my_attention", options={"window": 3}, block_size=300)
+    options = {"window": 3} if name == "my_window" else {}
+    assert mechanism(name)[1] == ({"window": 128} if options else {})
+    model = make(attention=name, options=options, block_size=300)
     layer = model.layers[0].attention
-    assert type(layer).__module__ == "my_attention" and model.new_caches()[0].size == 3
-    q, k, v = torch.randn(3, 1, 2, 300, 8, dtype=torch.float64)
-    weights = layer.weights(q, k)
-    assert (weights[0, 0, 8] > 0).nonzero().flatten().tolist() == [6, 7, 8]
-    torch.testing.assert_close(layer.attend(q, k, v), weights @ v)
-    assert layer.multiplied_pairs(300) < 300 * (128 + 3)
+    assert type(layer).__module__ == name and model.new_caches()[0].size == (3 if options else 300)
+    q, k = torch.randn(2, 1, 2, 300, 8, dtype=torch.float64)
+    assert (layer.weights(q, k)[0, 0, 8] > 0).nonzero().flatten().tolist() == kept_by_8
+    for kernel in ("engine", "flex"):
+        assert contract.error(layer, kernel, 300) < 1e-10
+    assert contract.decoding_error(layer, 310, 40, 1) < 1e-12
+    assert name == "my_alibi" or layer.multiplied_pairs(300) < 300 * (128 + 64 + 64 + 3)
     save(tmp_path / "ckpt.pt", {"model": model.float().state_dict(), "model_config": vars(model.config)})
     again, _ = load(tmp_path / "ckpt.pt")
     idx = torch.randint(50, (1, 16))
     torch.testing.assert_close(again(idx)[0], model(idx)[0])
-    sys.modules.pop("my_attention")
+    sys.modules.pop(name)
 
 
 def test_checkpoints_are_whole_or_refused(tmp_path):

@@ -7,6 +7,7 @@ import torch
 from test_model import make
 
 import attention
+import ops
 from model import GPT, GPTConfig
 
 
@@ -88,7 +89,7 @@ def test_rotations_far_away():
     """The angles of positions up to a million are those of exact arithmetic, within float64's rounding of the angle:
     exponents in float32 would be wrong in the third digit at position 1e5."""
     positions = [0, 1, 77, 99_991, 131_071, 1_000_003]
-    cosines, sines = attention.rotations(torch.tensor(positions), 64)
+    cosines, sines = ops.rotations(torch.tensor(positions), 64)
     assert cosines.dtype == torch.float64 and cosines.shape == (6, 32)
     for position, cos, sin in zip(positions, cosines.tolist(), sines.tolist()):
         angles = [position * 10000 ** (-2 * d / 64) for d in range(32)]
@@ -102,7 +103,7 @@ def test_a_layer_far_away():
     x, positions = torch.randn(1, 4, 64, dtype=torch.float64), [99_991, 99_998, 100_003, 100_040]
     with torch.no_grad():
         plain = layer.project(x)
-        q, k, v = layer.project(x, attention.rotations(torch.tensor(positions), 32))
+        q, k, v = layer.project(x, ops.rotations(torch.tensor(positions), 32))
     expected = []
     for part in plain[:2]:
         halves, turn = part[0].split(16, -1), [[p * 10000 ** (-d / 16) for d in range(16)] for p in positions]
