@@ -1,0 +1,101 @@
+"""What compare.py leaves alone: files that are not its own, and runs that are finished."""
+
+import json
+
+import pytest
+from conftest import call
+from test_compare import settings, timed, train_as_it_was  # noqa: F401
+
+import compare
+import train
+from faulty import count
+
+pytestmark = pytest.mark.usefixtures("timed")
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The arguments of each call of train.main."""
+    calls, main = [], train.main
+    monkeypatch.setattr(train, "main", lambda arguments: calls.append(arguments) or main(arguments))
+    return calls
+
+
+def files_of(folder):
+    """{content: how many files below `folder` have it}"""
+    contents = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+    return {content: contents.count(content) for content in contents}
+
+
+def lost(before, folder):
+    """Bytes of the files `before` that are no longer anywhere below `folder`, under any name."""
+    now = files_of(folder)
+    return sum(len(content) * max(0, n - now.get(content, 0)) for content, n in before.items())
+
+
+@pytest.mark.parametrize("names", [("thesis.txt",), ("thesis.txt", "config.json", "log.jsonl"), ("chapters/one.txt",)])
+def test_folders_of_strangers(text, tmp_path, names):
+    """A folder that is there already, with files that compare.py did not write."""
+    for name in names:
+        file = tmp_path / "dense-1" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("three years of work: " + name)
+    before = files_of(tmp_path)
+    call(compare, *settings(tmp_path, text, amount=2))
+    count("compare.py: a folder holds other files", lost=lost(before, tmp_path))
+    assert lost(before, tmp_path) == 0 and (tmp_path / "comparison.json").exists()
+
+
+@pytest.mark.parametrize("result", [None, "", "{}", "no scores", "scores of text", "no curve", "[" * 3000, "NaN"])
+def test_finished_runs(text, tmp_path, trained, result):
+    """Without its result.json, or with a damaged one, a finished run is read again, not trained again."""
+    arguments = settings(tmp_path, text, amount=2, prompts=["import "])
+    call(compare, *arguments)
+    folder, summary = tmp_path / "local-2", json.loads((tmp_path / "comparison.json").read_text())
+    path, before = folder / "result.json", files_of(folder)
+    whole = path.read_text()
+    damage(path, json.loads(whole), result)
+    trained.clear()
+    call(compare, *arguments)
+    missing = lost(before, folder)
+    count("compare.py: the result of a finished run is gone or damaged", resumed=1, lost=missing)
+    assert trained == [] and missing == 0 and json.loads(path.read_text()) == json.loads(whole)
+    assert json.loads((tmp_path / "comparison.json").read_text())["variants"] == summary["variants"]
+
+
+def damage(path, whole, how):
+    if how is None:
+        path.unlink()
+    elif how == "no scores":
+        path.write_text(json.dumps({**whole, "scores": {}}))
+    elif how == "scores of text":
+        path.write_text(json.dumps({**whole, "scores": {"loss": "low", "bits_per_byte": None}}))
+    elif how == "no curve":
+        path.write_text(json.dumps({**whole, "curve": [[0]]}))
+    elif how == "NaN":
+        path.write_text(json.dumps({**whole, "seconds": float("nan")}))
+    else:
+        path.write_text(how)
+
+
+def test_classifiers(reviews, tmp_path, trained):
+    """Their predictions belong to the result: a run that lacks them is trained again, and moved aside before."""
+    arguments = settings(tmp_path, reviews, amount=2)
+    call(compare, *arguments)
+    (tmp_path / "dense-1" / "result.json").unlink()
+    trained.clear()
+    call(compare, *arguments)
+    assert trained == []
+    before = files_of(tmp_path / "dense-1")
+    (tmp_path / "dense-1" / "predictions-val.npz").unlink()
+    before = files_of(tmp_path / "dense-1")
+    call(compare, *arguments)
+    assert len(trained) == 1 and lost(before, tmp_path) == 0
+
+
+def test_another_question_is_read_from_the_weights(text, tmp_path, trained):
+    """Prompts that are asked for later need no training."""
+    call(compare, *settings(tmp_path, text, amount=2))
+    trained.clear()
+    call(compare, *settings(tmp_path, text, amount=2, prompts=["import "]))
+    assert trained == [] and "import " in json.loads((tmp_path / "comparison.json").read_text())["variants"][0]["next"]
