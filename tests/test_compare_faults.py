@@ -33,34 +33,35 @@ def lost(before, folder):
     return sum(len(content) * max(0, n - now.get(content, 0)) for content, n in before.items())
 
 
-@pytest.mark.parametrize("names", [("thesis.txt",), ("thesis.txt", "config.json", "log.jsonl"), ("chapters/one.txt",)])
-def test_folders_of_strangers(text, tmp_path, names):
-    """A folder that is there already, with files that compare.py did not write."""
-    for name in names:
-        file = tmp_path / "dense-1" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("three years of work: " + name)
+def test_folders_of_strangers(text, tmp_path):
+    """Folders that are there already, with files that compare.py did not write."""
+    for name in ("dense-1/thesis.txt", "local-1/config.json", "local-1/log.jsonl", "dense-2/chapters/one.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("three years of work: " + name)
     before = files_of(tmp_path)
     call(compare, *settings(tmp_path, text, amount=2))
-    count("compare.py: a folder holds other files", lost=lost(before, tmp_path))
+    count("compare.py: folders hold other files", injected=3, lost=lost(before, tmp_path))
     assert lost(before, tmp_path) == 0 and (tmp_path / "comparison.json").exists()
 
 
-@pytest.mark.parametrize("result", [None, "", "{}", "no scores", "scores of text", "no curve", "[" * 3000, "NaN"])
-def test_finished_runs(text, tmp_path, trained, result):
-    """Without its result.json, or with a damaged one, a finished run is read again, not trained again."""
+DAMAGE = [None, "", "{}", "no scores", "scores of text", "no curve", "[" * 3000, "NaN"]
+
+
+def test_finished_runs(text, tmp_path, trained):
+    """If its result.json is missing or damaged, a finished run is read again and not trained again."""
     arguments = settings(tmp_path, text, amount=2, prompts=["import "])
     call(compare, *arguments)
     folder, summary = tmp_path / "local-2", json.loads((tmp_path / "comparison.json").read_text())
     path, before = folder / "result.json", files_of(folder)
-    whole = path.read_text()
-    damage(path, json.loads(whole), result)
+    whole = json.loads(path.read_text())
     trained.clear()
-    call(compare, *arguments)
-    missing = lost(before, folder)
-    count("compare.py: the result of a finished run is gone or damaged", resumed=1, lost=missing)
-    assert trained == [] and missing == 0 and json.loads(path.read_text()) == json.loads(whole)
-    assert json.loads((tmp_path / "comparison.json").read_text())["variants"] == summary["variants"]
+    for how in DAMAGE:
+        damage(path, whole, how)
+        call(compare, *arguments)
+        missing = lost(before, folder)
+        count("compare.py: the result of a finished run is missing or damaged", resumed=1, lost=missing)
+        assert trained == [] and missing == 0 and json.loads(path.read_text()) == whole
+        assert json.loads((tmp_path / "comparison.json").read_text())["variants"] == summary["variants"]
 
 
 def damage(path, whole, how):
@@ -86,7 +87,6 @@ def test_classifiers(reviews, tmp_path, trained):
     trained.clear()
     call(compare, *arguments)
     assert trained == []
-    before = files_of(tmp_path / "dense-1")
     (tmp_path / "dense-1" / "predictions-val.npz").unlink()
     before = files_of(tmp_path / "dense-1")
     call(compare, *arguments)
