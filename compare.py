@@ -372,15 +372,18 @@ def table(summary):
 
     machine, unit = summary["machine"], " (%)" if percent else ""
     contexts = {row["block_size"] for row in rows}
-    context = "contexts of different lengths, which are part of the score" if len(contexts) > 1 else f"a context of {min(contexts)} tokens"
+    context = f"a context of {min(contexts)} tokens"
+    if len(contexts) > 1:
+        context = "contexts of different lengths, which are part of the score"
     text = [f"**{summary['title']}.** {len(summary['seeds'])} seeds; every run gets the same "
             f"{summary['budget']}, {summary['amount']:,g}{' x 1e12 operations' if summary['budget'] == 'work' else ''}, of "
-            f"{summary['dataset']}; {score.replace('_', ' ')}{unit} of the {summary['split']} split, {context}, with the weights that did best on "
-            f"validation. {machine['gpu'] or machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, "
+            f"{summary['dataset']}; {score.replace('_', ' ')}{unit} of the {summary['split']} split, {context}, with the "
+            f"weights that did best on validation. {machine['gpu'] or machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, "
             f"products in {summary['dtype']}. In brackets 95 % intervals; p after Holm. `{summary['command']}`"]
     first = rows[0]["variant"]
     head = ["variant", f"{score.replace('_', ' ')}{unit}", f"against {first}", "p", "verdict"]
-    head += ["McNemar: seeds better / worse"] * percent + ["context"] * (len(contexts) > 1) + ["steps", "minutes", "work (TFLOP)", "kept share", "parameters"]
+    head += ["McNemar: seeds better / worse"] * percent + ["context"] * (len(contexts) > 1)
+    head += ["steps", "minutes", "work (TFLOP)", "kept share", "parameters"]
     body = []
     for row in rows:
         d, cells = row["difference"], [row["variant"], span(row["scores"][score])]
@@ -435,8 +438,8 @@ def check_variants(chosen):
     for variant in chosen:
         for key in SHARED:
             if (here := variant.settings[key]) != (there := first.settings[key]):
-                raise UserError(f"variants must have the same {key}: {first.name!r} has {there!r}, {variant.name!r} has {here!r}; "
-                                "give it in base")
+                raise UserError(f"variants must have the same {key}: {first.name!r} has {there!r}, {variant.name!r} has "
+                                f"{here!r}; give it in base")
         vars(train).update(TRAIN | variant.settings)
         train.check(variant.settings)
         own = Dataset(variant.settings["dataset"], variant.settings["task"])
@@ -445,12 +448,14 @@ def check_variants(chosen):
         data = data or own
         unlike = difference(data.meta, own.meta) or "their test splits" * (data.splits.get("test") != own.splits.get("test"))
         if unlike or own.kind != data.kind:
-            raise UserError(f"variants must share their data: {first.name!r} reads {data.folder} (task {data.kind}), {variant.name!r} "
-                            f"reads {own.folder} (task {own.kind}){'; they differ in ' * bool(unlike)}{unlike}; give dataset and task in base")
+            raise UserError(f"variants must share their data: {first.name!r} reads {data.folder} (task {data.kind}), "
+                            f"{variant.name!r} reads {own.folder} (task {own.kind}){f' ({unlike})' * bool(unlike)}; give dataset "
+                            "and task in base")
     if hard and data.kind != "classify":
         raise UserError(f"hard is for classifiers; {data.folder} is read as running text: leave it out")
     if prompts and data.kind != "lm":
-        raise UserError(f"prompts are for language models; {data.folder} holds texts to classify: leave them out, or give task=lm in base")
+        raise UserError(f"prompts are for language models; {data.folder} holds texts to classify: leave them out, "
+                        "or give --task=lm in base")
     for key, texts in (("hard", [row["text"] for row in hard_reviews(data.classes)] if hard else []), ("prompts", prompts)):
         for text in texts:
             check_text(key, text, data.tokenizer, chosen)

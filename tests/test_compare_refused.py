@@ -123,6 +123,12 @@ def test_the_context_is_told(text, tmp_path):
     assert "| context |" not in same and "a context of 16 tokens" in same
 
 
+def test_results_that_cannot_be_written(refused, never_trained, text, tmp_path):
+    """Are told before the runs, not after."""
+    (tmp_path / "file").write_text("")
+    assert "file" in refused(compare, *settings(tmp_path / "out", text, results=tmp_path / "file" / "table"))
+
+
 def test_data_that_is_too_small(told, tmp_path):
     few = write_reviews(tmp_path / "few", train=[("a film", 1)] * 3, val=[], test=[])
     assert "val" in told(few)
