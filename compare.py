@@ -495,6 +495,8 @@ def main():
 
 def run_all(chosen):
     """Train and compare the variants. Returns the exit code where it was stopped, else None."""
+    path = Path(results or Path(out_dir) / "comparison")
+    path.parent.mkdir(parents=True, exist_ok=True)  # refused now rather than after the runs
     costs, machine, dtype = costs_of(chosen)
     # in the precision that was measured: another look at a busy machine may choose another
     chosen = [variant._replace(arguments=[*variant.arguments, f"--dtype={dtype}"]) for variant in chosen]
@@ -517,14 +519,13 @@ def run_all(chosen):
         print(f"\nstopped with {len(found)} of {len(todo)} runs done; start it again to go on")
         return 128 + asked[0]
     by_name = {variant.name: [r for r in found if r["variant"] == variant.name] for variant in chosen}
-    path, compared = Path(results or Path(out_dir) / "comparison"), compare(by_name, costs)
+    compared = compare(by_name, costs)
     for row, variant in zip(compared["variants"], chosen):
         row["block_size"] = variant.settings["block_size"]
     summary = {"compare": path.name, "title": title or path.name, "budget": budget, "amount": amount,
                "dataset": chosen[0].settings["dataset"], "seeds": seeds, "machine": machine, "dtype": dtype,
                "command": shlex.join(["python", "compare.py", *sys.argv[1:]]), **compared,
                "runs": [{key: value for key, value in r.items() if key not in ("settings", "options")} for r in found]}
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path.with_name(path.name + ".json"), json.dumps(summary))
     write_text(path.with_name(path.name + ".md"), table(summary))
     print("\n" + table(summary))
