@@ -6,13 +6,16 @@ a table (FILE.md) and a picture (FILE.png). Stopped at any moment and started ag
 
 What a step takes is measured first, all variants side by side, and kept in out_dir/speeds.json: minutes are steps
 times that, and no run is judged by what else the machine did meanwhile.
+
+All variants read the same data and are scored on the same split. A config file in `base` is a recipe for one run: its
+length, seed, warm-up, evaluations and out_dir are replaced by those of the comparison. Other files in out_dir stay.
 """
 
 import openmp  # first: torch reads its settings when it is loaded
 
 import json
+import math
 import shlex
-import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -26,7 +29,8 @@ import hardware
 import train
 from checkpoint import PREVIOUS, load
 from configurator import UserError, choose, configure, plain_values, run
-from dataset import Dataset, batches
+from dataset import Dataset, batches, difference
+from heat import read_reviews
 from ranks import leave_if_asked
 from readers import read_log, read_predictions
 from runs import Stop, asked, check_folder, clock, locked, write_text
@@ -51,6 +55,13 @@ prompts = []  # of language models: what is likeliest to come next is told
 resamples = 2000  # of the bootstrap
 
 SCORES = {"bits_per_byte": -1, "accuracy": 1, "f1": 1, "precision": 1, "recall": 1, "auc": 1, "loss": -1}  # 1: more is better
+SHARED = ("eval_test", "eval_train", "device", "dtype")  # settings without which scores or times are not comparable
+INSTEAD = {  # arguments of train.py that the comparison sets, and what to do instead of giving them
+    "--seed": "give seeds of compare.py", "--max_iters": "give budget and amount of compare.py",
+    "--warmup_iters": "give warmup of compare.py, a share of the steps", "--eval_interval": "give evaluations of compare.py",
+    "--out_dir": "give out_dir of compare.py", "--init_from": "leave it out: a comparison goes on where it was stopped",
+    "--eval_only": "leave it out: a comparison trains every run", "--help": "see python train.py --help",
+    "-h": "see python train.py --help"}
 
 
 class Variant(NamedTuple):
@@ -63,12 +74,23 @@ class Variant(NamedTuple):
 
 
 def parse(text):
-    """The `Variant` of a text like 'local: --attention=sparse --window=64'."""
-    name, colon, rest = str(text).partition(":")
+    """The `Variant` of a text like 'local: --attention=sparse --window=64'. Raises UserError for what it cannot have."""
+    name, colon, rest = text.partition(":") if isinstance(text, str) else ("", "", "")
     if not colon or not name.strip():
         raise UserError(f"variants: expected texts like 'local: --attention=sparse --window=64', got {text!r}")
-    arguments = [*base, *shlex.split(rest)]
-    return Variant(name.strip(), arguments, *configure(dict(TRAIN), arguments, train.further_options))
+    try:
+        arguments = [*base, *shlex.split(rest)]
+    except ValueError as error:
+        raise UserError(f"variants: cannot split {text!r} into arguments ({error}); close the quotation or leave it out")
+    for key in (argument.partition("=")[0] for argument in arguments):
+        if key in INSTEAD:
+            raise UserError(f"variant {name.strip()!r}: {key} cannot be given in base or variants; {INSTEAD[key]}")
+    return Variant(name.strip(), arguments, *settings_of(arguments))
+
+
+def settings_of(arguments):
+    """(settings, options) of a new run of train.py."""
+    return configure(dict(TRAIN), [*arguments, "--init_from=scratch", "--eval_only=False"], train.further_options)
 
 
 def slug(name):
@@ -125,7 +147,8 @@ def costs_of(variants):
     path, of = Path(out_dir) / "speeds.json", [variant._asdict() for variant in variants]
     try:
         saved = json.loads(path.read_text("utf-8"))
-        if saved["variants"] == of:
+        numbers = [saved["costs"][v.name][key] for v in variants for key in ("seconds_per_step", "work_per_step", "parameters")]
+        if saved["variants"] == of and all(is_number(x) and x > 0 for x in numbers):
             return saved["costs"], saved["machine"], saved["dtype"]
     except (OSError, ValueError, KeyError, TypeError):
         pass
@@ -136,20 +159,26 @@ def costs_of(variants):
 
 
 def steps_of(cost):
-    """The steps that the budget buys."""
+    """The steps that the budget buys. Raises UserError where no run can have so many."""
     price = {"steps": 1, "seconds": cost["seconds_per_step"], "work": cost["work_per_step"] / 1e12}[budget]
+    if amount / price >= 2**53:
+        raise UserError(f"amount={amount:g} {budget} would be {amount / price:g} steps; make it smaller")
     return max(1, round(amount / price))
 
 
 # ---- the runs ----------------------------------------------------------------------------------
 
 
+def is_number(x):
+    return type(x) in (int, float) and math.isfinite(x)
+
+
 def same(path, wanted):
-    """The JSON object at `path` where it is of a run with the wanted settings, else None."""
+    """The JSON object at `path` if it is of a run with the wanted settings, else None."""
     try:
         found = json.loads(path.read_text("utf-8"))
         have = {**found["settings"], **found["options"]}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return found if all(key in have and have[key] == value for key, value in wanted.items()) else None
 
@@ -159,75 +188,112 @@ def plan(variant, seed, steps):
     folder = Path(out_dir) / f"{slug(variant.name)}-{seed}"
     arguments = [*variant.arguments, f"--seed={seed}", f"--max_iters={steps}", f"--warmup_iters={round(warmup * steps)}",
                  f"--eval_interval={max(1, steps // evaluations)}", f"--out_dir={folder}"]
-    settings, options = configure(dict(TRAIN), arguments, train.further_options)
+    settings, options = settings_of(arguments)
     del settings["init_from"]
     return folder, arguments, {**settings, **options}
 
 
 def result_of(variant, seed, steps):
-    """The result of a run that is done, as a dict, else None."""
+    """The result of a finished run as a dict, else None. Where its result.json is missing, damaged or without an answer
+    to `hard` or `prompts`, it is read again from the run's log and weights."""
     folder, _, wanted = plan(variant, seed, steps)
-    return same(folder / "result.json", wanted)
+    result = same(folder / "result.json", wanted)
+    if result and is_result(result, folder, wanted):
+        return {**result, "variant": variant.name, "seed": seed, "steps": steps}
+    try:
+        return read_result(variant, seed, steps)
+    except UserError:  # not finished, or not readable
+        return None
+
+
+def is_result(result, folder, wanted):
+    """Whether a dict has all that the comparison reads from the result of a run with the wanted settings."""
+    try:
+        scores, curves = result["scores"], [result["curve"], *([result["train_curve"]] if wanted["eval_train"] else [])]
+        numbers = [*scores.values(), result["seconds"], result["work"], *(x for curve in curves for pair in curve for x in pair)]
+        return (result["split"] == ("test" if wanted["eval_test"] else "val") and bool(scores) and scores.keys() <= SCORES.keys()
+                and all(len(curve) >= 2 and all(len(pair) == 2 for pair in curve) for curve in curves)
+                and all(map(is_number, numbers)) and (result["kept_share"] is None or is_number(result["kept_share"]))
+                and ("accuracy" not in scores or (folder / f"predictions-{result['split']}.npz").exists())
+                and (not hard or all(map(is_number, result["hard"].values())))
+                and all(type(result["next"][prompt][0]) is str and is_number(result["next"][prompt][1]) for prompt in prompts))
+    except (KeyError, TypeError, AttributeError, IndexError):
+        return False
 
 
 def train_one(variant, seed, steps):
     """Train one run, or the rest of it, and return its result. Raises Stop where the user stops it."""
     folder, arguments, wanted = plan(variant, seed, steps)
-    if (folder / "ckpt.pt").exists() and same(folder / "config.json", wanted):
-        arguments.append("--init_from=resume")
-    elif folder.exists() and not (folder / "ckpt.pt").exists() and not (folder / "result.json").exists():
-        check_folder(folder)
-        shutil.rmtree(folder)  # stopped before anything was saved
+    resume = (folder / "ckpt.pt").exists() and same(folder / "config.json", wanted)
     vars(train).update(TRAIN)
-    if train.main(arguments):
+    if train.main([*arguments, f"--init_from={'resume' if resume else 'scratch'}", "--eval_only=False"]):
         raise Stop
-    saved = json.loads((folder / "config.json").read_text("utf-8"))
-    result = {"variant": variant.name, "seed": seed, "steps": steps, **read_run(folder),
+    return read_result(variant, seed, steps)
+
+
+def read_result(variant, seed, steps):
+    """Read the result of a finished run from its folder, write result.json and return it as a dict.
+
+    Raises UserError where the run is of other settings, not finished, or its files are damaged.
+    """
+    folder, _, wanted = plan(variant, seed, steps)
+    saved = same(folder / "config.json", wanted)
+    if not saved:
+        raise UserError(f"{folder} holds no run with the settings of {variant.name!r}, seed {seed}")
+    result = {"variant": variant.name, "seed": seed, "steps": steps,
+              **read_run(folder, hardware.pick_device(variant.settings["device"]), saved.get("dtype", "float32")),
               "settings": saved["settings"], "options": saved["options"]}
+    if not is_result(result, folder, wanted):
+        raise UserError(f"{folder} holds a run that is not finished, or its log.jsonl is damaged")
     write_text(folder / "result.json", json.dumps(result))
-    for name in (PREVIOUS, "ckpt.pt"):  # the last states; best.pt stays
+    for name in (PREVIOUS, "ckpt.pt"):  # the run's last states; best.pt stays
         (folder / name).unlink(missing_ok=True)
     return result
 
 
-def read_run(folder):
-    """Scores, curves and costs of a finished run."""
+def read_run(folder, device, dtype):
+    """Scores, curves and costs of a run, as far as its log has them; with answers to `hard` and `prompts` by best.pt."""
     records, whole = read_log(folder / "log.jsonl")
-    last = whole[-1]  # the test split where it was opened, else validation
     records = [r for r in records if r["split"] == "val"]
+    if not (whole and records):
+        raise UserError(f"{folder} holds a run that is not finished")
+    last = whole[-1]  # the test split where it was opened, else validation
     score = next(name for name in SCORES if name in last)
-    kept = [layer["kept_share"] for layer in last["stats"] if "kept_share" in layer]
+    kept = [layer["kept_share"] for layer in last.get("stats", []) if "kept_share" in layer]
     found = {"split": last["split"], "scores": {name: last[name] for name in SCORES if name in last},
-             "seconds": last["seconds"], "work": last["work"], "kept_share": float(np.mean(kept)) if kept else None,
-             "curve": [[r["step"], r[score]] for r in records]}
+             "seconds": last.get("seconds"), "work": last.get("work"), "kept_share": float(np.mean(kept)) if kept else None,
+             "curve": [[r["step"], r.get(score)] for r in records]}
     if f"train_{score}" in records[0]:
-        found["train_curve"] = [[r["step"], r[f"train_{score}"]] for r in records]
+        found["train_curve"] = [[r["step"], r.get(f"train_{score}")] for r in records]
     if hard or prompts:
-        model, checkpoint = load(folder / "best.pt", train.device)
-        more = judge_hard if model.config.n_class else continue_prompts
-        found |= more(model, Tokenizer(checkpoint["meta"]))
+        model, checkpoint = load(folder / "best.pt", device)
+        tokenizer = Tokenizer(checkpoint["meta"])
+        found |= judge_hard(model, tokenizer, device, dtype) if hard else continue_prompts(model, tokenizer, device)
     return found
 
 
-def judge_hard(model, tokenizer):
-    """{"hard": {kind: share of its texts that are told right}}."""
-    if not hard:
-        return {}
-    try:
-        rows = [json.loads(line) for line in Path(hard).read_text("utf-8").splitlines()]
-        texts, labels, kinds = zip(*[(row["text"], row["label"], row["kind"]) for row in rows])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f'hard: expected a file of {{"text": ..., "label": 0 or 1, "kind": ...}} lines, got {hard} ({error!r})')
-    right = (predict(model, tokenizer, texts, train.device, train.dtype).cpu().numpy() > 0.5) == np.array(labels)
+def hard_reviews(classes=("negative", "positive")):
+    """The reviews in the file `hard`, [{"text", "label", "kind"}]. Raises UserError where one lacks a label or a kind."""
+    rows = read_reviews(hard, classes)
+    for row in rows:
+        if row["label"] is None or not row["kind"]:
+            raise UserError(f'hard: expected a "label" and a "kind" for every review in {hard}, got {row["text"][:60]!r} without')
+    return rows
+
+
+def judge_hard(model, tokenizer, device, dtype):
+    """{"hard": {kind: share of its texts that are classified correctly}}."""
+    texts, labels, kinds = zip(*((row["text"], row["label"], row["kind"]) for row in hard_reviews()))
+    right = (predict(model, tokenizer, texts, device, dtype).cpu().numpy() > 0.5) == np.array(labels)
     return {"hard": {kind: float(right[[k == kind for k in kinds]].mean()) for kind in dict.fromkeys(kinds)}}
 
 
 @torch.no_grad()
-def continue_prompts(model, tokenizer):
+def continue_prompts(model, tokenizer, device):
     """{"next": {prompt: [likeliest token, its probability]}}."""
     found = {}
     for prompt in prompts:
-        p = torch.softmax(model(torch.tensor([encode(tokenizer, prompt)], device=train.device))[0][0, -1].float(), -1)
+        p = torch.softmax(model(torch.tensor([encode(tokenizer, prompt)], device=device))[0][0, -1].float(), -1)
         found[prompt] = [tokenizer.token(int(p.argmax())), p.max().item()]
     return {"next": found}
 
@@ -307,14 +373,19 @@ def table(summary):
         return ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(map(str, line))} |" for line in body)]
 
     machine, unit = summary["machine"], " (%)" if percent else ""
+    contexts = {row["block_size"] for row in rows}
+    context = f"a context of {min(contexts)} tokens"
+    if len(contexts) > 1:
+        context = "contexts of different lengths, which are part of the score"
     text = [f"**{summary['title']}.** {len(summary['seeds'])} seeds; every run gets the same "
             f"{summary['budget']}, {summary['amount']:,g}{' x 1e12 operations' if summary['budget'] == 'work' else ''}, of "
-            f"{summary['dataset']}; {score.replace('_', ' ')}{unit} of the {summary['split']} split, with the weights that did best on "
-            f"validation. {machine['gpu'] or machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, "
+            f"{summary['dataset']}; {score.replace('_', ' ')}{unit} of the {summary['split']} split, {context}, with the "
+            f"weights that did best on validation. {machine['gpu'] or machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, "
             f"products in {summary['dtype']}. In brackets 95 % intervals; p after Holm. `{summary['command']}`"]
     first = rows[0]["variant"]
     head = ["variant", f"{score.replace('_', ' ')}{unit}", f"against {first}", "p", "verdict"]
-    head += ["McNemar: seeds better / worse"] * percent + ["steps", "minutes", "work (TFLOP)", "kept share", "parameters"]
+    head += ["McNemar: seeds better / worse"] * percent + ["context"] * (len(contexts) > 1)
+    head += ["steps", "minutes", "work (TFLOP)", "kept share", "parameters"]
     body = []
     for row in rows:
         d, cells = row["difference"], [row["variant"], span(row["scores"][score])]
@@ -322,6 +393,7 @@ def table(summary):
         if percent:
             shown = [test["only_this"] - test["only_first"] for test in (d or {}).get("mcnemar", []) if test["p"] < LEVEL]
             cells.append(f"{sum(x > 0 for x in shown)} / {sum(x < 0 for x in shown)}" if d else "")
+        cells += [f"{row['block_size']:,}"] * (len(contexts) > 1)
         cells += [f"{row['steps']:,}", f"{row['minutes']:.1f}", f"{row['work'] / 1e12:,.1f}"]
         cells += ["" if row["kept_share"] is None else f"{row['kept_share']:.0%}", f"{row['parameters']:,}"]
         body.append(cells)
@@ -349,12 +421,60 @@ def check():
     choose("budget", budget, ("steps", "seconds", "work"))
     if amount <= 0:
         raise UserError(f"amount must be above 0, how many {budget} a run gets; got {amount}")
-    if len(seeds) < 2 or len(set(seeds)) < len(seeds) or not all(type(seed) is int and seed >= 0 for seed in seeds):
+    if not all(type(seed) is int and 0 <= seed < 2**63 for seed in seeds) or not 2 <= len(seeds) == len(set(seeds)):
         raise UserError(f"seeds: expected at least two different whole numbers, got {seeds}")
     if len(variants) < 2 or len({slug(str(text).partition(":")[0]) for text in variants}) < len(variants):
         raise UserError(f"variants: expected at least two of different names, got {variants}")
     if evaluations < 1 or resamples < 100 or not 0 <= warmup < 1:
         raise UserError(f"expected evaluations >= 1, resamples >= 100 and 0 <= warmup < 1, got {evaluations}, {resamples}, {warmup}")
+    for key, values in (("base", base), ("prompts", prompts)):
+        if not all(isinstance(value, str) for value in values):
+            raise UserError(f"{key}: expected texts, got {values}")
+    if results and not Path(results).name:
+        raise UserError(f"results: expected the name of a file without its ending, got {results!r}")
+
+
+def check_variants(chosen):
+    """Raise UserError for variants that no comparison can have, and for `hard` and `prompts` that they cannot answer."""
+    first, data = chosen[0], None
+    for variant in chosen:
+        for key in SHARED:
+            if (here := variant.settings[key]) != (there := first.settings[key]):
+                raise UserError(f"variants must have the same {key}: {first.name!r} has {there!r}, {variant.name!r} has "
+                                f"{here!r}; give it in base")
+        vars(train).update(TRAIN | variant.settings)
+        train.check(variant.settings)
+        own = Dataset(variant.settings["dataset"], variant.settings["task"])
+        for split in ["train", "val"] + ["test"] * variant.settings["eval_test"]:
+            batches(own, split, 1, variant.settings["block_size"])
+        data = data or own
+        unlike = difference(data.meta, own.meta) or "their test splits" * (data.splits.get("test") != own.splits.get("test"))
+        if unlike or own.kind != data.kind:
+            raise UserError(f"variants must share their data: {first.name!r} reads {data.folder} (task {data.kind}), "
+                            f"{variant.name!r} reads {own.folder} (task {own.kind}){f' ({unlike})' * bool(unlike)}; give dataset "
+                            "and task in base")
+    if hard and data.kind != "classify":
+        raise UserError(f"hard is for classifiers; {data.folder} is read as running text: leave it out")
+    if prompts and data.kind != "lm":
+        raise UserError(f"prompts are for language models; {data.folder} holds texts to classify: leave them out, "
+                        "or give --task=lm in base")
+    for key, texts in (("hard", [row["text"] for row in hard_reviews(data.classes)] if hard else []), ("prompts", prompts)):
+        for text in texts:
+            check_text(key, text, data.tokenizer, chosen)
+
+
+def check_text(key, text, tokenizer, chosen):
+    """Raise UserError where the text cannot be read with the tokenizer, or is too long a prompt for a variant."""
+    try:
+        length = len(tokenizer.encode(text)) + (tokenizer.mark is not None)
+    except ValueError as error:
+        raise UserError(f"{key}: {error}")
+    if not length:
+        raise UserError(f"{key}: expected texts that hold a token, got {text!r}")
+    for settings in (variant.settings for variant in chosen if key == "prompts"):
+        if settings["pos"] != "rope" and length > settings["block_size"]:
+            raise UserError(f"prompts: {text[:60]!r} has {length} tokens; pos={settings['pos']} knows {settings['block_size']} "
+                            "positions (block_size)")
 
 
 def draw(path):
@@ -370,17 +490,23 @@ def main():
     check()
     hardware.keep_freed_memory()
     chosen = [parse(text) for text in variants]
+    check_variants(chosen)
     with locked(Path(out_dir)):
         return run_all(chosen)
 
 
 def run_all(chosen):
     """Train and compare the variants. Returns the exit code where it was stopped, else None."""
+    path = Path(results or Path(out_dir) / "comparison")
+    path.parent.mkdir(parents=True, exist_ok=True)  # refused now rather than after the runs
     costs, machine, dtype = costs_of(chosen)
     # in the precision that was measured: another look at a busy machine may choose another
     chosen = [variant._replace(arguments=[*variant.arguments, f"--dtype={dtype}"]) for variant in chosen]
     todo = [(variant, seed, steps_of(costs[variant.name])) for seed in seeds for variant in chosen]
     seconds = [steps * costs[variant.name]["seconds_per_step"] for variant, _, steps in todo]
+    for run in todo:
+        if not result_of(*run) and not ((folder := plan(*run)[0]) / "ckpt.pt").exists():
+            check_folder(folder)  # train.py would refuse it, after other runs
     found, ratio = [], 1.0  # how much longer a run takes than its steps: evaluations, and what else the machine does
     try:
         for n, (variant, seed, steps) in enumerate(todo):
@@ -398,12 +524,13 @@ def run_all(chosen):
         print(f"\nstopped with {len(found)} of {len(todo)} runs done; start it again to go on")
         return 128 + asked[0]
     by_name = {variant.name: [r for r in found if r["variant"] == variant.name] for variant in chosen}
-    path = Path(results or Path(out_dir) / "comparison")
+    compared = compare(by_name, costs)
+    for row, variant in zip(compared["variants"], chosen):
+        row["block_size"] = variant.settings["block_size"]
     summary = {"compare": path.name, "title": title or path.name, "budget": budget, "amount": amount,
                "dataset": chosen[0].settings["dataset"], "seeds": seeds, "machine": machine, "dtype": dtype,
-               "command": shlex.join(["python", "compare.py", *sys.argv[1:]]), **compare(by_name, costs),
+               "command": shlex.join(["python", "compare.py", *sys.argv[1:]]), **compared,
                "runs": [{key: value for key, value in r.items() if key not in ("settings", "options")} for r in found]}
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path.with_name(path.name + ".json"), json.dumps(summary))
     write_text(path.with_name(path.name + ".md"), table(summary))
     print("\n" + table(summary))

@@ -3,11 +3,13 @@
 `python train.py config/x.py --batch_size=8` runs the file's assignments and then sets the key;
 what stands later on the line wins. Keys are the plain lower-case names at the top of the script.
 A config file is Python: it may read the settings made so far, import, and compute; names that
-begin with _ are its own.
+begin with _ are its own. NAME = {"option": value, ...}, with the NAME of an attention mechanism, gives
+options of that mechanism, which count if it is the chosen one.
 """
 
 import ast
 import difflib
+import math
 import os
 import sys
 import traceback
@@ -50,7 +52,7 @@ def run(main, stopped="stopped"):
     except KeyboardInterrupt:
         line, code = stopped, 130
     rank = int(os.environ.get("RANK", 0))
-    print(f"{name}{f', rank {rank}' * (rank > 0)}: {line}", file=sys.stderr)
+    print(f"{name}{f', rank {rank}' * (rank > 0)}: {' '.join(line.split(chr(10))).strip()}", file=sys.stderr)
     leave(code)
 
 
@@ -139,15 +141,30 @@ def configure(script, arguments=None, more=None):
                 assign(key, value, argument)
     further = more(settings) if more else {}
     options = dict(further)
-    for key, value, where in assigned:
+    for key, value, where in options_in_dicts(assigned, settings) if more else assigned:
         if key in further:
             options[key] = typed(key, value, further[key], where)
         elif key not in defaults:
             if more and (owners := mechanisms_with(key)):
-                raise UserError(f"{where}: unknown key {key!r}; it belongs to --attention={' or '.join(owners)}")
-            raise UserError(f"{where}: unknown key {key!r}{nearest(key, [*defaults, *aliases, *further])}")
+                flags = [f"; add --{alias}=True" for alias, (_, name) in aliases.items() if name in owners]
+                raise UserError(f"{where}: unknown key {key!r}; it belongs to --attention={' or '.join(owners)}{''.join(flags)}")
+            raise UserError(f"{where}: unknown key {key!r}{nearest(str(key), [*defaults, *aliases, *further])}")
     script.update(settings)
     return settings, options
+
+
+def options_in_dicts(assigned, settings):
+    """The assignments (key, value, where) with each dict of a mechanism's options replaced by these, or by nothing where
+    another mechanism is chosen. Raises UserError for an option that the other mechanism does not have."""
+    flat = []
+    for key, value, where in assigned:
+        if not isinstance(value, dict) or key in settings or key not in mechanism_files():
+            flat.append((key, value, where))
+        elif key == settings["attention"]:
+            flat += [(option, its_value, where) for option, its_value in value.items()]
+        elif unknown := [option for option in value if key not in mechanisms_with(option)]:
+            raise UserError(f"{where}: unknown key {unknown[0]!r} in the options of {key}")
+    return flat
 
 
 class Text(str):
@@ -157,15 +174,15 @@ class Text(str):
 def read(path, settings):
     """The assignments of a config file, [(key, value)], run with the settings made so far at hand."""
     try:
-        source = Path(path).read_text("utf-8")
+        source = Path(path).read_text("utf-8-sig")  # with or without a byte order mark
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or no name of a file at all
         raise UserError(f"cannot read config file {path!r} ({error}); give a Python file or --key=value")
     space = dict(settings)
     try:
         exec(compile(source, path, "exec"), space)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a file that exits would end the script as if all were done
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        line, said = (lines or [1])[-1], str(error)
+        line, said = (lines or [1])[-1], message(error)
         if isinstance(error, SyntaxError):
             line, said = error.lineno or 1, error.msg
         raise UserError(f"{path}, line {line}: {type(error).__name__}: {said}")
@@ -192,10 +209,31 @@ def typed(key, value, default, where):
         value = float(value)
     if expected is str and type(value) is list and all(type(part) is str for part in value):
         value = ",".join(value)
-    if type(value) is not expected:
+    wrong = type(value) is not expected
+    limit = "" if wrong else limits(value)
+    if wrong or limit:
         came = f"{type(value).__name__} {shown(value)}"
-        raise UserError(f"{where}: {key} expects {expected.__name__} (like {default!r}), got {came}")
+        raise UserError(f"{where}: {key} expects {expected.__name__} (like {default!r}){limit}, got {came}")
     return value
+
+
+def limits(value):
+    """What is expected of a value of this type that this value is not, as ', ...', or ''."""
+    if type(value) is int and not -(2**63) <= value < 2**63:  # torch and NumPy hold no larger one
+        return ", below 2**63 in size"
+    if type(value) is float and not math.isfinite(value):
+        return ", finite"
+    if type(value) is str and "\0" in value:  # no path can hold it
+        return ", without NUL characters"
+    return ""
+
+
+def message(error, length=300):
+    """The message of an exception on one line, cut to `length` characters."""
+    try:
+        return " ".join(str(error).split())[:length]
+    except Exception:  # as where the message is an int of 5,000 digits
+        return "(no readable message)"
 
 
 def shown(value, length=80):

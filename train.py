@@ -131,6 +131,10 @@ def check(settings):
     for key in ("beta1", "beta2"):
         if settings[key] >= 1:
             raise UserError(f"{key} must be below 1, got {settings[key]}")
+    if not 0 <= dropout <= 1 - 2**-16:  # the engine draws 16 random bits
+        raise UserError(f"dropout must be at least 0 and below 1 by 2**-16 or more, got {dropout}")
+    if gradient_accumulation_steps > 10**6:
+        raise UserError(f"gradient_accumulation_steps must be at most {10**6} forward passes, got {gradient_accumulation_steps}")
     if shard and dtype == "float16":
         raise UserError("shard=True knows no dtype=float16, whose scaler would have to watch all ranks: use bfloat16 or float32")
     parts = ranks.pieces(gradient_accumulation_steps)[0]

@@ -17,3 +17,5 @@ eval_interval = 1000
 eval_iters = 100
 log_interval = 50
 eval_test = True
+
+adaptive_attention_span = {"span_reg": 4e-6}  # if chosen: more than the default of 2e-6

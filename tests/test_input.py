@@ -76,6 +76,9 @@ def test_train(fair, text, reviews, tmp_path):
     @example(["--batch_size=1000000000000"], False)
     @example(["--seed=" + "9" * 30], False)
     @example(["--learning_rate=1e999", "--max_iters=2"], False)
+    @example(["--gradient_accumulation_steps=1000000000", "--max_iters=1"], False)
+    @example(["--dropout=0.999999999999", "--max_iters=1"], False)
+    @example(["--out_dir=a\nb\0c"], False)
     def check(arguments, classify):
         folder = reviews if classify else text
         codes.append(fair(train, f"--out_dir={tmp_path / 'out'}", f"--dataset={folder}", *BASE, *arguments))
