@@ -12,7 +12,7 @@ train: .venv/installed
 	$(RUN) sample.py --out_dir=out-stdlib --num_samples=2 --max_new_tokens=400
 
 test: .venv/installed-test
-	$(RUN) -m pytest -q tests --ignore=tests/demo
+	$(RUN) -m pytest -q -n 2 tests --ignore=tests/demo
 
 # Each fault many times, where `test` tries it a few times; the counts go to results/faults.json.
 test-faults: .venv/installed-test

@@ -32,7 +32,7 @@ def check(layer, name):
         bias = check_elementwise(layer, name, i)
         if layer.relative:
             check_relative(layer, name, i, bias)
-        elif layer.causal:
+        if layer.causal:
             check_distance(layer, name, i, bias)
         if type(layer).blocks is not Attention.blocks:
             for size in sorted({1, min(7, T), T}):
@@ -66,13 +66,16 @@ def check_elementwise(layer, name, i):
         key = torch.where(key % 2 == 0, key, (i[row] - key % 8).clamp(min=0))  # half of them near, where most are kept
         alone = layer.total_bias(h, i[row], key).expand(200)
         single = [layer.total_bias(h[n], i[row[n]], key[n]).reshape(()) for n in range(4)]
+        formula = layer.bias(h, i[row], key)
     except (RuntimeError, IndexError, TypeError, ValueError) as error:
         raise UserError(f"{name}: bias(h, i, j) must be elementwise over integer tensors that broadcast, rows and single pairs "
                         f"alike; it raised {type(error).__name__}: {str(error).splitlines()[0]}")
-    wrong = (bias.isnan() | (bias == math.inf)) if bias.is_floating_point() else torch.ones_like(bias, dtype=torch.bool)
-    if place := first_of(wrong):
-        raise UserError(f"{name}: bias must be a float, at most finite; at {pair(place[0], i[place[1]], place[2])} it is "
-                        f"{bias[tuple(place)].item()} ({bias.dtype})")
+    if isinstance(formula, torch.Tensor) and not formula.is_floating_point():
+        raise UserError(f"{name}: bias must be of floats, 0.0 to keep a pair and -math.inf to drop it; got {formula.dtype}: "
+                        "torch.where(kept, 0.0, -math.inf)")
+    if place := first_of(bias.isnan() | (bias == math.inf)):
+        raise UserError(f"{name}: bias must be a number below infinity; at {pair(place[0], i[place[1]], place[2])} it is "
+                        f"{bias[tuple(place)].item()}")
     together = bias[h, row, key]
     for value, n in ((alone, slice(None)), (torch.stack(single), slice(4))):
         if place := first_of(~close(value, together[n])):

@@ -10,7 +10,6 @@ and sinusoidal positions end there, and the text goes on from its latest half bl
 import openmp  # first: torch reads its settings when it is loaded
 
 import codecs
-import math
 import os
 import re
 import sys
@@ -146,10 +145,6 @@ def main():
             raise UserError(f"{key} must be at least {least}, got {globals()[key]}")
     if threads > os.cpu_count():
         raise UserError(f"threads must be at most {os.cpu_count()}, this machine's processors, got {threads}")
-    if not math.isfinite(temperature):
-        raise UserError(f"temperature must be finite, got {temperature}")
-    if seed > (most := 2**64 - num_samples):  # sample n has the seed seed + n
-        raise UserError(f"seed must be at most {most}, got {seed}")
     if not 0 < top_p <= 1:
         raise UserError(f"top_p must be above 0 and at most 1, got {top_p}")
     torch.set_num_threads(threads or hardware.THREADS)

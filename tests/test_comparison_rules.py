@@ -59,7 +59,7 @@ def test_hard_texts_that_are_told_right(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "hard", str(tmp_path / "hard"))
     monkeypatch.setattr(compare, "predict", lambda model, tokenizer, texts, *_:
                         torch.tensor([0.9 if "good" in text else 0.2 for text in texts]))
-    assert compare.judge_hard(None, None) == {"hard": {"plain": 1.0, "negation": 0.25}}
+    assert compare.judge_hard(None, None, "cpu", "float32") == {"hard": {"plain": 1.0, "negation": 0.25}}
 
 
 def test_the_likeliest_token_after_a_prompt(monkeypatch):
@@ -70,8 +70,7 @@ def test_the_likeliest_token_after_a_prompt(monkeypatch):
         return torch.tensor(p[tokenizer.decode(idx[0].tolist())]).log()[None, None], None
 
     monkeypatch.setattr(compare, "prompts", list(p))
-    monkeypatch.setattr(train, "device", "cpu")
-    assert compare.continue_prompts(model, tokenizer) == {"next": {"ab": ["b", pytest.approx(0.5)], "c": ["a", pytest.approx(0.7)]}}
+    assert compare.continue_prompts(model, tokenizer, "cpu") == {"next": {"ab": ["b", pytest.approx(0.5)], "c": ["a", pytest.approx(0.7)]}}
 
 
 def test_what_a_run_is_told(text, tmp_path, monkeypatch):

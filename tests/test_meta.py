@@ -5,9 +5,8 @@ import json
 
 import pytest
 
-import tokenizer
 from configurator import UserError
-from meta import files_of, read_meta
+from meta import check_meta, files_of, read_meta
 from tokenizer import Tokenizer
 
 BYTES = {"tokenizer": "bytes", "vocab_size": 256, "mark": 0}
@@ -22,7 +21,7 @@ DATA = {**BYTES, "format": 1, "kind": "classify", "classes": ["no", "yes"], "los
 
 def test_what_is_right():
     for meta in (BYTES, WORDS, CHARS, BPE, DATA, {**DATA, "kind": "lm", "classes": []}, {**DATA, "splits": {}}):
-        tokenizer.check_meta(meta, "x")
+        check_meta(meta, "x")
         Tokenizer(meta)
 
 
@@ -65,7 +64,7 @@ FORGED = [
 @pytest.mark.parametrize("meta, said", FORGED, ids=range(len(FORGED)))
 def test_what_is_forged(meta, said, tmp_path):
     with pytest.raises(UserError) as error:
-        tokenizer.check_meta(meta, "out/ckpt.pt")
+        check_meta(meta, "out/ckpt.pt")
     line = str(error.value)
     assert line.startswith("out/ckpt.pt is damaged (") and said in line and "\n" not in line and len(line) < 300
     with pytest.raises(ValueError):

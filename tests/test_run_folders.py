@@ -139,6 +139,6 @@ def test_compare_removes_no_other_folder(text, tmp_path, refused, monkeypatch):
     folder = tmp_path / "out" / "dense-1"
     folder.mkdir(parents=True)
     (folder / "thesis.txt").write_text("mine")
-    line = refused(compare, f"--out_dir={tmp_path / 'out'}", f"--base={[f'--dataset={text}', *SMALL[:-1]]}", "--amount=1.0",
+    line = refused(compare, f"--out_dir={tmp_path / 'out'}", f"--base={[f'--dataset={text}', *[each for each in SMALL if 'iters' not in each and 'interval' not in each]]}", "--amount=1.0",
                    "--variants=['dense:', 'local: --attention=sparse']", "--seeds=[1, 2]")
     assert "holds 'thesis.txt', which is no file of a run" in line and (folder / "thesis.txt").read_text() == "mine"

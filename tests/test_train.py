@@ -522,12 +522,12 @@ def test_mend_log(tmp_path):
     ("--attention=sparse --windo=3", "unknown key 'windo'; did you mean window?"),
     ("--attention=sparse --sparse_pattern=locl", "unknown sparse_pattern 'locl'; did you mean local?"),
     ("--attention=sparse --sparse_pattern=local,zzz", "unknown sparse_pattern 'zzz'; there are dense, fixed, local, log"),
-    ("--attention=sparse --window=0", "window must be at least 1, got 0"),
+    ("--attention=sparse --window=0", "window must be from 1 to 16,777,216, got 0"),
     ("--attention=atrt --atrt_scope=rows", "unknown atrt_scope 'rows'; did you mean row?"),
     ("--attention=atrt --atrt_scope=matrix", "atrt_scope"), ("--attention=atrt --atrt_task=zzz", "unknown atrt_task 'zzz'"),
     ("--use_adaptive_attention=1", "use_adaptive_attention expects bool (like False), got int 1"),
     ("--use_adaptive_attention=True --span_init=20", "span_init expects list (like []), got int 20"),
-    ("--use_adaptive_attention=True --softness_span_mask=0", "softness_span_mask at least 1, got 16, 0"),
+    ("--use_adaptive_attention=True --softness_span_mask=0", "softness_span_mask at least 1, both at most 16,777,216; got 0, 0"),
     ("--use_adaptive_attention=True --period_min_triangle_wave_masking=9", "period_m"),
     ("--pos=rop", "unknown pos 'rop'; did you mean rope?"), ("--norm=batchnorm", "unknown norm 'batchnorm'"),
     ("--pool=sum", "unknown pool 'sum'"), ("--kernel=fast", "unknown kernel 'fast'"),
@@ -695,20 +695,15 @@ class Attention(attention.Attention):
         start = self.options.start
         self.slope = torch.nn.Parameter(torch.tensor([start[h % len(start)] for h in range(self.n_head)]))
 
-    def bias(self, i, j):
-        distance = i[:, None] - j[None]
-        kept = (distance.abs() <= self.options.width) & ((distance >= 0) | torch.tensor(not self.causal))
+    def bias(self, h, i, j):
         slope = 0 * self.slope if self.options.flat else self.slope
-        return torch.where(kept, -slope[:, None, None] * distance.abs(), -math.inf)
+        return torch.where((i - j).abs() <= self.options.width, -slope[h] * (i - j).abs(), -math.inf)
 
     def penalty(self):
         return self.options.price * self.slope.sum()
 
     def stats(self):
         return {**super().stats(), "slopes": self.slope.tolist(), "name": self.options.name}
-
-    def reach(self):
-        return self.options.width
 '''
 FILES = [file.stem for file in ROOT.glob("*.py") if file.stem != "attention" and "\nclass Attention(" in file.read_text("utf-8")]
 OPTIONS = {  # more than the defaults, and small enough to leave something out of 16 tokens
@@ -881,7 +876,7 @@ def test_what_an_evaluation_says_of_the_mechanism(text, tmp_path, monkeypatch, c
     pairs, calls = [136, 120, 100, 50], []
     monkeypatch.setattr(type(layer), "stats", lambda self: dict(health[self.layer]))
     monkeypatch.setattr(train, "health", lambda model, health=train.health: calls.append(model) or health(model))
-    monkeypatch.setattr(type(layer), "pairs", lambda self, T: pairs[len(calls) - 1] if T == 16 and calls else 200)
+    monkeypatch.setattr(type(layer), "multiplied_pairs", lambda self, T: pairs[len(calls) - 1] if T == 16 and calls else 200)
     assert not fit(tmp_path, text, "--max_iters=7")
     records = log_of(tmp_path, "val")
     assert [record["stats"] for record in records] == [health] * 4
