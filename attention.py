@@ -53,7 +53,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         if type(self).bias is Attention.bias:  # 0 depends on nothing
             self.relative = True
-        self.blocks_of = {}  # {T: what `blocks.find` derived}, where no parameter can change it
+        self.blocks_of = {}  # what was derived for a T: used again while nothing that it depends on changes
 
     # ---- the mechanism: `bias` is its formula, each of the others has a default that is right ------------------
 
@@ -124,13 +124,14 @@ class Attention(nn.Module):
     def bias_at(self, i, j, heads=None):
         """`total_bias` at positions i (n,) and j (m,), of `heads` (a range; None: all): (h, n, m), or (1, n, m) where the
         formula does not use h."""
-        h = torch.arange(self.n_head, device=i.device) if heads is None else torch.as_tensor(heads, device=i.device)
-        bias = self.total_bias(h[:, None, None], i[:, None], j)
+        heads = range(self.n_head) if heads is None else heads
+        h = torch.arange(heads.start, heads.stop, dtype=torch.int32, device=i.device)
+        bias = self.total_bias(h[:, None, None], i.int()[:, None], j.int())  # int32, as FlexAttention's: half the bytes
         return bias.expand(bias.size(0) if bias.dim() == 3 else 1, len(i), len(j))
 
-    def bias_by_offset(self, T):
-        """The bias of a relative mechanism by offset j - i from 1 - T to T - 1: (H or 1, 2 T - 1)."""
-        j = torch.arange(2 * T - 1, device=self.proj.weight.device)
+    def bias_by_offset(self, T, future=True):
+        """The bias of a relative mechanism by offset j - i from 1 - T to T - 1, or without the future to 0: (H or 1, offsets)."""
+        j = torch.arange(2 * T - 1 if future else T, dtype=torch.int32, device=self.proj.weight.device)
         return self.bias_at(j[T - 1 : T], j)[:, 0]
 
     def mask_parameters(self):

@@ -77,7 +77,10 @@ def windows(positions, n, before, after=0, edge=0):
 def derive(layer, T):
     """Parts that cover every pair whose bias is above -inf, from the formula alone: one part."""
     if layer.relative:
-        return [relative_blocks(layer, T)]
+        kept, key = bands_of_heads(layer, T), (T, "bands")
+        if layer.blocks_of.get(key, (None,))[0] != kept:
+            layer.blocks_of[key] = kept, [relative_blocks(layer, T, kept)]
+        return layer.blocks_of[key][1]
     if layer.mask_parameters():  # which may move anywhere
         heads, before, after = range(layer.n_head), *((layer.block_size - 1, 0) if layer.causal else (T, T))
         return [[Block(heads, *pair) for pair in windows(range(T), CELL, before, after)]]
@@ -93,11 +96,15 @@ def find(layer, T):
     return layer.blocks_of[T]
 
 
-def relative_blocks(layer, T):
-    """Windows of the offsets j - i that each head keeps; neighbouring heads that keep about the same share blocks."""
-    kept = (layer.bias_by_offset(T) > -math.inf).cpu().numpy()
+def bands_of_heads(layer, T):
+    """For each head the `bands` of the offsets j - i that it keeps."""
+    kept = (layer.bias_by_offset(T, future=not layer.causal) > -math.inf).cpu().numpy()
+    return [bands(row.nonzero()[0] + 1 - T) for row in kept] * (layer.n_head // len(kept))
+
+
+def relative_blocks(layer, T, bands_of):
+    """Windows of the bands of offsets; neighbouring heads with the same ones share blocks."""
     part, first = [], 0
-    bands_of = [bands(row.nonzero()[0] + 1 - T) for row in np.broadcast_to(kept, (layer.n_head, 2 * T - 1))]
     while first < layer.n_head:
         last = next((h for h in range(first, layer.n_head) if bands_of[h] != bands_of[first]), layer.n_head)
         heads, (lows, highs) = range(first, last), zip(*bands_of[first]) if bands_of[first] else ((), ())
@@ -105,7 +112,8 @@ def relative_blocks(layer, T):
         if len(lows) == 1:
             before, after = max(0, -lows[0]), max(0, highs[0])
             n = queries_of(before, T)
-            edge = n * max(1, round(before / n / 4)) if before < T - 1 else n
+            # few heads make small tiles, where starting an operation costs more than what is multiplied in vain
+            edge = n if len(heads) == layer.n_head else n * max(1, round(min(before, T) / n / 4))
             part += [Block(heads, *pair) for pair in windows(range(T), n, before, after, edge)]
         elif lows:
             for a in range(0, T, 64):
@@ -197,9 +205,10 @@ def digest_of_bias(layer, block):
 def block_bias(layer, block):
     """The bias of a block, (h or 1, n, m), -inf at distances that it does not answer for; differentiable."""
     device = layer.proj.weight.device
-    i, *j = (torch.arange(x.start, x.stop, x.step, device=device) for x in (block.queries, *block.kv_ranges))
+    i, *j = (torch.arange(x.start, x.stop, x.step, dtype=torch.int32, device=device) for x in (block.queries, *block.kv_ranges))
     j = torch.cat(j)
-    return answered(layer.bias_at(i, j, block.heads), (j - i[:, None]).abs(), block.distances, -math.inf)
+    bias = layer.bias_at(i, j, block.heads)
+    return bias if block.distances is None else answered(bias, (j - i[:, None]).abs(), block.distances, -math.inf)
 
 
 def answered(bias, distance, distances, dropped):

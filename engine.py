@@ -8,6 +8,7 @@ Letters: B batch, T time, H heads, D head size, S blocks of one shape in a stack
 s blocks of n queries and m keys.
 """
 
+import math
 from functools import cached_property
 
 import torch
@@ -28,36 +29,36 @@ def engine(layer, q, k, v, lengths=None, dropout=0.0):
     its blocks have several parts, none of which holds complete rows.
     """
     B, H = q.shape[:2]
+    same_heads, keeps_itself = diagonal(layer, q.size(2))
     variation = None
     if layer.reweighs and layer.scope == "matrix":
         squares = row_squares(layer, q, k, lengths)
         variation = [layer.matrix_variation(squares, lengths).expand_as(squares)]
-    parts, lengths, q, k, v, *variation = pack_heads(layer, q, lengths, k, v, *variation or ())
+    parts, lengths, q, k, v, *variation = pack_heads(layer, same_heads, q, lengths, k, v, *variation or ())
     if layer.reweighs and len(parts) > 1:
         raise ValueError(f"factor needs complete rows, blocks of one part; these have {len(parts)}")
     seed = int(torch.randint(2**62, ())) if dropout else 0  # of the global stream, which resuming restores
     parameters = [p for p in layer.mask_parameters() if p.requires_grad]
     results = []
     for n, stacks in enumerate(parts):
-        setting = stacks, lengths, dropout, seed + n, variation[0] if variation else None, len(parts) > 1
+        setting = stacks, not keeps_itself, lengths, dropout, seed + n, variation[0] if variation else None, len(parts) > 1
         results.append(Engine.apply(layer, setting, q, k, v, *parameters))
     y, lse = results[0]
     for other, other_lse in results[1:]:  # softmax over all keys: a part weighs as much as its sum of exponentials
         y = torch.lerp(y, other, torch.sigmoid(other_lse - lse).to(y.dtype))
         lse = torch.logaddexp(lse, other_lse)
-    if len(parts) > 1:
+    if len(parts) > 1 and not keeps_itself:
         y = y.masked_fill(lse < mask_value(q.dtype) / 2, 0)  # rows without a kept key
     return unpack_heads(y, B, H)
 
 
-def pack_heads(layer, q, lengths, *others):
+def pack_heads(layer, same_heads, q, lengths, *others):
     """(parts as stacks, lengths, q, *others) in the engine's order, (H, B, T, E) and contiguous.
 
     Heads that share everything become more examples, (1, B H, T, E): no copy into another order.
     """
     parts, (B, H) = stacks_of(layer, q.size(2)), q.shape[:2]
-    first = torch.zeros(1, dtype=torch.long, device=q.device)
-    if layer.bias_at(first, first).size(0) == 1 and all(len(s.block.heads) == H for part in parts for s in part):
+    if same_heads and all(len(s.block.heads) == H for part in parts for s in part):
         parts = [[s._replace(block=s.block._replace(heads=range(1))) for s in part] for part in parts]
         lengths = lengths.repeat_interleave(H) if lengths is not None else None
         return parts, lengths, *(x.contiguous().view(1, B * H, *x.shape[2:]) for x in (q, *others))
@@ -70,12 +71,22 @@ def unpack_heads(x, B, H):
 
 
 def stacks_of(layer, T):
-    """The layer's parts for a text of T tokens, stacked; where no parameter can change them, found once for each T."""
-    if layer.mask_parameters():
-        return [blocks.stack(layer, part) for part in blocks.find(layer, T)]
-    key = T, "stacks"
-    if key not in layer.blocks_of:
-        layer.blocks_of[key] = [blocks.stack(layer, part) for part in blocks.find(layer, T)]
+    """The layer's parts for a text of T tokens, stacked; the same as before where its blocks are."""
+    parts, key = blocks.find(layer, T), (T, "stacks")
+    if key not in layer.blocks_of or layer.blocks_of[key][0] is not parts:
+        layer.blocks_of[key] = parts, [blocks.stack(layer, part) for part in parts]
+    return layer.blocks_of[key][1]
+
+
+@torch.no_grad()
+def diagonal(layer, T):
+    """(whether the bias is the same in all heads, whether every query of a text of T tokens keeps its own key): if it does,
+    no row is empty, whatever the padding takes."""
+    key, i = (T, "diagonal"), torch.arange(T, device=layer.proj.weight.device)
+    if key not in layer.blocks_of or layer.mask_parameters():
+        h, i = torch.arange(layer.n_head, device=i.device)[:, None], i[-1:] if layer.relative else i
+        bias = layer.total_bias(h, i, i)
+        layer.blocks_of[key] = bias.dim() < 2 or len(bias) == 1, bool((bias > -math.inf).all())
     return layer.blocks_of[key]
 
 
@@ -83,9 +94,10 @@ def stacks_of(layer, T):
 def row_squares(layer, q, k, lengths=None):
     """The sum of squares of each query's softmax weights, (B, H, T, 1). The blocks must be of one part."""
     B, H = q.shape[:2]
-    (stacks,), lengths, q, k = pack_heads(layer, q, lengths, k)
+    same_heads, keeps_itself = diagonal(layer, q.size(2))
+    (stacks,), lengths, q, k = pack_heads(layer, same_heads, q, lengths, k)
     squares = q.new_zeros(*q.shape[:3], 1, dtype=accumulate_dtype(q))
-    for tile in Tiles(layer, stacks, lengths, q=q):
+    for tile in Tiles(layer, stacks, not keeps_itself, lengths, q=q):
         s = tile.scores(tile.gather(q, tile.queries), tile.gather_keys(k))
         p = tile.without_empty_rows(torch.softmax(s, -1, dtype=squares.dtype), s)
         tile.put(squares, tile.queries, p.square_().sum(-1, keepdim=True))
@@ -98,11 +110,12 @@ class Engine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, layer, setting, q, k, v, *parameters):
-        tiles, out = Tiles(layer, *setting, q), torch.zeros_like(v)
+        tiles = Tiles(layer, *setting, q)
+        out = tiles.new(v)
         lse = v.new_full((*v.shape[:3], 1), mask_value(q.dtype), dtype=accumulate_dtype(v)) if tiles.joined else None
         for tile in tiles:
             s = tile.scores(tile.gather(q, tile.queries), tile.gather_keys(k))
-            largest = s.amax(-1, keepdim=True) if tiles.joined or tile.may_be_empty else None
+            largest = s.amax(-1, keepdim=True) if tiles.joined or tiles.may_be_empty else None
             p = torch.softmax(s, -1, out=s)
             if tiles.joined:  # the largest weight is exp(largest - lse)
                 tile.put(lse, tile.queries, largest.to(lse.dtype) - p.amax(-1, keepdim=True).to(lse.dtype).log_())
@@ -117,12 +130,12 @@ class Engine(torch.autograd.Function):
     def backward(ctx, grad, grad_lse):
         q, k, v, *parameters = ctx.saved_tensors
         tiles, grad, scale = Tiles(ctx.layer, *ctx.setting, q, parameters), grad.contiguous(), q.size(-1) ** -0.5
-        dq = torch.zeros_like(q)
+        dq = tiles.new(q)
         dk, dv = (torch.zeros_like(x, dtype=accumulate_dtype(x)) for x in (k, v))  # sums over many blocks
         for tile in tiles:
             queries, keys, g = tile.gather(q, tile.queries), tile.gather_keys(k), tile.gather(grad, tile.queries)
             s = tile.scores(queries, keys)
-            largest = s.amax(-1, keepdim=True) if tile.may_be_empty else None
+            largest = s.amax(-1, keepdim=True) if tiles.may_be_empty else None
             p = tile.without_empty_rows(torch.softmax(s, -1, out=s), largest)
             dp = tile.drop(torch.bmm(g, tile.gather_keys(v).mT))
             used = tile.reweigh(p)
@@ -152,8 +165,10 @@ class Tiles:
     depends.
     """
 
-    def __init__(self, layer, stacks, lengths=None, dropout=0.0, seed=0, variation=None, joined=False, q=None, parameters=()):
+    def __init__(self, layer, stacks, may_be_empty, lengths=None, dropout=0.0, seed=0, variation=None, joined=False,
+                 q=None, parameters=()):
         self.layer, self.stacks, self.variation, self.joined = layer, stacks, variation, joined
+        self.may_be_empty = may_be_empty and not joined  # parts: their sum tells
         self.q, self.parameters, self.dropout = q, parameters, dropout
         self.random = torch.Generator(q.device).manual_seed(seed) if dropout else None
         self.gradients = [torch.zeros_like(p) for p in parameters]
@@ -162,6 +177,12 @@ class Tiles:
             padded = torch.arange(q.size(2), device=q.device) >= lengths[:, None]
             padding = q.new_zeros(padded.shape).masked_fill_(padded, mask_value(q.dtype))
             self.padding = padding[None, ..., None]  # (1, B, T, 1)
+
+    def new(self, x):
+        """A tensor like x for what the queries' tiles write: zeros where some have none."""
+        H, T = self.q.size(0), self.q.size(2)
+        written = sum(stack.count * len(stack.block.heads) * len(stack.block.queries) for stack in self.stacks)
+        return torch.empty_like(x) if written == H * T else torch.zeros_like(x)
 
     def __iter__(self):
         B, T = self.q.shape[1:3]
@@ -203,14 +224,6 @@ class Bias:
         """1.0 where a pair is kept, else 0.0."""
         return (self.value > mask_value(self.value.dtype) / 2).to(accumulate_dtype(self.value))
 
-    def some_row_empty(self, padded):
-        """Whether a query may keep none of the keys, without the padding; the rows of padding itself do not count."""
-        return padded or not self.kept_rows
-
-    @cached_property
-    def kept_rows(self):
-        return bool((self.value.amax(-1) > mask_value(self.value.dtype) / 2).all())
-
     def backward(self):
         """Pass `gradient` on to the parameters."""
         if self.gradient is None:
@@ -231,10 +244,6 @@ class RelativeBias(Bias):
         dropped = mask_value(row.value.dtype)
         self.value = self.spread(blocks.answered(row.value[self.heads], distance, block.distances, dropped))
         self.gradient = torch.zeros_like(self.value, dtype=row.gradient.dtype) if row.gradient is not None else None
-
-    def some_row_empty(self, padded):
-        keeps_itself = bool((self.row.value[self.heads, self.T - 1] > mask_value(self.value.dtype) / 2).all())
-        return not (keeps_itself if padded else self.kept_rows)
 
     def spread(self, x):
         """x (h, 2 T - 1) by offset -> (h, n, m), each pair's."""
@@ -263,7 +272,6 @@ class Tile:
         self.bias = bias.value[rows]
         self.bias_gradient = bias.gradient[rows] if bias.gradient is not None else None
         self.kept = bias.kept[rows] if tiles.layer.reweighs else None
-        self.may_be_empty = not tiles.joined and bias.some_row_empty(tiles.padding is not None)
         self.shape = len(heads), len(batch), len(chosen), *self.bias.shape[1:]
         self.dropout_mask = None
 
@@ -319,8 +327,8 @@ class Tile:
         return s
 
     def without_empty_rows(self, p, largest):
-        """Softmax weights p, 0 in rows without a kept key, whose `largest` score tells them."""
-        if not self.may_be_empty:
+        """Softmax weights p, 0 in rows without a kept key, which their `largest` score tells."""
+        if not self.tiles.may_be_empty:
             return p
         return p.masked_fill_(largest.amax(-1, keepdim=True) < mask_value(largest.dtype) / 2, 0)
 
