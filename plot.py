@@ -12,7 +12,7 @@ OUT_DIR   a run of train.py; of several, pictures for all together. Into the fir
     --reviews=FILE    that page for reviews, each a line {"text": "...", "label": 1, "kind": "..."}; no label, no truth
 FILE      what compare.py wrote (FILE.png, FILE_hard.png), or `bench.py attention --results=FILE` (FILE.png)
 
-A mechanism's own pattern is drawn by its own file: python sparse.py. Pictures need matplotlib.
+A mechanism's pattern is drawn by python attention.py NAME. Pictures need matplotlib.
 """
 
 import openmp  # first: torch reads its settings when it is loaded
