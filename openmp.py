@@ -8,8 +8,8 @@ on a busy one. `python bench.py load` measures both.
 
 import os
 
-# Rounds of a spin; libgomp's own number is 300,000, several milliseconds. Chosen by `bench.py load`: at most 5 % slower than
-# that on an idle machine, and at least 40 % of the idle speed beside one busy process a core.
+# Rounds of a spin; libgomp's own number is 300,000, several milliseconds. Chosen by `bench.py load` (README, "Beside other
+# processes"): no slower than that on an idle machine, and about half of the idle speed beside one busy process a core.
 SPIN_COUNT = 20_000
 
 if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:  # the user's own choice stays
