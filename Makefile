@@ -16,7 +16,7 @@ test: .venv/installed-test
 
 # Each fault many times, where `test` tries it a few times; the counts go to results/faults.json.
 test-faults: .venv/installed-test
-	FAULTS=1 $(RUN) -m pytest -q -n 2 tests/test_faults.py tests/test_faults_data.py tests/test_compare_faults.py \
+	FAULTS=1 $(RUN) -m pytest -q tests/test_faults.py tests/test_faults_data.py tests/test_compare_faults.py \
 		tests/test_prepare_folders.py tests/test_run_folders.py tests/test_forged_*.py tests/test_input.py tests/test_ranks.py \
 		-k "not test_ranks or dies or nodes or disk"
 

@@ -148,21 +148,6 @@ def refused(capsys, monkeypatch):
     return check
 
 
-def pytest_sessionfinish(session):
-    """A worker of pytest-xdist hands in the faults that it counted."""
-    if hasattr(session.config, "workeroutput") and "faulty" in sys.modules:
-        session.config.workeroutput["faults"] = sys.modules["faulty"].COUNTS
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node):
-    """The main process adds up the workers' counts."""
-    import faulty
-
-    for row, counts in getattr(node, "workeroutput", {}).get("faults", {}).items():
-        faulty.count(row, **counts)
-
-
 def pytest_terminal_summary(terminalreporter, exitstatus):
     """After `make test-faults`: what was tried and what was lost, as a table and in results/faults.json."""
     faulty = sys.modules.get("faulty")
