@@ -16,7 +16,6 @@ from torch.nn.attention import flex_attention as torch_flex
 
 import blocks
 from configurator import UserError
-from ops import accumulate_dtype
 
 BLOCK = 128  # queries and keys of a block of the mask: FlexAttention's default
 FACTOR_FLOOR = 1e-30  # a factor of 0 would be a score of -inf, and a row of nothing else has no gradient
