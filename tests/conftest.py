@@ -112,8 +112,9 @@ def reviews(tmp_path_factory):
 
 
 def call(module, *arguments):
-    """What module.main() returns for these arguments. Its settings and the signals are put back afterwards."""
-    before, line = dict(vars(module)), sys.argv
+    """What module.main() returns for these arguments. Its settings, train.py's and the signals are put back afterwards."""
+    modules = {module, *([sys.modules["train"]] if "train" in sys.modules else [])}  # compare.py sets those of train.py
+    before, line = {each: dict(vars(each)) for each in modules}, sys.argv
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     runs.asked.clear()
     sys.argv = [f"{module.__name__}.py", *map(str, arguments)]
@@ -121,7 +122,8 @@ def call(module, *arguments):
         return module.main()
     finally:
         sys.argv = line
-        vars(module).update(before)
+        for each, values in before.items():
+            vars(each).update(values)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
