@@ -38,7 +38,7 @@ def attend(layer, q, k, v, lengths=None, dropout=0.0):
         if layer.renormalize:
             total = call(scaled)[1] if dropout else None
     if dropout:
-        scaled = with_dropout(scaled, dropout, q.size(2))
+        scaled = with_dropout(scaled, dropout, q.device)
     y, scaled_total = call(scaled)
     if total is None:
         return y
@@ -119,15 +119,18 @@ def with_factor(layer, score, total, call, lengths):
     return scaled
 
 
-def with_dropout(score, dropout, T):
+def with_dropout(score, dropout, device):
     """`score` with pairs dropped at a rate, by a hash of a seed and the pair: the same forward and backward."""
-    seed = torch.randint(2**31, (), device="cpu")
+    seed = torch.randint(2**31, (), device=device)
+    limit = torch.full((), int(dropout * 2**24), device=device)  # a tensor: dynamo makes a number symbolic, which FlexAttention refuses
 
     def scaled(s, b, h, i, j):
-        x = seed.to(s.device) + (b * 131071 + h) * 8191 + i * T + j
-        for factor in (0x45D9F3B, 0x45D9F3B, 0x2C1B3C6D):
-            x = ((x ^ (x >> 16)) * factor) & 0x7FFFFFFF
-        return torch.where((x & 0xFFFFFF) < int(dropout * 2**24), -math.inf, score(s, b, h, i, j))
+        x = seed
+        for index in (b, h, i, j):  # mixed after each: no two heads or texts share their bits at shifted positions
+            x = (x + index) & 0x7FFFFFFF
+            for factor in (0x45D9F3B, 0x2C1B3C6D):
+                x = ((x ^ (x >> 16)) * factor) & 0x7FFFFFFF
+        return torch.where((x >> 7) < limit, -math.inf, score(s, b, h, i, j))
 
     return scaled
 
