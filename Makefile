@@ -16,9 +16,8 @@ test: .venv/installed-test
 
 # Each fault many times, where `test` tries it a few times; the counts go to results/faults.json.
 test-faults: .venv/installed-test
-	FAULTS=1 $(RUN) -m pytest -q tests/test_faults.py tests/test_faults_data.py tests/test_compare_faults.py \
-		tests/test_prepare_folders.py tests/test_run_folders.py tests/test_forged_*.py tests/test_input.py tests/test_ranks.py \
-		-k "not test_ranks or dies or nodes or disk"
+	FAULTS=1 $(RUN) -m pytest -q -n 2 tests/runs tests/comparison/test_compare_faults.py tests/datasets/test_prepare_folders.py \
+		tests/pictures/test_forged_files.py tests/settings/test_input.py -k "not test_ranks or dies or nodes or disk"
 
 bench: .venv/installed
 	$(RUN) bench.py attention

@@ -18,9 +18,9 @@ import torch
 import torch.nn as nn
 
 import attention
-import blocks
-from blocks import Block
-from configurator import UserError, choose, shown
+from core import blocks
+from core.blocks import Block
+from core.config import UserError, check_choice, shown
 
 softness_span_mask = 32  # R, positions in which the mask falls from 1 to 0: so that a span has a gradient
 span_reg = 2e-6  # loss for each position of the mean span, as in the paper: little, for spans that help
@@ -154,6 +154,6 @@ def check_options(layer):
     if not -0.25 < o.ratio_init_triangle_wave_masking < 0.25:
         raise UserError("ratio_init_triangle_wave_masking must be above -1/4 and below 1/4, got "
                         f"{o.ratio_init_triangle_wave_masking}")
-    choose("triangle_wave_harmonics", str(o.triangle_wave_harmonics), ("0", "1", "3", "5"))
+    check_choice("triangle_wave_harmonics", str(o.triangle_wave_harmonics), ("0", "1", "3", "5"))
     if not all(type(z) in (int, float) and 1e-7 < z / layer.longest < 1 - 1e-7 for z in o.span_init):  # of float32
         raise UserError(f"span_init: expected spans above 0 and below {layer.longest} (max_span), got {shown(o.span_init)}")

@@ -8,7 +8,7 @@ Training  losses and health of the runs below the working folder, also while the
 What visitors type is shown as text: never as HTML, nor as Markdown, which may name pictures to fetch.
 """
 
-import openmp  # first: torch reads its settings when it is loaded
+from core import openmp  # first: torch reads its settings when it is loaded
 
 import contextlib
 import html
@@ -21,16 +21,15 @@ import streamlit as st
 import torch
 
 import bench
-import demo
-import hardware
-import heat
 import plot
 import sample
-from configurator import Text, UserError, typed
-from model import GPT, GPTConfig, mechanism, mechanisms
-from pattern import draw_pattern, patterns
-from runs import say, say_stats
-from tokenizer import UNKNOWN
+from core import demo, figures, hardware, heat, inference, readers
+from core.config import Text, UserError, typed
+from core.mechanisms import mechanism, mechanisms
+from core.pattern import draw_pattern, patterns
+from core.runs import say, format_stats
+from core.tokenizer import UNKNOWN
+from model import GPT, GPTConfig
 
 HERE = Path(__file__).resolve().parent
 SHOWN = 40  # words of a heat map
@@ -86,7 +85,7 @@ def machine():
 @st.cache_resource(max_entries=8, show_spinner="Reading the checkpoint ...")
 def opened(folder, changed, kind):
     """(model, tokenizer, classes) of a run's best weights. changed: when they were written, for the cache."""
-    model, tokenizer, classes = heat.read_run(folder)
+    model, tokenizer, classes = sample.read_run(folder / "best.pt")
     if model.config.causal != (kind == "lm"):
         raise UserError(f"{folder} holds a {'language model: see Text' if kind == 'classify' else 'classifier: see Reviews'}")
     device, dtype = machine()
@@ -212,9 +211,9 @@ def one_review(label, folder, review, alone):
     with said:
         st.markdown(f"**{demo.plain(label)}**")
         model, tokenizer, classes = open_run(folder, "classify")
-        p = float(sample.predict(model, tokenizer, [review], "cpu", "float32")[0])
+        p = float(inference.predict(model, tokenizer, [review], "cpu", "float32")[0])
         st.metric("The model says", f"{classes[p > 0.5]} {max(p, 1 - p):.1%}")
-        x, lengths = sample.review_batch(model, tokenizer, [review], "cpu")
+        x, lengths = inference.review_batch(model, tokenizer, [review], "cpu")
         if tokenizer.kind == "words":
             toy = ": a toy that learned from made-up sentences, and no judge of films" * (tokenizer.vocab_size < 1000)
             st.caption(f"It knows {tokenizer.vocab_size:,} words{toy}.")
@@ -310,14 +309,14 @@ def drawn_pattern(name, options, T, causal):
     torch.manual_seed(0)  # of periods that begin at random
     config = dict(block_size=T, vocab_size=1, n_layer=1, n_head=4, n_embd=64, n_class=0 if causal else 2)
     model = GPT(GPTConfig(**config, attention=name, options=dict(options))).eval().requires_grad_(False)
-    picture = demo.png(draw_pattern, plot.figure(), *patterns(model, name, min(T, 512)))
     layer = model.layers[0].attention
+    picture = demo.png(draw_pattern, figures.figure(), *patterns([layer], name, min(T, 512)))
     return picture, layer.kept_pairs(T), layer.multiplied_pairs(T), T * (T + 1) / 2 if causal else T * T
 
 
 @st.cache_data(max_entries=32, show_spinner="Drawing ...")
 def drawn_spans(folder, changed):
-    return demo.png(plot.draw_spans, plot.read_log(folder / "log.jsonl")[0])
+    return demo.png(plot.draw_spans, readers.read_log(folder / "log.jsonl")[0])
 
 
 @st.cache_resource
@@ -381,7 +380,7 @@ def curves(runs):
     logs, lines = {}, {}
     for label, folder in runs.items():
         with told():
-            logs[label] = plot.read_log(folder / "log.jsonl")
+            logs[label] = readers.read_log(folder / "log.jsonl")
     for key in plot.SCORES:
         for label, (records, _) in logs.items():
             for record in records:
@@ -408,7 +407,7 @@ def health(records):
             place.metric(name, format(record[key], form) if key in record else "unknown")
     for (split, best), record in last.items():
         scores = {key: record[key] for key in (*plot.SCORES, "f1", "precision", "recall", "auc") if key in record}
-        said = say(scores) + say_stats(record.get("stats", []))
+        said = say(scores) + format_stats(record.get("stats", []))
         st.text(f"{split}{', whole, best weights' * best}, step {record['step']}: {said}")
 
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 import attention
-from configurator import UserError, choose
-from ops import accumulate_dtype
+from core.config import UserError, check_choice
+from core.ops import accumulate_dtype
 
 atrt_scope = "row"  # ranked among the keys a query sees; "matrix": among all weights of a head, for classifiers only
 atrt_renormalize = True  # divide by the new row sum, so that a query's weights stay an average
@@ -38,8 +38,8 @@ class Attention(attention.Attention):
     def __init__(self, config, layer=0):
         super().__init__(config, layer)
         o = self.options
-        choose("atrt_scope", o.atrt_scope, ("row", "matrix"))
-        choose("atrt_task", o.atrt_task, TASKS)
+        check_choice("atrt_scope", o.atrt_scope, ("row", "matrix"))
+        check_choice("atrt_task", o.atrt_task, TASKS)
         if o.atrt_scope == "matrix" and self.causal:
             raise UserError("atrt_scope=matrix ranks a query's weights among those of later queries, which a language model "
                             "must not see: use atrt_scope=row, or train a classifier")

@@ -20,12 +20,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import blocks
-import flex
-import kvcache
-from configurator import UserError
-from engine import engine
-from ops import accumulate_dtype, drop, mask_value, split_heads
+from core import blocks, flex, kvcache
+from core.config import UserError
+from core.engine import engine
+from core.ops import accumulate_dtype, drop, mask_value, split_heads
 
 KERNELS = ("auto", "engine", "flex", "sdpa", "reference")
 
@@ -137,6 +135,10 @@ class Attention(nn.Module):
     def mask_parameters(self):
         """The parameters that `bias` depends on: all but the projections'."""
         return [p for name, p in self.named_parameters() if name.split(".")[0] not in ("qkv", "proj")]
+
+    @property
+    def derives_blocks(self):
+        return type(self).blocks is Attention.blocks
 
     @property
     def reweighs(self):
@@ -259,6 +261,6 @@ class Attention(nn.Module):
 
 
 if __name__ == "__main__":
-    import pattern
+    from core import pattern
 
     pattern.show_pattern()

@@ -14,7 +14,7 @@ calls that alternate with all others, and every rate stands beside the machine's
 matrix product, measured in the same run.
 """
 
-import openmp  # first: torch reads its settings when it is loaded
+from core import openmp  # first: torch reads its settings when it is loaded
 
 import contextlib
 import importlib.util
@@ -31,11 +31,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-import hardware
-import ranks
-from ops import split_heads
-from configurator import Text, UserError, choose, configure, run, typed
-from model import GPT, GPTConfig, mechanism
+from core import dist, hardware
+from core.config import Text, UserError, check_choice, configure, run, typed
+from core.mechanisms import mechanism
+from core.ops import split_heads
+from model import GPT, GPTConfig
 
 mechanisms = []  # what is measured, see above; empty: the mode's own list (ROWS)
 attention = ""  # one mechanism instead
@@ -107,12 +107,12 @@ def parse(text):
     text = str(text).strip()
     name, *settings = re.split(r"\s+(?=\w+=)", NAMES.get(text, text))
     if " " in name:
-        choose("mechanism", name, NAMES)
+        check_choice("mechanism", name, NAMES)
     defaults = {**mechanism(name)[1], "kernel": kernel}
     options = {"kernel": kernel}
     for setting in settings:
         key, value = setting.split("=", 1)
-        choose(f"option of {name}", key, defaults)
+        check_choice(f"option of {name}", key, defaults)
         options[key] = typed(key, Text(value), defaults[key], f"mechanisms, {name}")
     return Row(text, name, options.pop("kernel"), options)
 
@@ -272,6 +272,11 @@ def add_ratios(table, *peers):
     return table
 
 
+def adamw(model):
+    """train.py's optimizer."""
+    return torch.optim.AdamW(model.parameter_groups(0.1), lr=1e-3, betas=(0.9, 0.99), fused=True)
+
+
 def training_step(x, y, model, penalty, optimizer, precision):
     """A training step on x and y of any model with nanoGPT's interface."""
     with hardware.autocast(x.device.type, precision):
@@ -289,12 +294,12 @@ def bench_step(rows, T):
     runs = {}  # {name: (FLOP for a token, what `training_step` takes besides the batch)}
     for row in rows:
         model = ours(row, T)
-        how = model.penalty, model.optimizer(1e-3, 0.1, (0.9, 0.99)), dtype
-        runs[row.label] = model.work_per_token(T), model, *how
+        how = model.penalty, adamw(model), dtype
+        runs[row.label] = model.estimate_flops(T), model, *how
         if compile:
-            runs[f"{row.label}, compiled"] = runs[row.label][0], model.compiled(), *how
+            runs[f"{row.label}, compiled"] = runs[row.label][0], hardware.compiled(model), *how
     if peer:
-        other, cost = nanogpt(T), ours(parse("dense"), T).work_per_token(T)
+        other, cost = nanogpt(T), ours(parse("dense"), T).estimate_flops(T)
         with contextlib.redirect_stdout(None):
             optimizer = other.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device)
         for precision in ["float32"] + [dtype] * (dtype != "float32"):  # on a CPU it trains in float32
@@ -351,34 +356,34 @@ def bench_ranks(rows, T):
     float32 number: an all-gather and a reduce-scatter (R - 1) / R of its four bytes each. DDP does one of each with the
     gradients at the last backward pass; FSDP then scatters them, and gathers the weights before every forward and backward one.
     """
-    if ranks.world < 2:
+    if dist.world < 2:
         raise UserError("many ranks are to be measured: torchrun --standalone --nproc_per_node=2 bench.py ranks")
     x = torch.randint(vocab_size, (batch_size, T), device=device)
     found = []
     for row, sharded, passes in itertools.product(rows, (False, True), (1, 4)):
         model = ours(row, T)
         N = model.parameter_count()
-        model = ranks.shard(model, device) if sharded else model
-        forward, optimizer = ranks.synchronised(model, model), model.optimizer(1e-3, 0.1, (0.9, 0.99))
+        model = dist.shard(model, device) if sharded else model
+        forward, optimizer = dist.synchronised(model, model), adamw(model)
 
         def step():
             for n in range(passes):
-                with ranks.piece(model, forward, n == passes - 1):
+                with dist.piece(model, forward, n == passes - 1):
                     with hardware.autocast(device, dtype):
                         loss = forward(x, x)[1]
                     (loss + model.penalty()).backward()
-            ranks.mean_of_whole(model)
-            ranks.clip(model.parameters(), 1.0)
+            dist.mean_of_whole(model)
+            dist.clip(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
         def settled():
             """Bytes sent so far, when every rank has sent what it has to."""
             hardware.synchronize(device)
-            ranks.any_rank(False)
+            dist.any_rank(False)
             time.sleep(0.05)
             sent = hardware.sent_bytes()
-            ranks.any_rank(False)
+            dist.any_rank(False)
             return sent
 
         for _ in range(2):  # in which DDP finds the order of its messages
@@ -389,10 +394,10 @@ def bench_ranks(rows, T):
             step()
             hardware.synchronize(device)
             seconds.append(time.perf_counter() - began)
-        sent = (settled() - before) / repeat / ranks.world
-        found.append({"split": "FSDP" if sharded else "DDP", "ranks": ranks.world, "forward passes": passes,
+        sent = (settled() - before) / repeat / dist.world
+        found.append({"split": "FSDP" if sharded else "DDP", "ranks": dist.world, "forward passes": passes,
                       "million parameters": N / 1e6, "bytes a parameter and rank": sent / N,
-                      "a ring's": 4 * (2 * passes + 1 if sharded else 2) * (ranks.world - 1) / ranks.world,
+                      "a ring's": 4 * (2 * passes + 1 if sharded else 2) * (dist.world - 1) / dist.world,
                       "ms": 1e3 * statistics.median(seconds)})
     return found
 
@@ -423,7 +428,7 @@ def main():
     modes = {"attention": bench_attention, "layer": bench_layer, "step": bench_step, "sample": bench_sample, "ranks": bench_ranks}
     arguments = sys.argv[1:]
     mode = arguments.pop(0) if arguments and arguments[0][0] != "-" else ("" if "--help" not in arguments else "step")
-    choose("benchmark", mode, [*modes, "load"])
+    check_choice("benchmark", mode, [*modes, "load"])
     if mode == "load":
         import bench_load  # which imports this file
 
@@ -443,14 +448,14 @@ def main():
     places = places or [shape_of(shape) for shape in shapes or SHAPES[mode]]
     hardware.keep_freed_memory()
     torch.manual_seed(0)
-    with ranks.joined(hardware.pick_device(device)) as device:
+    with dist.joined(hardware.pick_device(device)) as device:
         measure(modes[mode], mode, rows, places)
 
 
 def measure(bench, mode, rows, places):
     """Run a benchmark at each of the places, and show and save what it found."""
     global dtype
-    dtype = ranks.gather(hardware.pick_dtype(dtype, device))[0]
+    dtype = dist.gather(hardware.pick_dtype(dtype, device))[0]
     machine = hardware.describe()
     rate = hardware.matmul_rate(device, dtype)
     print(f"{machine['gpu'] or machine['processor']}, {machine['threads']} threads, torch {machine['torch']}; "
@@ -464,7 +469,7 @@ def measure(bench, mode, rows, places):
     for table in filter(None, tables.values()):
         print()
         show(table)
-    if results and ranks.rank == 0:
+    if results and dist.rank == 0:
         measured = {row.label: {"attention": row.attention, "kernel": row.kernel, **row.options} for row in rows}
         saved = {"machine": machine, "dtype": dtype, "matmul_gflops": rate / 1e9, "mechanisms": measured, **tables}
         Path(results).write_text(json.dumps(saved, indent=1), "utf-8")

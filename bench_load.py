@@ -7,7 +7,7 @@ busy process, so that what else the machine does falls on all settings. The tabl
 are of the idle speed of the first setting, which should be "": libgomp's own spin count. Needs a CPU that nothing else uses.
 """
 
-import openmp  # first: torch reads its settings when it is loaded
+from core import openmp  # first: torch reads its settings when it is loaded
 
 import contextlib
 import itertools
@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 
 import bench
-import hardware
-from configurator import UserError, choose, configure, run
+from core import hardware
+from core.config import UserError, check_choice, configure, run
 from model import GPT, GPTConfig
 from train import batch_size, block_size, n_embd, n_head, n_layer
 
@@ -67,7 +67,7 @@ def worker():
     trained, sampled = (GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size,
                                       vocab_size=vocab_size)) for _ in range(2))
     x, y = torch.randint(vocab_size, (2, batch_size, block_size))
-    optimizer = trained.optimizer(1e-3, 0.1, (0.9, 0.99))
+    optimizer = torch.optim.AdamW(trained.parameter_groups(0.1), lr=1e-3, betas=(0.9, 0.99), fused=True)
     stream = sampled.for_sampling(hardware.DTYPES[dtype]).stream(x[:1], 10**9, temperature=0.8, top_k=200)
     sampling = map(lambda token: 1, stream)
 
@@ -169,7 +169,7 @@ def main(arguments):
     for spin_count in spin_counts:
         environment(spin_count)
     for kind in busy:
-        choose("busy", kind, BUSY)
+        check_choice("busy", kind, BUSY)
     for key, least in (("rounds", 1), ("seconds", 0), ("processes", 0)):
         if globals()[key] < least:
             raise UserError(f"{key} must be at least {least}, got {globals()[key]}")

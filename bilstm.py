@@ -16,9 +16,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from configurator import UserError, choose
-from model import GPTConfig, Model, mechanism, mechanisms
-from ops import drop, mask_value
+from core.config import UserError, check_choice
+from core.mechanisms import mechanism, mechanisms
+from core.ops import drop, mask_value
+from model import GPTConfig, Model
 
 hidden = 128  # channels of each direction
 
@@ -27,7 +28,7 @@ OWN = ("none", "additive")
 
 def options_of(attention):
     """The default options, by name, of a BiLSTM with this attention."""
-    choose("attention", attention, [*OWN, "multihead", *mechanisms()])
+    check_choice("attention", attention, [*OWN, "multihead", *mechanisms()])
     return {"hidden": hidden} | ({} if attention in OWN else mechanism(mechanism_of(attention))[1])
 
 
@@ -120,8 +121,8 @@ class BiLSTM(Model):
         best = self.read(idx, lengths).masked_fill(padded[..., None], float("-inf")).argmax(1)  # (B, C)
         return F.one_hot(best, idx.size(1)).float().mean(1)
 
-    def work_per_token(self, T):
-        """Floating-point operations to train on one token of a text of T: see `GPT.work_per_token`."""
+    def estimate_flops(self, T):
+        """Floating-point operations to train on one token of a text of T: see `GPT.estimate_flops`."""
         width, C = self.config.options["hidden"], 2 * self.config.options["hidden"]
         work = sum(2 * 4 * width * ((C if n else self.config.n_embd) + width) for n in range(self.config.n_layer))
         if self.config.attention == "additive":

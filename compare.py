@@ -11,7 +11,7 @@ All variants read the same data and are scored on the same split. A config file 
 length, seed, warm-up, evaluations and out_dir are replaced by those of the comparison. Other files in out_dir stay.
 """
 
-import openmp  # first: torch reads its settings when it is loaded
+from core import openmp  # first: torch reads its settings when it is loaded
 
 import json
 import math
@@ -24,19 +24,19 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-import charts
-import hardware
 import train
-from checkpoint import PREVIOUS, load
-from configurator import UserError, choose, configure, plain_values, run
-from dataset import Dataset, batches, difference
-from heat import read_reviews
-from ranks import leave_if_asked
-from readers import read_log, read_predictions
-from runs import Stop, asked, check_folder, clock, locked, write_text
-from sample import encode, predict
-from significance import LEVEL, chance, holm, interval, mcnemar, standard_error
-from tokenizer import Tokenizer
+from core import charts, hardware
+from core.checkpoint import PREVIOUS
+from core.config import UserError, check_choice, configure, plain_values, run
+from core.dataset import Dataset, batches, difference
+from core.dist import leave_if_asked
+from core.heat import read_reviews
+from core.inference import encode, predict
+from core.readers import read_log, read_predictions
+from core.runs import Stop, asked, check_folder, clock, locked, write_text
+from core.stats import LEVEL, chance, holm, interval, mcnemar, standard_error
+from core.tokenizer import Tokenizer
+from model import load
 
 TRAIN = plain_values(vars(train))  # its defaults, before any run has changed them
 
@@ -90,7 +90,7 @@ def parse(text):
 
 def settings_of(arguments):
     """(settings, options) of a new run of train.py."""
-    return configure(dict(TRAIN), [*arguments, "--init_from=scratch", "--eval_only=False"], train.further_options)
+    return configure(dict(TRAIN), [*arguments, "--init_from=scratch", "--eval_only=False"], train.mechanism_options)
 
 
 def slug(name):
@@ -116,11 +116,11 @@ def typical_steps(variant):
     """(a call that trains for five steps, from one with short texts to one with long ones; operations of a mean step,
     parameters)."""
     model, source = set_up(variant)
-    settings, forward = plain_values(vars(train)), model.compiled() if train.compile else model
-    optimizer = model.optimizer(0.0, 0.0, (train.beta1, train.beta2))  # a rate of 0: the weights stay as they are
+    settings, forward = plain_values(vars(train)), hardware.compiled(model) if train.compile else model
+    optimizer = torch.optim.AdamW(model.parameter_groups(0.0), lr=0.0, betas=(train.beta1, train.beta2), fused=True)  # a rate of 0: the weights stay as they are
     scaler = torch.amp.GradScaler(train.device.split(":")[0], enabled=train.dtype == "float16")
     texts = [source.batch(step)[0] for step in range(50)]
-    work = sum(x.numel() * model.work_per_token(x.size(1)) for x in texts) / len(texts) * train.gradient_accumulation_steps
+    work = sum(x.numel() * model.estimate_flops(x.size(1)) for x in texts) / len(texts) * train.gradient_accumulation_steps
     chosen = sorted(range(len(texts)), key=lambda step: texts[step].size(1))[5::10]
 
     def call():
@@ -418,7 +418,7 @@ def table(summary):
 
 def check():
     """Raise UserError for settings that no comparison can have."""
-    choose("budget", budget, ("steps", "seconds", "work"))
+    check_choice("budget", budget, ("steps", "seconds", "work"))
     if amount <= 0:
         raise UserError(f"amount must be above 0, how many {budget} a run gets; got {amount}")
     if not all(type(seed) is int and 0 <= seed < 2**63 for seed in seeds) or not 2 <= len(seeds) == len(set(seeds)):

@@ -9,7 +9,6 @@ Letters: B batch, T time, C channels, V vocabulary.
 
 import importlib
 import math
-import shutil
 from dataclasses import dataclass, field
 
 import torch
@@ -17,11 +16,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import attention
-import contract
-import kvcache
-from configurator import UserError, choose, mechanism_files, nearest, plain_values
-from ops import accumulate_dtype, drop, rotations
-
+from core import checkpoint, contract, kvcache
+from core.config import UserError, check_choice, nearest
+from core.inference import sample_next_token
+from core.mechanisms import mechanism
+from core.ops import accumulate_dtype, drop, rotations
 
 MODELS = ("gpt", "bilstm")
 
@@ -49,15 +48,21 @@ class GPTConfig:
     def causal(self):
         return self.n_class == 0
 
+    def default_options(self):
+        """The options of the mechanism and the model, by name. Raises UserError for an unknown one."""
+        return options_of(self.model, self.attention)
+
     def check(self):
         """Raise UserError where a value is none of those that exist, or two do not fit."""
-        choose("pos", self.pos, ("rope", "learned", "sinusoidal"))
-        choose("norm", self.norm, ("rmsnorm", "layernorm"))
-        choose("pool", self.pool, ("mean", "max", "first"))
-        choose("kernel", self.kernel, attention.KERNELS)
+        check_choice("pos", self.pos, ("rope", "learned", "sinusoidal"))
+        check_choice("norm", self.norm, ("rmsnorm", "layernorm"))
+        check_choice("pool", self.pool, ("mean", "max", "first"))
+        check_choice("kernel", self.kernel, attention.KERNELS)
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.n_layer > 10_000:  # the Python objects of a million layers fill any memory before their weights do
+            raise UserError(f"n_layer must be at most 10,000, got {self.n_layer:,}")
         step = 2 * self.n_head if self.pos == "rope" else self.n_head
         if self.model == "gpt" and self.n_embd % step:
             raise UserError(f"n_embd must be a multiple of {step} (n_head = {self.n_head}, pos = {self.pos}), got {self.n_embd}")
@@ -65,25 +70,9 @@ class GPTConfig:
             raise UserError(f"dropout must be at least 0 and below 1, got {self.dropout}")
 
 
-def mechanisms():
-    """The names of the attention mechanisms beside this file."""
-    return ["dense"] + [name for name in mechanism_files() if name != "attention"]
-
-
-def mechanism(name):
-    """(class, default options) of the attention mechanism `name`: of `name`.py, or dense.
-
-    The options are the plain lower-case values at the top of the file. Raises UserError for a
-    name that is none of the mechanisms beside this file.
-    """
-    choose("attention", name, mechanisms())
-    module = importlib.import_module("attention" if name == "dense" else name)
-    return module.Attention, plain_values(vars(module))
-
-
 def options_of(model, attention):
     """The default options, by name, of a kind of model with a mechanism. Raises UserError for an unknown one."""
-    choose("model", model, MODELS)
+    check_choice("model", model, MODELS)
     return mechanism(attention)[1] if model == "gpt" else importlib.import_module(model).options_of(attention)
 
 
@@ -163,7 +152,7 @@ class Layer(nn.Module):
 
 class Model(nn.Module):
     """What all kinds of models share. A kind sets `layers`, whose `attention` is a mechanism, where it has some,
-    and defines `forward`, `work_per_token` and `maps`.
+    and defines `forward`, `estimate_flops` and `maps`.
 
     Raises UserError for a configuration or an option that cannot be.
     """
@@ -171,7 +160,7 @@ class Model(nn.Module):
     def __init__(self, config):
         super().__init__()
         config.check()
-        defaults = options_of(config.model, config.attention)
+        defaults = config.default_options()
         for name in config.options.keys() - defaults.keys():
             raise UserError(f"{config.attention} has no option {name}{nearest(name, defaults)}")
         config.options = {**defaults, **config.options}
@@ -214,40 +203,12 @@ class Model(nn.Module):
     def parameter_count(self):
         return sum(p.numel() for p in self.parameters())
 
-    def activation_bytes(self, *batch):
-        """Bytes that the forward pass of a batch (forward's arguments) keeps for the backward pass."""
-        own = {p.data_ptr() for p in self.parameters()}
-        kept = {}
-
-        def pack(x):
-            if x.data_ptr() not in own:
-                kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
-
-        with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            self(*batch)
-        return sum(kept.values())
-
-    def optimizer(self, learning_rate, weight_decay, betas):
-        """AdamW, fused; matrices decay, vectors do not."""
-        groups = {}  # weights that are split over ranks do not mix with whole ones
+    def parameter_groups(self, weight_decay):
+        """Groups for an optimizer: matrices decay, vectors do not. Sharded and whole tensors are in groups of their own."""
+        groups = {}
         for p in self.parameters():
             groups.setdefault((p.dim() >= 2, type(p)), []).append(p)
-        groups = [{"params": part, "weight_decay": weight_decay * matrices} for (matrices, _), part in groups.items()]
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
-
-    def compiled(self):
-        """This model through torch.compile. The engine's loops, which it would unroll, stay outside.
-
-        Raises UserError on a CPU without a C++ compiler.
-        """
-        device = self.embedding.weight.device.type
-        if device == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
-            raise UserError("compile=True needs a C++ compiler on a CPU and found none; install g++, or leave it False")
-        for each in self.attentions():
-            if each.choose_kernel(device) == "engine":
-                each.attend = torch.compiler.disable(each.attend)
-        return torch.compile(self)
+        return [{"params": part, "weight_decay": weight_decay * matrices} for (matrices, _), part in groups.items()]
 
 
 class GPT(Model):
@@ -335,7 +296,7 @@ class GPT(Model):
             x = layer(x, rotation, lengths)
         return found
 
-    def work_per_token(self, T):
+    def estimate_flops(self, T):
         """Floating-point operations to train on one token of a text of T: 2 per multiply and add,
         three times the forward pass, attention counted from each layer's plan."""
         C, layers = self.config.n_embd, self.config.n_layer
@@ -381,7 +342,7 @@ class GPT(Model):
             if absolute and caches[0].length == block:
                 caches, feed = self.new_caches(), text[:, -max(1, block // 2) :]
             logits = self(feed, caches=caches)[0][:, -1].float()
-            feed = draw(logits, temperature, top_k, top_p, generator)[:, None]
+            feed = sample_next_token(logits, temperature, top_k, top_p, generator)[:, None]
             if absolute:
                 text = torch.cat([text[:, -block:], feed], 1)
             yield feed[:, 0]
@@ -391,32 +352,12 @@ class GPT(Model):
         return torch.cat([idx, *(token[:, None] for token in self.stream(idx, max_new_tokens, **how))], 1)
 
 
-def check_finite(logits):
-    """Raise UserError where a model's output is not finite: what is drawn from it would be no answer of the model's."""
-    if not logits.isfinite().all():
-        raise UserError("the model's scores are not finite; try --dtype=float32, or another checkpoint")
-
-
-def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """One token for each row of logits (B, V): (B,). Raises UserError where they are not finite."""
-    check_finite(logits)
-    if temperature < torch.finfo(logits.dtype).tiny:
-        return logits.argmax(-1)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # differences: the quotient may overflow, to -inf only
-    if 0 < top_k < logits.size(-1):
-        smallest = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, -math.inf)
-    p = torch.softmax(logits, -1)
-    if top_p < 1:
-        falling, order = p.sort(descending=True)
-        before = falling.cumsum(-1) - falling  # what the likelier tokens hold together
-        falling = falling.masked_fill(before >= top_p, 0)
-        falling[:, 0] = falling[:, 0].clamp(min=1e-30)  # the likeliest always stays
-        p = torch.zeros_like(p).scatter(-1, order, falling)
-    return torch.multinomial(p, 1, generator=generator)[:, 0]
-
-
 def new_model(config):
     """The model that a GPTConfig describes. Raises UserError where it cannot be."""
-    choose("model", config.model, MODELS)
+    check_choice("model", config.model, MODELS)
     return GPT(config) if config.model == "gpt" else importlib.import_module(config.model).BiLSTM(config)
+
+
+def load(path, device="cpu", options=None, **changes):
+    """(model in evaluation mode, checkpoint) from a file that train.py wrote: see `core.checkpoint.load`."""
+    return checkpoint.load(path, GPTConfig, new_model, device, options, **changes)

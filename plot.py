@@ -15,20 +15,17 @@ FILE      what compare.py wrote (FILE.png, FILE_hard.png), or `bench.py attentio
 A mechanism's pattern is drawn by python attention.py NAME. Pictures need matplotlib.
 """
 
-import openmp  # first: torch reads its settings when it is loaded
+from core import openmp  # first: torch reads its settings when it is loaded
 
-import io
 import math
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
 
-import readers
-from configurator import UserError, configure, run
-from readers import read_log
-from runs import write_whole
+from core import figures, readers
+from core.config import UserError, configure, run
+from core.readers import read_log
 
 out = ""  # the folder for pictures; default: that of the first run, or of the JSON file
 dpi = 110  # dots per inch
@@ -36,80 +33,6 @@ text = ""  # show what the model looks at in this text
 reviews = ""  # a file of reviews, to show what the model says of them
 layer = -1  # of heat maps; -1: the last one
 head = -1  # of heat maps; -1: all of the layer
-
-# Told apart by every kind of colour vision (Okabe and Ito 2008, without black and the yellow that white swallows).
-PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
-
-
-def figure(width=1, height=1):
-    """An empty figure of so many inches. Raises UserError where matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure  # not pyplot: that looks for a screen
-    except ImportError as error:
-        raise UserError(f"pictures need matplotlib ({error}): pip install matplotlib")
-    return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
-
-
-def write(fig, path, colours=256):
-    """Write a figure as a PNG of so many colours, a third of the bytes of one of all, and say where it is."""
-    from PIL import Image  # comes with matplotlib
-
-    drawn = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # the picture shows a box for it
-        fig.savefig(drawn, format="png")
-    picture = Image.open(drawn).convert("RGB").quantize(colours, dither=Image.Dither.NONE)
-    write_whole(path, lambda file: picture.save(file, "png", optimize=True))
-    print(path)
-
-
-def style(n):
-    """How line number n is drawn."""
-    return {"color": PALETTE[n % 6], "linestyle": ("-", "--", ":")[n // 6 % 3], "marker": "os^Dv*P"[n % 7], "markersize": 4}
-
-
-def grid(count, most):
-    """(rows, columns) for so many panels, at most `most` in a row."""
-    rows = -(-count // most)
-    return rows, -(-count // rows)
-
-
-def ranges(numbers):
-    """'0-2, 5' for [0, 1, 2, 5]."""
-    ends = [n for n in numbers if n + 1 not in numbers]
-    starts = [n for n in numbers if n - 1 not in numbers]
-    return ", ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in zip(starts, ends))
-
-
-def plain(text):
-    """A text in which matplotlib sees no formula."""
-    return str(text).replace("$", r"\$")
-
-
-def below(ax, columns=1):
-    """The legend of a panel, under it: there it covers nothing."""
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns, fontsize=8, frameon=False)
-
-
-def below_all(fig, ax, columns=3):
-    """One legend for all panels, with the lines of one of them, under the picture."""
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
-
-
-def focus(ax, points):
-    """Limit a panel to the scores that `points`, [(steps, scores)], have after they came three quarters of the way from their
-    first to the one farthest from it, so that the beginning does not flatten all that follows."""
-    shown = []
-    for _, scores in points:
-        scores = [y for y in scores if math.isfinite(y)]
-        far = max((abs(y - scores[0]) for y in scores), default=0)
-        arrived = next((n for n, y in enumerate(scores) if abs(y - scores[0]) >= 0.75 * far), 0)
-        shown += scores[arrived:]
-    if shown and max(shown) > min(shown):
-        room = 0.06 * (max(shown) - min(shown))
-        ax.set_ylim(min(shown) - room, max(shown) + room)
-
 
 # ---- runs --------------------------------------------------------------------------------------
 
@@ -137,7 +60,7 @@ def draw_curves(logs, path):
     each and their scores in the legend, one alone shows its training loss in another colour, and its scores as marks."""
     keys = [key for key in SCORES if any(key in r for records, _ in logs.values() for r in records)]
     one = len(logs) == 1
-    fig = figure(5.5 * len(keys), 4.3 if one else 3.8 + 0.18 * -(-len(logs) // 2))
+    fig = figures.figure(5.5 * len(keys), 4.3 if one else 3.8 + 0.18 * -(-len(logs) // 2))
     for ax, key in zip(np.ravel(fig.subplots(1, len(keys))), keys):
         points = []
         for n, (name, (records, whole)) in enumerate(logs.items()):
@@ -146,27 +69,27 @@ def draw_curves(logs, path):
             if key != "loss":  # of batches there is only the loss; --eval_train=True logs the others
                 training = series(records, f"train_{key}")
             points += validation, training
-            look = {"color": PALETTE[0], "marker": "o", "markersize": 3} if one else style(n)
+            look = {"color": figures.PALETTE[0], "marker": "o", "markersize": 3} if one else figures.style(n)
             whole = [r for r in whole if key in r]
             if training[0] and one:
-                ax.plot(*training, color=PALETTE[5], linewidth=1, label="training")
+                ax.plot(*training, color=figures.PALETTE[5], linewidth=1, label="training")
             elif training[0]:
                 ax.plot(*training, color=look["color"], linewidth=0.6, alpha=0.4)
             if one:
                 ax.plot(*validation, **look, label="validation")
                 for m, r in enumerate(whole):
-                    ax.plot(r["step"], r[key], color=PALETTE[1 + m % 5], marker="o^"[m % 2], markersize=9, fillstyle="none",
+                    ax.plot(r["step"], r[key], color=figures.PALETTE[1 + m % 5], marker="o^"[m % 2], markersize=9, fillstyle="none",
                             linestyle="", label=f"best weights, whole {r['split']} split: {r[key]:.4f}")
             else:
                 ends = "".join(f", {r['split']} {r[key]:.4f}" for r in whole)
-                ax.plot(*validation, **look, linewidth=1.2, label=plain(name) + ends)
+                ax.plot(*validation, **look, linewidth=1.2, label=figures.plain(name) + ends)
         if not one:
-            focus(ax, points)
+            figures.focus(ax, points)
         ax.set(xlabel="step", ylabel=SCORES[key])
         ax.grid(alpha=0.3)
-        below(ax, 1 if one or len(logs) < 3 else 2)
-    fig.suptitle(plain(*logs) if one else "lines: validation (thin: training); figures: best weights, whole splits", fontsize=10)
-    write(fig, path)
+        figures.below(ax, 1 if one or len(logs) < 3 else 2)
+    fig.suptitle(figures.plain(*logs) if one else "lines: validation (thin: training); figures: best weights, whole splits", fontsize=10)
+    figures.write(fig, path)
 
 
 MOST_LAYERS, MOST_HEADS, MOST_POINTS = 16, 16, 400  # of one picture: as many as can be told apart, and drawn in seconds
@@ -194,25 +117,25 @@ def draw_kept(logs, path):
             if np.isfinite(column).any():
                 layers.setdefault(tuple(column), []).append(n)
         if len(logs) > 1 and layers:
-            lines[plain(name)] = steps, np.nanmean(shares, 1)
+            lines[figures.plain(name)] = steps, np.nanmean(shares, 1)
         elif len(logs) == 1:
             columns = list(layers.items())
             picked = spread(len(columns), MOST_LAYERS)
             chosen = shown_of(picked, shares.shape[-1], "layers") * (len(picked) < len(columns))
             for column, same in (columns[n] for n in picked):
-                lines[f"layer{'s' * (len(same) > 1)} {ranges(same)}"] = steps, column
+                lines[f"layer{'s' * (len(same) > 1)} {figures.ranges(same)}"] = steps, column
     if all(np.nanmin(shares) >= 100 for _, shares in lines.values()):
         return
-    fig = figure(6.5, 3.6 + 0.18 * -(-len(lines) // 3))
+    fig = figures.figure(6.5, 3.6 + 0.18 * -(-len(lines) // 3))
     ax = fig.subplots()
     for n, (label, points) in enumerate(lines.items()):
-        ax.plot(*points, **style(n), linewidth=1.2, label=f"{label}: {points[1][-1]:.1f} %")
+        ax.plot(*points, **figures.style(n), linewidth=1.2, label=f"{label}: {points[1][-1]:.1f} %")
     ax.set(xlabel="step", ylabel="kept pairs (%)", ylim=(0, 104))
     ax.grid(alpha=0.3)
     title = "share of the pairs of dense attention that are kept" + ", mean over layers" * (len(logs) > 1)
     ax.set_title(title + f"\n{chosen}" * bool(chosen), fontsize=10)
-    below_all(fig, ax)
-    write(fig, path)
+    figures.below_all(fig, ax)
+    figures.write(fig, path)
 
 
 def draw_spans(records, path):
@@ -228,8 +151,8 @@ def draw_spans(records, path):
     layers = spread(len(last), MOST_LAYERS)
     most = max(len(layer.get(key, [])) for layer in last for key in keys or ["spans"])
     heads = spread(most, MOST_HEADS)
-    rows, columns = grid(len(layers), 6)
-    fig = figure(1 + 2.1 * columns, 2.1 * rows * max(1, len(keys)))
+    rows, columns = figures.grid(len(layers), 6)
+    fig = figures.figure(1 + 2.1 * columns, 2.1 * rows * max(1, len(keys)))
     axes = fig.subplots(rows * max(1, len(keys)), columns, sharex=True, squeeze=False)
     lines = {}
     for first, key in zip(range(0, rows * len(keys), rows), keys):
@@ -243,7 +166,7 @@ def draw_spans(records, path):
                 if head >= len(last[n].get(key, [])):
                     continue
                 steps, values = zip(*[(r["step"], r["stats"][n][key][head]) for r in records])
-                look = {**style(line), "linewidth": 1.2, "markevery": -(-len(steps) // 8)}
+                look = {**figures.style(line), "linewidth": 1.2, "markevery": -(-len(steps) // 8)}
                 lines[f"head {head}"] = ax.plot(steps, values, **look)[0]
             kept = f", keeps {100 * last[n]['kept_share']:.1f} %" if key == "spans" and "kept_share" in last[n] else ""
             lowest = place + columns >= len(layers)
@@ -256,7 +179,7 @@ def draw_spans(records, path):
     if chosen:
         fig.suptitle(", ".join(chosen), fontsize=10)
     fig.legend(lines.values(), lines, loc="outside right upper", fontsize=8)
-    write(fig, path)
+    figures.write(fig, path)
 
 
 # ---- classifiers -------------------------------------------------------------------------------
@@ -277,8 +200,8 @@ def read_predictions(runs):
 
 def class_names(folder):
     """What the data that a run was trained on calls its two classes, where it is still there."""
-    from dataset import find
-    from meta import read_meta
+    from core.dataset import find
+    from core.meta import read_meta
 
     try:
         settings = readers.read_config(folder / "config.json")["settings"]
@@ -290,10 +213,10 @@ def class_names(folder):
 
 def draw_confusion(predictions, classes, split, path):
     """How many texts of each class were said to be of which, a panel a run."""
-    from evaluation import scores
+    from core.evaluation import scores
 
-    rows, columns = grid(len(predictions), 4)
-    fig = figure(3.2 * columns, 3.3 * rows + 0.3)
+    rows, columns = figures.grid(len(predictions), 4)
+    fig = figures.figure(3.2 * columns, 3.3 * rows + 0.3)
     axes = fig.subplots(rows, columns, squeeze=False)
     for ax in axes.flat[len(predictions) :]:
         ax.remove()
@@ -308,9 +231,9 @@ def draw_confusion(predictions, classes, split, path):
         ax.set_xticks([0, 1], classes, fontsize=9)
         ax.set_yticks([0, 1], classes, fontsize=9, rotation=90, va="center")
         ax.set(xlabel="said", ylabel="true")
-        ax.set_title(f"{plain(name)}: accuracy {scores(p, labels)['accuracy']:.4f}", fontsize=9)
+        ax.set_title(f"{figures.plain(name)}: accuracy {scores(p, labels)['accuracy']:.4f}", fontsize=9)
     fig.suptitle(f"{split} split: texts, and the share of each true class", fontsize=10)
-    write(fig, path)
+    figures.write(fig, path)
 
 
 def roc(p, labels):
@@ -323,21 +246,21 @@ def roc(p, labels):
 
 def draw_roc(predictions, classes, split, path):
     """ROC curves of all runs, with the area under each."""
-    from evaluation import scores
+    from core.evaluation import scores
 
-    fig = figure(5, 4.9 + 0.18 * len(predictions))
+    fig = figures.figure(5, 4.9 + 0.18 * len(predictions))
     ax = fig.subplots()
     ax.plot([0, 1], [0, 1], color="gray", linestyle=":", linewidth=1, label="chance: AUC 0.5")
     for n, (name, (p, labels)) in enumerate(predictions.items()):
-        look = style(n)
+        look = figures.style(n)
         look.pop("marker")
-        ax.plot(*roc(p, labels), **look, linewidth=1.3, label=f"{plain(name)}: AUC {scores(p, labels)['auc']:.4f}")
-    ax.set(xlabel=f"share of {plain(classes[0])} texts said to be {plain(classes[1])}",
-           ylabel=f"share of {plain(classes[1])} texts said to be {plain(classes[1])}", aspect="equal")
+        ax.plot(*roc(p, labels), **look, linewidth=1.3, label=f"{figures.plain(name)}: AUC {scores(p, labels)['auc']:.4f}")
+    ax.set(xlabel=f"share of {figures.plain(classes[0])} texts said to be {figures.plain(classes[1])}",
+           ylabel=f"share of {figures.plain(classes[1])} texts said to be {figures.plain(classes[1])}", aspect="equal")
     ax.set_title(f"ROC curve, {split} split", fontsize=10)
     ax.grid(alpha=0.3)
-    below_all(fig, ax, 1)
-    write(fig, path)
+    figures.below_all(fig, ax, 1)
+    figures.write(fig, path)
 
 
 def draw_runs(folders, target):
@@ -347,17 +270,12 @@ def draw_runs(folders, target):
     draw_curves(logs, target / "curves.png")
     draw_kept(logs, target / "kept.png")
     for name, (records, _) in logs.items():
-        draw_spans(records, target / own("spans", name, runs))
+        draw_spans(records, target / figures.own("spans", name, runs))
     split, predictions = read_predictions(runs)
     if predictions:
         classes = class_names(runs[next(iter(predictions))])
         draw_confusion(predictions, classes, split, target / "confusion.png")
         draw_roc(predictions, classes, split, target / "roc.png")
-
-
-def own(kind, name, runs):
-    """The file name of a picture that each run has for itself."""
-    return f"{kind}.png" if len(runs) == 1 else f"{kind}-{name.replace('/', '-')}.png"
 
 
 def main():
@@ -377,22 +295,23 @@ def main():
                         f"{', '.join(map(str, paths)) or 'nothing'}: python plot.py OUT_DIR")
     if (layer, head) != (-1, -1) and not text:
         raise UserError('layer and head choose among the heat maps of a text: give --text="..."')
+    figures.set_dpi(dpi)
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)
     for path in paths:
         if path not in folders:
-            import charts
+            from core import charts
 
             charts.draw(path, Path(out or path.parent))
     if texts:
-        import heat
+        import sample
+        from core import heat
 
-        heat.draw_texts(names_of(folders), Path(out or folders[0]), text, reviews, layer, head)
+        loaded = {name: sample.read_run(folder / "best.pt") for name, folder in names_of(folders).items()}
+        heat.draw_texts(loaded, Path(out or folders[0]), text, reviews, layer, head)
     elif folders:
         draw_runs(folders, Path(out or folders[0]))
 
 
 if __name__ == "__main__":
-    import plot  # this file once more, by the name under which others find its settings
-
-    run(plot.main)
+    run(main)

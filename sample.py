@@ -4,25 +4,23 @@
 prints the label and its probability; of a file or standard input, a line for each line.
 
 Past the block size, rotary positions go on counting and every token sees the latest block; learned
-and sinusoidal positions end there, and the text goes on from its latest half block.
+and sinusoidal positions end there, and generation restarts from the last block_size / 2 tokens.
 """
 
-import openmp  # first: torch reads its settings when it is loaded
+from core import openmp  # first: torch reads its settings when it is loaded
 
-import codecs
 import os
-import re
 import sys
 import time
 from pathlib import Path
 
 import torch
 
-import hardware
-from checkpoint import load
-from configurator import UserError, configure, run
-from model import check_finite
-from tokenizer import Tokenizer
+from core import hardware
+from core.config import UserError, configure, run
+from core.inference import Printer, encode, predict
+from core.tokenizer import Tokenizer
+from model import load
 
 out_dir = "out"
 checkpoint = ""  # a file in out_dir; default: best.pt, or ckpt.pt where there is none yet
@@ -46,32 +44,6 @@ def read_prompt():
         return sys.stdin.read() if start == "-" else start
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or no name of a file at all
         raise UserError(f"cannot read the prompt {start}: {error}; give a text, FILE:path of a UTF-8 file, or -")
-
-
-def encode(tokenizer, text):
-    """Token ids (list of int) of a text that begins a document."""
-    try:
-        ids = tokenizer.encode(text)
-    except ValueError as error:
-        raise UserError(f"the prompt: {error}")
-    return ([] if tokenizer.mark is None else [tokenizer.mark]) + ids
-
-
-class Printer:
-    """Turns tokens that come one by one into text, so that no character is ever shown half."""
-
-    def __init__(self, tokenizer, last=""):
-        self.tokenizer, self.last = tokenizer, last  # last: the character before, "" at the beginning
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def __call__(self, ids, final=False):
-        """The text (str) that `ids` complete; with `final` also what no token will complete any more."""
-        text = self.decoder.decode(self.tokenizer.decode_bytes(ids), final)
-        # A word brings its own space, which is one too many at the beginning, and after these.
-        if self.tokenizer.kind == "words" and text[:1] == " " and self.last in " \n([{":
-            text = text[1:]
-        self.last = text[-1:] or self.last
-        return text
 
 
 def read_run(path, device="cpu"):
@@ -100,30 +72,6 @@ def write_text(model, tokenizer, text):
         print(printer([], final=True) + "\n" + "-" * 40, flush=True)
         speed = max_new_tokens / (time.perf_counter() - began)
         print(f"{max_new_tokens} tokens, {speed:,.0f} tokens/s", file=sys.stderr)
-
-
-def review_batch(model, tokenizer, texts, device):
-    """(x (B, T), lengths (B,)) of texts, each cut to the block size."""
-    # reviews on one line keep their line ends as HTML; data/imdb stores them as line ends
-    ids = [encode(tokenizer, re.sub(r"<br\s*/?>", "\n", text, flags=re.I)) for text in texts]
-    ids = [torch.tensor(each[: model.config.block_size]) for each in ids]
-    lengths = torch.tensor([len(each) for each in ids], device=device)
-    return torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device), lengths
-
-
-@torch.no_grad()
-def predict(model, tokenizer, texts, device, dtype):
-    """The probability of class 1 of each text, (N,). Raises UserError where a text has no tokens, or scores are not finite."""
-    found = []
-    for first in range(0, len(texts), 32):
-        x, lengths = review_batch(model, tokenizer, texts[first : first + 32], device)
-        if lengths.min() < 1:
-            raise UserError(f"expected texts to classify, got an empty one: {texts[first + int(lengths.argmin())]!r}")
-        with hardware.autocast(device, dtype):
-            logits = model(x, lengths=lengths)[0].float()
-        check_finite(logits)
-        found.append(torch.softmax(logits, -1)[:, 1])
-    return torch.cat(found)
 
 
 def classify(model, tokenizer, classes, texts):

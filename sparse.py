@@ -16,9 +16,9 @@ import math
 import torch
 
 import attention
-import blocks
-from blocks import Block
-from configurator import UserError, choose
+from core import blocks
+from core.blocks import Block
+from core.config import UserError, check_choice
 
 # One pattern, or one for each layer, used again from the first where they run out: names with commas
 # between ("local,local,local,dense") or letters ("LLLD": Dense, Local, Strided, Fixed, loG).
@@ -39,7 +39,7 @@ class Attention(attention.Attention):
         if len(patterns) == 1 and patterns[0] and set(patterns[0]) <= LETTERS.keys():
             patterns = [LETTERS[letter] for letter in patterns[0]]
         for pattern in patterns:
-            choose("sparse_pattern", pattern, LETTERS.values())
+            check_choice("sparse_pattern", pattern, LETTERS.values())
         for name, least in (("window", 1), ("stride", 0), ("fixed_columns", 1), ("global_tokens", 0)):
             if not least <= getattr(self.options, name) <= LONGEST:
                 raise UserError(f"{name} must be from {least} to {LONGEST:,}, got {getattr(self.options, name)}")

@@ -6,7 +6,7 @@ A run is a folder: config.json, log.jsonl (one object a line), ckpt.pt (the last
 --init_from=resume goes on), ckpt-previous.pt (the one before), best.pt (the weights that did best on validation).
 """
 
-import openmp  # first: torch reads its settings when it is loaded
+from core import openmp  # first: torch reads its settings when it is loaded
 
 import contextlib
 import json
@@ -22,17 +22,15 @@ STARTED = time.perf_counter()  # before torch is loaded, which takes seconds
 import numpy as np
 import torch
 
-import evaluation
-import hardware
-import ranks
-from checkpoint import PREVIOUS, have_best, load, restore, save_all
-from configurator import UserError, choose, configure, run
-from dataset import DataChanged, Dataset, batches, difference
-from evaluation import health
-from model import GPTConfig, new_model, options_of
-from runs import (Log, SaveError, Stop, asked, check_folder, clock, listen, locked, mend_log, prepare_folder, say, say_stats,
-                  start_wandb, write_text, write_whole)
-from stopwatch import Stopwatch
+from core import dist, evaluation, hardware
+from core.checkpoint import PREVIOUS, have_best, restore, save_all
+from core.config import UserError, check_choice, configure, run
+from core.dataset import DataChanged, Dataset, batches, difference
+from core.evaluation import health
+from core.runs import (Log, SaveError, Stop, asked, check_folder, clock, format_stats, install_signal_handlers, locked, mend_log,
+                       prepare_folder, say, start_wandb, write_text, write_whole)
+from core.stopwatch import Stopwatch
+from model import GPTConfig, load, new_model, options_of
 
 # ---- settings: every name here is a key of the command line and of config files ---------------
 
@@ -104,6 +102,12 @@ def rate(step):
     return min_lr + falling * (learning_rate - min_lr)
 
 
+def configure_optimizer(model):
+    """AdamW; fused, it updates all weights in one pass."""
+    groups = model.parameter_groups(weight_decay)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)
+
+
 def evaluate(model, data, split, count=0):
     """See evaluation.py."""
     return evaluation.evaluate(model, data, split, batch_size, device, dtype, count)
@@ -117,9 +121,9 @@ def check(settings):
     """Raise UserError for a value that no run can have."""
     if not out_dir:
         raise UserError("out_dir expects the path of a folder, got nothing")
-    choose("init_from", init_from, ("scratch", "resume", "auto"))
-    choose("on_save_error", on_save_error, ("stop", "warn"))
-    choose("lr_schedule", lr_schedule, ("cosine", "linear"))
+    check_choice("init_from", init_from, ("scratch", "resume", "auto"))
+    check_choice("on_save_error", on_save_error, ("stop", "warn"))
+    check_choice("lr_schedule", lr_schedule, ("cosine", "linear"))
     at_least = dict.fromkeys(("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval"), 1)
     at_least |= dict.fromkeys(("seed", "max_iters", "warmup_iters", "lr_decay_iters", "eval_iters", "patience",
                                "learning_rate", "min_lr", "weight_decay", "grad_clip", "beta1", "beta2"), 0)
@@ -137,16 +141,16 @@ def check(settings):
         raise UserError(f"gradient_accumulation_steps must be at most {10**6} forward passes, got {gradient_accumulation_steps}")
     if shard and dtype == "float16":
         raise UserError("shard=True knows no dtype=float16, whose scaler would have to watch all ranks: use bfloat16 or float32")
-    parts = ranks.pieces(gradient_accumulation_steps)[0]
+    parts = dist.pieces(gradient_accumulation_steps)[0]
     if parts > batch_size:
-        raise UserError(f"{ranks.world} ranks cannot share gradient_accumulation_steps={gradient_accumulation_steps} batches of "
+        raise UserError(f"{dist.world} ranks cannot share gradient_accumulation_steps={gradient_accumulation_steps} batches of "
                         f"batch_size={batch_size}: make one of the two larger, or take fewer ranks")
 
 
 def check_size(data):
     """Raise UserError where weights, or the tokens of a batch, fill the memory by far: elsewhere the system would kill
     the process, or the machine stand still, without a word."""
-    room, C = hardware.memory_size(device) * (ranks.world if shard else 1), n_embd
+    room, C = hardware.memory_size(device) * (dist.world if shard else 1), n_embd
     model_bytes = 16 * (12 * C * C * n_layer * (model == "gpt") + C * data.vocab_size)
     batch_bytes = batch_size * block_size * (16 + 4 * C) if data.kind == "lm" else 0
     for need, what in ((model_bytes, f"weights, gradients and AdamW of n_layer={n_layer}, n_embd={C}"),
@@ -155,7 +159,7 @@ def check_size(data):
             raise UserError(f"{what} need {need / 2**30:,.0f} GiB at least; {device} has {room / 2**30:,.0f}: make them smaller")
 
 
-def further_options(settings):
+def mechanism_options(settings):
     """The options of the chosen model and mechanism with their defaults."""
     return options_of(settings["model"], settings["attention"])
 
@@ -170,7 +174,7 @@ def build(data, settings, options):
         return placed(new_model(config)), None
     # what changes no weight's shape follows the command line: of options, those that are not at their default
     free = {"kernel": kernel, "dropout": dropout}
-    defaults = further_options(settings)
+    defaults = mechanism_options(settings)
     given = {key: value for key, value in options.items() if value != defaults[key]}
     path = Path(out_dir) / ("best.pt" if eval_only else "ckpt.pt")
     model, checkpoint = load(path, "cpu" if shard else device, given, **free)
@@ -198,74 +202,74 @@ def build(data, settings, options):
 
 def placed(model):
     """The model where it is to compute: on this rank's device, or split over those of all ranks."""
-    return ranks.shard(model, device) if shard and ranks.world > 1 else model.to(device)
+    return dist.shard(model, device) if shard and dist.world > 1 else model.to(device)
 
 
 def main(arguments=None):
     """Train as `arguments` say (default: the command line). Returns the exit code of a run that was stopped, else None."""
     global device, dtype, init_from
     began = STARTED if __name__ == "__main__" else time.perf_counter()
-    settings, options = configure(globals(), arguments, further_options)
+    settings, options = configure(globals(), arguments, mechanism_options)
     check(settings)
     hardware.keep_freed_memory()
     folder, data = Path(out_dir), Dataset(dataset, task)
     for split in ["val"] + ["test"] * eval_test + ["train"] * (not eval_only):
         batches(data, split, 1, block_size)  # refuses now what would otherwise be missed after hours
-    with ranks.joined(hardware.pick_device(device)) as device:
-        if init_from == "auto" or init_from == "scratch" and ranks.restarted(folder):
+    with dist.joined(hardware.pick_device(device)) as device:
+        if init_from == "auto" or init_from == "scratch" and dist.restarted(folder):
             init_from = "resume" if (folder / "ckpt.pt").exists() else "scratch"
         if init_from == "scratch" and not eval_only:
-            ranks.first_does(check_folder, folder)
+            dist.on_rank0(check_folder, folder)
         model, checkpoint = build(data, settings, options)
-        if ranks.local == 0:
+        if dist.local == 0:
             data.check_files()
         if dtype == "auto" and checkpoint and checkpoint.get("device") == device.split(":")[0]:
             dtype = checkpoint["dtype"]  # as it was, whatever this machine's other work makes of the rates now
-        dtype = ranks.gather(hardware.pick_dtype(dtype, device))[0]
-        peak = ranks.total(hardware.matmul_rate(device, dtype))
+        dtype = dist.gather(hardware.pick_dtype(dtype, device))[0]
+        peak = dist.total(hardware.matmul_rate(device, dtype))
         kernels = {mechanism.choose_kernel(device) for mechanism in model.attentions()}
-        print(f"{device} ({f'{ranks.world} ranks, ' * (ranks.world > 1)}{torch.get_num_threads()} threads), products in {dtype}: "
+        print(f"{device} ({f'{dist.world} ranks, ' * (dist.world > 1)}{torch.get_num_threads()} threads), products in {dtype}: "
               f"{peak / 1e9:,.0f} GFLOP/s; {attention} attention{' by ' * bool(kernels)}{' and '.join(sorted(kernels))}")
         if eval_only:
             for split in ["val"] + ["test"] * eval_test:
                 print(f"{split}: {say(evaluate(model, data, split)[0])}")
             return None
-        with locked(folder) if ranks.rank == 0 else contextlib.nullcontext():
+        with locked(folder) if dist.rank == 0 else contextlib.nullcontext():
             return fit(folder, data, model, checkpoint, settings, peak, began)
 
 
 def fit(folder, data, model, checkpoint, settings, peak, began):
     """Train in a folder that is held; peak: the machine's rate of products, FLOP/s; began: when this process did, by
     time.perf_counter. Returns what `main` returns."""
-    optimizer = model.optimizer(learning_rate, weight_decay, (beta1, beta2))
+    optimizer = configure_optimizer(model)
     scaler = torch.amp.GradScaler(device.split(":")[0], enabled=dtype == "float16")
     state = {"step": 0, "evaluated": -1, "best": math.inf, "best_step": 0, "worse": 0, "seconds": 0.0, "work": 0.0}
     source = batches(data, "train", batch_size, block_size, seed)
     announce(model, *(t if t is None else t[:1] for t in source.batch(0)))
-    if ranks.rank:
-        ranks.seed(seed)  # each rank has dropout of its own
+    if dist.rank:
+        dist.seed(seed)  # each rank has dropout of its own
     if checkpoint:
         restore(folder / "ckpt.pt", checkpoint, state, model, optimizer, scaler, seed, device, dtype)
         have_best(folder / "best.pt", state)
         print(f"resume: from step {state['step']} of {max_iters}")
     options = model.config.options  # those of the checkpoint, where there is one
-    wandb = start_wandb(wandb_project, wandb_run_name or out_dir, settings | options) if wandb_log and ranks.rank == 0 else None
+    wandb = start_wandb(wandb_project, wandb_run_name or out_dir, settings | options) if wandb_log and dist.rank == 0 else None
 
     def prepare():
         mend_log(folder / "log.jsonl", state["step"], state["evaluated"]) if checkpoint else prepare_folder(folder)
         write_text(folder / "config.json", json.dumps({
             "settings": settings, "options": options, "device": device, "dtype": dtype, "source": data.meta["source"],
-            "parameters": model.parameter_count(), "machine": hardware.describe(), "ranks": ranks.world,
-            "launch": ranks.launch_name()}, indent=1))
+            "parameters": model.parameter_count(), "machine": hardware.describe(), "ranks": dist.world,
+            "launch": dist.launch_name()}, indent=1))
 
-    ranks.first_does(prepare)
+    dist.on_rank0(prepare)
     log, positions = Log(folder, wandb), Counter()  # tokens and padding read since the last `tally`, by the text's length
 
     def facts(**more):
         return {"model_config": asdict(model.config), "settings": settings, "source": data.meta["source"], "meta": data.meta,
                 "state": state, "device": device.split(":")[0], "dtype": dtype, **more}
 
-    def may_fail(write, *arguments):
+    def try_save(write, *arguments):
         """Write, by all ranks, and tell whether it was done; where it could not be, stop or go on as on_save_error says."""
         try:
             write(*arguments)
@@ -278,9 +282,9 @@ def fit(folder, data, model, checkpoint, settings, peak, began):
 
     def save_last():
         tally()
-        ranks.first_does(log.flush, True)  # the checkpoint must not know of a step that the log lacks
+        dist.on_rank0(log.flush, True)  # the checkpoint must not know of a step that the log lacks
         state["seconds"] = watch.seconds()
-        more = facts(scaler=scaler.state_dict(), random=ranks.gather(hardware.random_state(device)))
+        more = facts(scaler=scaler.state_dict(), random=dist.gather(hardware.random_state(device)))
         save_all(folder / "ckpt.pt", more, model, optimizer, PREVIOUS)
 
     def check_finite(value, name):
@@ -290,9 +294,9 @@ def fit(folder, data, model, checkpoint, settings, peak, began):
 
     def tally():
         """Count the work done since the last time into state["work"], FLOP."""
-        done = sum(n * model.work_per_token(T) for T, n in positions.items())
+        done = sum(n * model.estimate_flops(T) for T, n in positions.items())
         positions.clear()
-        state["work"] += ranks.total(done)
+        state["work"] += dist.total(done)
 
     def validate():
         """Validation, the log's line of it, and the checkpoints."""
@@ -306,15 +310,15 @@ def fit(folder, data, model, checkpoint, settings, peak, began):
         state.update({"best": score, "best_step": state["step"], "worse": 0} if better else {"worse": state["worse"] + 1})
         state["evaluated"] = state["step"]
         record = {"step": state["step"], "split": "val", **result, **health(model), "work": state["work"]}
-        text = f"step {state['step']}: val {say(result)}{say_stats(record['stats'])}{' *' if better else ''}"
-        may_fail(ranks.first_does, log, record, text, True)
-        if better and not may_fail(save_all, folder / "best.pt", facts(), model):
+        text = f"step {state['step']}: val {say(result)}{format_stats(record['stats'])}{' *' if better else ''}"
+        try_save(dist.on_rank0, log, record, text, True)
+        if better and not try_save(save_all, folder / "best.pt", facts(), model):
             state.update(before)  # the best is what best.pt holds
-        may_fail(save_last)
+        try_save(save_last)
 
-    forward = ranks.synchronised(model, model.compiled() if compile else model)
+    forward = dist.synchronised(model, hardware.compiled(model) if compile else model)
     model.train()
-    listen()
+    install_signal_handlers()
     began -= state["seconds"]  # of the processes that it resumes from
     per_evaluation, at_the_end = evaluated_batches(data)
     explain_log(data, per_evaluation)
@@ -322,7 +326,7 @@ def fit(folder, data, model, checkpoint, settings, peak, began):
     random = None  # within a step: the random stream as it was at its beginning
     try:
         while True:
-            ranks.leave_if_asked()
+            dist.leave_if_asked()
             step = state["step"]
             if (step % eval_interval == 0 or step >= max_iters) and state["evaluated"] != step:
                 with watch.evaluating(per_evaluation):
@@ -348,14 +352,14 @@ def fit(folder, data, model, checkpoint, settings, peak, began):
             if step % log_interval == 0:
                 seconds = watch.lap(step + 1 - logged)
                 tally()
-                speed, share = ranks.total(tokens) / seconds, (state["work"] - work) / seconds / peak
+                speed, share = dist.total(tokens) / seconds, (state["work"] - work) / seconds / peak
                 tokens, work, logged, state["seconds"] = 0, state["work"], step + 1, watch.seconds()
                 evaluations = (max_iters - 1) // eval_interval - step // eval_interval + 1
                 left = watch.left(max_iters - step - 1, evaluations * per_evaluation + at_the_end)
                 record = {"step": step, "split": "train", "loss": float(total), "lr": rate(step), "grad_norm": float(norm),
                           "tokens_per_second": speed, "matmul_share": share, "seconds": state["seconds"]}
                 text = f"step {step}/{max_iters}: loss {record['loss']:.4f}, {speed:,.0f} tokens/s, {share:.0%} of the matmul rate"
-                may_fail(ranks.first_does, log, record, text + ("" if left is None else f", {clock(left)} left"))
+                try_save(dist.on_rank0, log, record, text + ("" if left is None else f", {clock(left)} left"))
         state["seconds"] = watch.seconds()
         finish(data, folder, log, state, began)
     except (Stop, DataChanged) as reason:
@@ -376,34 +380,34 @@ def gradients(model, forward, source, step, scaler, optimizer, positions):
     were read are added, by the length of the texts. Raises Stop and DataChanged between the forward passes.
     """
     total, tokens, widths = torch.zeros((), device=device), 0, Counter()
-    parts, own = ranks.pieces(gradient_accumulation_steps)
+    parts, own = dist.pieces(gradient_accumulation_steps)
     for micro, part in own:
         which = step * gradient_accumulation_steps + micro, part, parts
-        batch = ranks.together(source.batch, *which)
+        batch = dist.together(source.batch, *which)
         x, y, lengths = to_device(*batch)
-        with ranks.piece(model, forward, last=(micro, part) == own[-1]):
+        with dist.piece(model, forward, last=(micro, part) == own[-1]):
             with hardware.autocast(device, dtype):
                 loss = forward(x, y, lengths)[1] * source.share(*which) / gradient_accumulation_steps
             total += loss.detach()
             # gradients become the mean over ranks, and so the sum of their losses
-            scaler.scale(ranks.world * loss + model.penalty() / len(own)).backward()
+            scaler.scale(dist.world * loss + model.penalty() / len(own)).backward()
         tokens += x.numel() if lengths is None else int(batch[2].sum())
         widths[x.size(1)] += x.numel()
     positions.update(widths)
     scaler.unscale_(optimizer)
-    ranks.mean_of_whole(model)
-    return ranks.added(total), ranks.clip(model.parameters(), grad_clip or math.inf), tokens
+    dist.mean_of_whole(model)
+    return dist.all_reduce(total), dist.clip(model.parameters(), grad_clip or math.inf), tokens
 
 
 def announce(model, x, y, lengths):
     """Print what the model costs; x, y, lengths: one example, whose activations are counted where the model is whole."""
     N, T, words = model.parameter_count(), x.size(1), ""
-    if not ranks.is_sharded(model):
+    if not dist.is_sharded(model):
         with hardware.autocast(device, dtype):
-            activations = model.activation_bytes(*to_device(x, y, lengths)) * batch_size
-            activations /= ranks.pieces(gradient_accumulation_steps)[0]
+            activations = hardware.activation_bytes(model, *to_device(x, y, lengths)) * batch_size
+            activations /= dist.pieces(gradient_accumulation_steps)[0]
         words = f", {activations / 2**20:,.0f} MiB of activations in a forward pass"
-    print(f"{N:,} parameters, {model.work_per_token(T) / 1e6:,.1f} MFLOP to train on a token of {T}, {16 * N / 2**20:,.0f} MiB "
+    print(f"{N:,} parameters, {model.estimate_flops(T) / 1e6:,.1f} MFLOP to train on a token of {T}, {16 * N / 2**20:,.0f} MiB "
           f"of weights, gradients and AdamW{words}")
 
 
@@ -433,9 +437,9 @@ def finish(data, folder, log, state, began):
         result, p = evaluate(best, data, split)
         if p is not None:
             label = data.texts(split)[2]
-            ranks.first_does(write_whole, folder / f"predictions-{split}.npz", lambda file: np.savez(file, p=p, label=label))
+            dist.on_rank0(write_whole, folder / f"predictions-{split}.npz", lambda file: np.savez(file, p=p, label=label))
         cost = {"seconds": state["seconds"], "work": state["work"]}
-        ranks.first_does(log, {"step": state["best_step"], "split": split, "whole": True, **result, **health(best), **cost},
+        dist.on_rank0(log, {"step": state["best_step"], "split": split, "whole": True, **result, **health(best), **cost},
                          f"best weights (step {state['best_step']}), whole {split} split: {say(result)}", True)
     print(f"{clock(time.perf_counter() - began)} in all; sample with: python sample.py --out_dir={folder}")
 

@@ -20,8 +20,8 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from data import common
-from tokenizer import UNKNOWN
+from core import prepare
+from core.tokenizer import UNKNOWN
 
 URL = "http://mattmahoney.net/dc/enwik8.zip"
 SIZE, DIGEST = 36_445_475, "sha256:547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"
@@ -55,23 +55,23 @@ def code_points(data, start, end, progress):
     """Yields the code points (uint32 arrays) of data[start:end], a few megabytes at a time."""
     while start < end:
         stop = min(next_character(data, start + STEP), end)
-        yield np.frombuffer(common.utf8(data[start:stop], "enwik8").encode("utf-32-le"), "<u4")
+        yield np.frombuffer(prepare.utf8(data[start:stop], "enwik8").encode("utf-32-le"), "<u4")
         progress.add(stop - start)
         start = stop
 
 
 def characters(data, at):
     """(vocab, splits) of the decoded text: a list with `<unk>` first, then the characters of train, and its ids."""
-    with common.Progress("counting characters", at[1]) as progress:
+    with prepare.Progress("counting characters", at[1]) as progress:
         seen = np.zeros(0x110000, bool)
         for points in code_points(data, 0, at[1], progress):
             seen[points] = True
     known = np.flatnonzero(seen)
     table = np.zeros(0x110000, np.uint32)
     table[known] = np.arange(1, len(known) + 1)
-    table = table.astype(common.little(len(known) + 1))
+    table = table.astype(prepare.little(len(known) + 1))
     splits = {}
-    with common.Progress("encoding characters", at[3]) as progress:
+    with prepare.Progress("encoding characters", at[3]) as progress:
         for name, start, end in zip(("train", "val", "test"), at, at[1:]):
             parts = [table[points] for points in code_points(data, start, end, progress)]
             tokens = np.concatenate(parts) if parts else np.zeros(0, table.dtype)
@@ -86,13 +86,13 @@ def main(argv):
     def folder(args):
         return "enwik8_chars" if args.chars else "enwik8"
 
-    args = common.arguments(__doc__, argv, HERE, f"{BYTES:,} bytes", more, folder)
+    args = prepare.arguments(__doc__, argv, HERE, f"{BYTES:,} bytes", more, folder)
     options = {"chars": args.chars}
-    if common.finished(args, options):
+    if prepare.finished(args, options):
         return
-    source = args.source or common.download(URL, HERE / "enwik8.zip", SIZE, DIGEST)
-    data = common.single(source, ("enwik8",), BYTES)
-    partial = common.check_size(source, len(data), BYTES, args.partial)
+    source = args.source or prepare.download(URL, HERE / "enwik8.zip", SIZE, DIGEST)
+    data = prepare.single(source, ("enwik8",), BYTES)
+    partial = prepare.check_size(source, len(data), BYTES, args.partial)
     at = cuts(data, args.chars)
     meta = {"name": folder(args), "kind": "lm", "tokenizer": "bytes", "vocab_size": 256, "mark": None, "lossless": True}
     if args.chars:
@@ -103,14 +103,14 @@ def main(argv):
         tokens = np.frombuffer(data, np.uint8)
         splits = {n: {"tokens": tokens[a:b], "bytes": b - a} for n, a, b in zip(("train", "val", "test"), at, at[1:])}
     meta.update(
-        partial=partial, options=options, source={**common.identity(source), "content_bytes": len(data)},
+        partial=partial, options=options, source={**prepare.identity(source), "content_bytes": len(data)},
         split_rule="train is the first 90 % of the bytes, val the next 5 %, test the last 5 %"
                    + (", each cut moved to the next whole character" if args.chars else ""),
     )
-    common.write(args.out_dir, meta, splits)
+    prepare.write(args.out_dir, meta, splits)
     if args.chars:
         print(f"  a character that train does not hold is {UNKNOWN}; a loss here is per character, not per byte")
 
 
 if __name__ == "__main__":
-    common.run(main)
+    prepare.run(main)

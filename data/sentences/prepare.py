@@ -15,9 +15,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from configurator import UserError
-from data import common
-from tokenizer import UNKNOWN, Tokenizer, words
+from core import prepare
+from core.config import UserError
+from core.tokenizer import UNKNOWN, Tokenizer, words
 
 COUNT = 6000
 NEGATIVE, POSITIVE = 0, 1
@@ -76,13 +76,13 @@ def sentences():
 
 
 def main(argv):
-    args = common.arguments(__doc__, argv, HERE)
+    args = prepare.arguments(__doc__, argv, HERE)
     if args.source is not None:
         raise UserError("data/sentences is made of this script's own words and takes no --source; reviews of your own: data/imdb")
     rows = sentences()
     digest = hashlib.sha256("\n".join(f"{label} {text}" for text, label in rows).encode()).hexdigest()
     source = {"file": "prepare.py", "sha256": digest}
-    if common.finished(args, {}, source):
+    if prepare.finished(args, {}, source):
         return
     known = dict.fromkeys(word for text, _ in rows for word in words(text))
     vocab = ["<s>", UNKNOWN, *(word for word in known if word not in OUTSIDE.split())]
@@ -98,8 +98,8 @@ def main(argv):
             offsets.append(len(tokens))
         splits[name] = {"tokens": tokens, "offsets": offsets, "labels": labels, "documents": len(part), "positive": sum(labels),
                         "bytes": sum(len(text.encode()) + 1 for text, _ in part), "unknown": tokens.count(1)}
-    common.write(args.out_dir, meta, splits)
+    prepare.write(args.out_dir, meta, splits)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    prepare.run(main)

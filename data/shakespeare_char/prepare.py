@@ -14,7 +14,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from data import common
+from core import prepare
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SIZE = 1_115_394
@@ -22,13 +22,13 @@ DIGEST = "sha256:86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565e
 
 
 def main(argv):
-    args = common.arguments(__doc__, argv, HERE, f"{SIZE:,} bytes")
-    if common.finished(args, {}):
+    args = prepare.arguments(__doc__, argv, HERE, f"{SIZE:,} bytes")
+    if prepare.finished(args, {}):
         return
-    source = args.source or common.download(URL, HERE / "input.txt", SIZE, DIGEST)
-    data = common.single(source, ("input.txt", "tinyshakespeare.txt"), SIZE)
-    partial = common.check_size(source, len(data), SIZE, args.partial)
-    text = common.utf8(data, source.name)
+    source = args.source or prepare.download(URL, HERE / "input.txt", SIZE, DIGEST)
+    data = prepare.single(source, ("input.txt", "tinyshakespeare.txt"), SIZE)
+    partial = prepare.check_size(source, len(data), SIZE, args.partial)
+    text = prepare.utf8(data, source.name)
     vocab = sorted(set(text))
     ids = {c: i for i, c in enumerate(vocab)}
     tokens = np.array([ids[c] for c in text])
@@ -36,14 +36,14 @@ def main(argv):
     meta = {
         "name": "shakespeare_char", "kind": "lm", "tokenizer": "chars", "vocab_size": len(vocab), "mark": None,
         "vocab": vocab, "lossless": True, "partial": partial, "options": {},
-        "source": {**common.identity(source), "content_bytes": len(data)},
+        "source": {**prepare.identity(source), "content_bytes": len(data)},
         "split_rule": "train is the first 90 % of the characters, val the rest",
     }
-    common.write(args.out_dir, meta, {
+    prepare.write(args.out_dir, meta, {
         "train": {"tokens": tokens[:cut], "bytes": len(text[:cut].encode("utf-8"))},
         "val": {"tokens": tokens[cut:], "bytes": len(text[cut:].encode("utf-8"))},
     })
 
 
 if __name__ == "__main__":
-    common.run(main)
+    prepare.run(main)

@@ -20,8 +20,8 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from configurator import UserError
-from data import common
+from core import prepare
+from core.config import UserError
 
 # Tests, what others installed, and what the build generated for this machine.
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -42,13 +42,13 @@ def split_of(start, total):
 
 
 def main(argv):
-    args = common.arguments(__doc__, argv, HERE)
+    args = prepare.arguments(__doc__, argv, HERE)
     own = {"file": f"standard library of Python {platform.python_version()}", "python": platform.python_version()}
-    if common.finished(args, {}, own if args.source is None else None):
+    if prepare.finished(args, {}, own if args.source is None else None):
         return
     folder = args.source or Path(sysconfig.get_paths()["stdlib"])
-    source = own if args.source is None else common.identity(folder)
-    files = {name: data for name, data in common.members(folder, wanted) if data}
+    source = own if args.source is None else prepare.identity(folder)
+    files = {name: data for name, data in prepare.members(folder, wanted) if data}
     # An archive's top folder is no part of a name: the same files are split the same way, packed or not.
     top = os.path.commonpath([os.path.dirname(name) for name in files]) if files else ""
     named = ((name[len(top) + 1 :] if top else name, data) for name, data in files.items())
@@ -74,8 +74,8 @@ def main(argv):
         "split_rule": "files in the order of the sha256 of their names; a file goes to train, val or test by whether "
                       "it begins in the first 90 %, the next 5 % or the last 5 % of the bytes",
     }
-    common.write(args.out_dir, meta, splits)
+    prepare.write(args.out_dir, meta, splits)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    prepare.run(main)

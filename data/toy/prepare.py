@@ -13,9 +13,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from configurator import UserError
-from data import common
-from tokenizer import Tokenizer, words
+from core import prepare
+from core.config import UserError
+from core.tokenizer import Tokenizer, words
 
 TEXT = """\
 i love deep learning
@@ -28,14 +28,14 @@ models learn patterns
 
 
 def main(argv):
-    args = common.arguments(__doc__, argv, HERE)
+    args = prepare.arguments(__doc__, argv, HERE)
     built_in = {"file": "prepare.py", "bytes": len(TEXT), "sha256": hashlib.sha256(TEXT.encode()).hexdigest()}
-    if common.finished(args, {}, built_in if args.source is None else None):
+    if prepare.finished(args, {}, built_in if args.source is None else None):
         return
     text, source = TEXT, built_in
     if args.source is not None:
-        text = common.utf8(common.single(args.source, ("toy.txt",), 1 << 20), args.source.name)
-        source = common.identity(args.source)
+        text = prepare.utf8(prepare.single(args.source, ("toy.txt",), 1 << 20), args.source.name)
+        source = prepare.identity(args.source)
     sentences = [line.strip() for line in text.splitlines() if line.strip()]
     if not sentences:
         raise UserError(f"{args.source.name}: expected a sentence on each line, found none")
@@ -47,8 +47,8 @@ def main(argv):
     tokens = [token for sentence in sentences for token in [0] + tokenizer.encode(sentence)]
     size = sum(len(sentence.encode("utf-8")) + 1 for sentence in sentences)
     split = {"tokens": tokens, "bytes": size, "documents": len(sentences)}
-    common.write(args.out_dir, meta, {name: split for name in ("train", "val", "test")})
+    prepare.write(args.out_dir, meta, {name: split for name in ("train", "val", "test")})
 
 
 if __name__ == "__main__":
-    common.run(main)
+    prepare.run(main)

@@ -22,12 +22,12 @@ api = pytest.importorskip("playwright.sync_api", reason="needs requirements-test
 
 from PIL import Image
 
-import heat
 import sample
 import train
-from conftest import ROOT, call, write_bytes
+from core import inference
 from data.sentences import prepare as sentences
 from data.toy import prepare as toy
+from helpers import ROOT, call, write_bytes
 from model import GPT, GPTConfig
 
 REVIEW = "The effects were amazing, but the story was trash."
@@ -157,7 +157,7 @@ def part(page, name):
     idle(page)
 
 
-def choose(page, label, option):
+def check_choice(page, label, option):
     """Pick an option of a selection box (exactly named), or one more of a box for several."""
     page.get_by_label(label).last.click()
     page.get_by_role("option", name=option, exact=True).click()
@@ -200,9 +200,9 @@ def colours(picture):
 
 def said_of(folder, text):
     """What sample.py says of a text, and the model's weights of its tokens."""
-    model, tokenizer, classes = heat.read_run(folder)
-    p = float(sample.predict(model, tokenizer, [text], "cpu", "float32")[0])
-    x, lengths = sample.review_batch(model, tokenizer, [text], "cpu")
+    model, tokenizer, classes = sample.read_run(folder / "best.pt")
+    p = float(inference.predict(model, tokenizer, [text], "cpu", "float32")[0])
+    x, lengths = inference.review_batch(model, tokenizer, [text], "cpu")
     return f"{classes[p > 0.5]} {max(p, 1 - p):.1%}", model.word_weights(x, lengths)[0].tolist(), model.maps(x, lengths)
 
 
@@ -220,8 +220,8 @@ def test_another_layer_and_head(page, work):
     *_, maps = said_of(work / "sentences", REVIEW)
     before = page.get_by_test_id("stVegaLiteChart").screenshot()
     for layer, head in ((0, 1), (1, 0)):
-        choose(page, "Layer", str(layer))
-        choose(page, "Head", str(head))
+        check_choice(page, "Layer", str(layer))
+        check_choice(page, "Head", str(head))
         until(page, lambda: int(np.argmax([dark for _, dark in shaded(page)])), int(maps[layer][0, head].mean(0).argmax()))
     assert page.get_by_test_id("stVegaLiteChart").screenshot() != before
 
@@ -236,8 +236,8 @@ def test_another_review(page, work):
 
 
 def test_models_side_by_side(page, work):
-    choose(page, "Runs, newest first", "deep/additive")
-    choose(page, "Runs, newest first", "none")
+    check_choice(page, "Runs, newest first", "deep/additive")
+    check_choice(page, "Runs, newest first", "none")
     for n, name in enumerate(("sentences", "deep/additive", "none")):
         metric(page, "The model says", said_of(work / name, REVIEW)[0], n)
     assert page.locator(".shaded").count() == 3 and page.get_by_test_id("stVegaLiteChart").count() == 1
@@ -291,7 +291,7 @@ def test_empty_review(page):
 def test_what_is_no_checkpoint(page, name, said):
     for tab in ("Reviews", "Text"):
         part(page, tab)
-        choose(page, "Runs, newest first", name)
+        check_choice(page, "Runs, newest first", name)
         if tab == "Text":
             page.get_by_role("button", name="Write").click()
         told(page, said)
@@ -347,7 +347,7 @@ def test_tokens_come_as_they_are_drawn_until_stop(page):
 
 def test_two_models_write_side_by_side(page):
     part(page, "Text")
-    choose(page, "Runs, newest first", "toy")
+    check_choice(page, "Runs, newest first", "toy")
     write(page, "Tokens", "20")
     page.get_by_role("button", name="Write").click()
     page.get_by_text(re.compile("^20 tokens, ")).nth(1).wait_for()
@@ -369,7 +369,7 @@ def test_odd_prompt(page, kind):
 
 def test_word_that_the_model_cannot_read(page):
     part(page, "Text")
-    choose(page, "Runs, newest first", "toy")
+    check_choice(page, "Runs, newest first", "toy")
     write(page, "Prompt", "i love <b>![x](http://example.org/x.png)")
     page.get_by_role("button", name="Write").click()
     told(page, "the word '<' is not in the vocabulary of 13 words")
@@ -383,7 +383,7 @@ def test_word_that_the_model_cannot_read(page):
     ("adaptive span", "adaptive_attention_span", {"span_init": [4.0, 16.0, 48.0, 112.0], "softness_span_mask": 16})])
 def test_pattern(page, name, attention, options):
     part(page, "Patterns")
-    choose(page, "Mechanism", name)
+    check_choice(page, "Mechanism", name)
     config = GPTConfig(block_size=256, vocab_size=1, n_layer=1, n_head=4, n_embd=64, attention=attention, options=options)
     layer, dense = GPT(config).layers[0].attention, 256 * 257 / 2
     kept, pairs = layer.kept_pairs(256), layer.multiplied_pairs(256)
@@ -448,7 +448,7 @@ def test_training_that_goes_on(page, work):
 
 def test_finished_run(page):
     part(page, "Training")
-    choose(page, "Runs, newest first", "bytes")
+    check_choice(page, "Runs, newest first", "bytes")
     for name, score in (("sentences", "accuracy"), ("bytes", "bits per byte")):
         page.get_by_text(f"{name}: finished").wait_for()
         page.get_by_text(re.compile(rf"^val, whole, best weights, step \d+: loss \d\.\d+ nats, {score}")).wait_for()
@@ -458,7 +458,7 @@ def test_run_that_goes_away(page, work):
     shutil.copytree(work / "toy", work / "away")
     try:
         part(page, "Text")
-        choose(page, "Runs, newest first", "away")
+        check_choice(page, "Runs, newest first", "away")
     finally:
         shutil.rmtree(work / "away")
     write(page, "Prompt", "another")

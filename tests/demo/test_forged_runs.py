@@ -6,8 +6,9 @@ import pytest
 
 testing = pytest.importorskip("streamlit.testing.v1", reason="needs requirements-demo.txt; make test-demo installs it")
 
-from conftest import ROOT
 from test_sample import MARKED, write_checkpoint
+
+from helpers import ROOT
 
 LOGS = {"first": '{"step": 1, "split": "train", "loss": 2, "stats": [{"spans": 5}, 3]}',
         "second": '{"step": 1, "split": "train", "loss": 2, "tokens_per_second": "x"}\n{"step": 2, "split": "val", "loss": 1}',

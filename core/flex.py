@@ -1,0 +1,169 @@
+"""The CUDA kernel: a mechanism's formula through FlexAttention (torch.nn.attention.flex_attention).
+
+The formula becomes score_mod(s, b, h, i, j) = s + bias(h, i, j) and mask_mod = bias > -inf; of a relative mechanism with
+parameters the bias is tabulated by offset first, so that the gradient of one tensor is collected. The block mask is built
+on the device, without a T x T mask and without waiting for the device.
+
+Letters: B batch, T time, H heads, D head size; n = T / BLOCK blocks of queries, as many of keys.
+"""
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import flex_attention as torch_flex
+
+from core import blocks
+from core.config import UserError
+
+BLOCK = 128  # queries and keys of a block of the mask: FlexAttention's default
+FACTOR_FLOOR = 1e-30  # a factor of 0 would be a score of -inf, and a row of nothing else has no gradient
+
+
+def attend(layer, q, k, v, lengths=None, dropout=0.0):
+    """Attention by `layer`'s bias; equals `layer.weights(q, k) @ v`, but for dropout, which is drawn otherwise.
+
+    q, k, v: (B, H, T, D). lengths: (B,) or None. Weights that `factor` changes take two more passes without gradient, for
+    the sums of a row and of its squares; FlexAttention has no dropout, so a pass with the dropped weights is scaled by
+    the sum of all.
+    """
+    score, mask = score_and_mask(layer, q.size(2), lengths)
+    call = functools.partial(run, q, k, v, block_mask=block_mask(layer, q.size(2), mask, q.device))
+    if not layer.reweighs and not dropout:
+        return call(score)[0]
+    total, scaled = call(score)[1], score  # log-sum-exp of each row, (B, H, T)
+    if layer.reweighs:
+        scaled = with_factor(layer, score, total.detach(), call, lengths)
+        if layer.renormalize:
+            total = call(scaled)[1] if dropout else None
+    if dropout:
+        scaled = with_dropout(scaled, dropout, q.device)
+    y, scaled_total = call(scaled)
+    if total is None:
+        return y
+    share = torch.exp(scaled_total - total).nan_to_num(0.0)[..., None]  # NaN where a row keeps no key
+    return (y * share / (1 - dropout)).to(q.dtype)
+
+
+def run(q, k, v, score_mod, block_mask):
+    """(outputs (B, H, T, D), log-sum-exp of each row (B, H, T)) of FlexAttention.
+
+    Raises UserError where PyTorch has compiled too many variants: it would go on uncompiled, with T x T scores.
+    """
+    try:
+        y, aux = kernel(q.device.type)(q, k, v, score_mod=score_mod, block_mask=block_mask,
+                                       return_aux=torch_flex.AuxRequest(lse=True))
+    except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+        raise UserError("kernel=flex: FlexAttention was compiled for more shapes than torch._dynamo.config.recompile_limit "
+                        f"({torch._dynamo.config.recompile_limit}) allows; raise it, keep to one text length, or use "
+                        "kernel=engine") from error
+    return y, aux.lse
+
+
+def kernel(device):
+    """FlexAttention for a kind of device: compiled on CUDA, elsewhere as it is: exact, with T x T scores, for tests."""
+    return compiled() if device == "cuda" else torch_flex.flex_attention
+
+
+@functools.cache
+def compiled():
+    """FlexAttention through torch.compile. fullgraph: past the limit of recompilations it raises instead of going dense."""
+    return torch.compile(torch_flex.flex_attention, fullgraph=True, dynamic=False)
+
+
+def score_and_mask(layer, T, lengths):
+    """(score_mod, mask_mod) of a layer for texts of T tokens, of which `lengths` (B,) are not padding.
+
+    A mask_mod may not depend on parameters: where the bias does and is not relative, score_mod alone drops the pairs.
+    """
+    bias = kept_bias = layer.total_bias
+    if layer.mask_parameters():
+        kept_bias = None
+        if layer.relative:
+            table = layer.bias_by_offset(T).expand(layer.n_head, -1)
+            bias, kept_bias = by_offset(table, T), by_offset(table.detach(), T)
+
+    def score(s, b, h, i, j):
+        return s + bias(h, i, j)
+
+    def mask(b, h, i, j):
+        kept = kept_bias(h, i, j) > -math.inf if kept_bias else j >= 0
+        return kept if lengths is None else kept & (j < lengths[b])
+
+    return score, mask
+
+
+def by_offset(table, T):
+    """bias(h, i, j) read from a table (H, 2 T - 1) by offset."""
+    return lambda h, i, j: table[h, j - i + (T - 1)]
+
+
+# ---- factors and dropout -------------------------------------------------------------------
+
+
+def with_factor(layer, score, total, call, lengths):
+    """`score` plus the logarithm of the layer's detached factor. total: (B, H, T), log-sum-exp of the rows' scores."""
+    with torch.no_grad():
+        squares = torch.exp(call(lambda s, b, h, i, j: 2 * score(s, b, h, i, j))[1] - 2 * total).nan_to_num(0.0)
+        keys = torch.exp(call(lambda s, b, h, i, j: torch.zeros_like(s))[1]).round().clamp(min=1)
+        variation = squares * keys - 1
+        if layer.scope == "matrix":
+            variation = layer.matrix_variation(squares[..., None], lengths)[..., 0].expand_as(keys)
+
+    def scaled(s, b, h, i, j):
+        s = score(s, b, h, i, j)
+        p = torch.exp(s.detach() - total[b, h, i])
+        return s + torch.log(layer.factor(p, keys[b, h, i], variation[b, h, i]).clamp(min=FACTOR_FLOOR))
+
+    return scaled
+
+
+def with_dropout(score, dropout, device):
+    """`score` with pairs dropped at a rate, by a hash of a seed and the pair: the same forward and backward."""
+    seed = torch.randint(2**31, (), device=device)
+    limit = torch.full((), int(dropout * 2**24), device=device)  # a tensor: dynamo makes a number symbolic, which FlexAttention refuses
+
+    def scaled(s, b, h, i, j):
+        x = seed
+        for index in (b, h, i, j):  # mixed after each: no two heads or texts share their bits at shifted positions
+            x = (x + index) & 0x7FFFFFFF
+            for factor in (0x45D9F3B, 0x2C1B3C6D):
+                x = ((x ^ (x >> 16)) * factor) & 0x7FFFFFFF
+        return torch.where((x >> 7) < limit, -math.inf, score(s, b, h, i, j))
+
+    return scaled
+
+
+# ---- the block mask ------------------------------------------------------------------------
+
+
+def block_mask(layer, T, mask, device):
+    """The BlockMask of a layer for T tokens: every block that holds a kept pair, filtered by `mask`."""
+    cells = cells_of(layer, T, device)[None]  # (1, H or 1, n, n)
+    order = torch.argsort(cells.to(torch.int8), dim=-1, descending=True, stable=True)
+    return torch_flex.BlockMask.from_kv_blocks(cells.sum(-1, dtype=torch.int32), order.to(torch.int32), BLOCK_SIZE=BLOCK,
+                                               mask_mod=mask, seq_lengths=(T, T))
+
+
+@torch.no_grad()
+def cells_of(layer, T, device):
+    """Which blocks of BLOCK x BLOCK hold a pair that the layer may keep, (H or 1, n, n), on the device."""
+    n = -(-T // BLOCK)
+    if layer.relative:
+        kept = layer.bias_by_offset(T) > -math.inf  # offsets 1 - T to T - 1
+        kept = F.pad(kept, (n * BLOCK - T, n * BLOCK - T + 1)).float()  # offsets -n BLOCK + 1 to n BLOCK
+        band = F.max_pool1d(kept, 2 * BLOCK - 1, BLOCK) > 0  # (H or 1, 2 n - 1): j's block minus i's, from 1 - n to n - 1
+        place = torch.arange(n, device=device)
+        return band[:, place - place[:, None] + n - 1]
+    key = T, "cells", str(device)
+    if key not in layer.blocks_of:
+        cells = torch.zeros(layer.n_head, n, n, dtype=torch.bool)
+        for block in (block for part in blocks.find(layer, T) for block in part):
+            rows = sorted({i // BLOCK for i in block.queries})
+            columns = sorted({j // BLOCK for keys in block.kv_ranges for j in keys})
+            cells[block.heads.start : block.heads.stop, torch.tensor(rows)[:, None], torch.tensor(columns)] = True
+        if layer.causal:
+            cells = cells.tril()
+        layer.blocks_of[key] = cells.to(device)
+    return layer.blocks_of[key]

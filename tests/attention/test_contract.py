@@ -1,0 +1,349 @@
+"""The laws that every attention mechanism must pass, for each file beside model.py that holds one.
+
+pytest tests/test_contract.py --attention=my_attention    holds one file to them, with its default options
+"""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from core import contract, engine
+from core.config import UserError
+from core.contract import outputs_and_gradients
+from core.kvcache import Cache
+from core.mechanisms import mechanism, mechanisms
+from model import GPTConfig
+from strangers import STRANGERS
+
+SPANS = {"span_init": [2.0, 9.5, 40.0], "softness_span_mask": 4, "max_span": 64}
+PERIODIC = {**SPANS, "span_init": [2.0, 15.0, 60.0], "use_triangle_wave_masking": True}
+VARIANTS = {  # options of files in this repository, besides each file's defaults
+    "sparse": {
+        "local": {"sparse_pattern": "local", "window": 9},
+        "strided": {"sparse_pattern": "strided", "stride": 7},
+        "fixed": {"sparse_pattern": "fixed", "stride": 7, "fixed_columns": 2},
+        "log": {"sparse_pattern": "log", "window": 3},
+        "local, global": {"sparse_pattern": "local", "window": 9, "global_tokens": 3},
+        "strided, global": {"sparse_pattern": "strided", "stride": 5, "global_tokens": 2},
+        "fixed, global": {"sparse_pattern": "fixed", "stride": 5, "global_tokens": 3},
+        "log, global": {"sparse_pattern": "log", "window": 4, "global_tokens": 1},
+        "dense": {"sparse_pattern": "dense"},
+    },
+    "adaptive_attention_span": {
+        "spans": SPANS,
+        "periodic": PERIODIC,
+        "periodic, exact": {**PERIODIC, "triangle_wave_harmonics": 0},
+        "snapped": {**PERIODIC, "snap_periods": True},
+        "snapped, exact": {**PERIODIC, "snap_periods": True, "triangle_wave_harmonics": 0},
+    },
+    "atrt": {
+        "raw": {"atrt_renormalize": False, "atrt_task": "summarization"},
+        "matrix": {"atrt_scope": "matrix"},
+    },
+}
+LENGTHS = (1, 2, 5, 23, 64, 65, 130)  # odd sizes: one token, shorter than a block, no multiple of one
+BOUND = 1e-10  # in float64
+
+
+@dataclasses.dataclass
+class Case:
+    """A mechanism with its options, causal or not."""
+
+    kind: type
+    options: dict
+    causal: bool
+
+    def layer(self, block_size=64, dropout=0.0, kernel="engine", dtype=torch.float64, n_head=3):
+        torch.manual_seed(0)
+        config = GPTConfig(n_head=n_head, n_embd=8 * n_head, block_size=block_size, n_class=0 if self.causal else 2,
+                           dropout=dropout, kernel=kernel, options=dict(self.options))
+        layer = self.kind(config).to(dtype)
+        if "ratio" in dict(layer.named_parameters()):  # as training may leave them: most keys dropped, and few
+            layer.period.data = torch.tensor([-1.0, 0.1, 2.0], dtype=dtype)
+            layer.ratio.data = torch.tensor([1.0, -4.0, -1.0], dtype=dtype)
+        return layer
+
+
+def cases(only=""):
+    """{"name, options, direction": Case} of every file with a mechanism, or of one, and of the strangers."""
+    kinds = {}
+    for name in [only] if only else mechanisms():
+        kind, defaults = mechanism(name)
+        for variant, options in {"": {}, **VARIANTS.get(name, {})}.items():
+            kinds[f"{name}: {variant}" if variant else name] = kind, {**defaults, **options}
+    if not only:
+        kinds |= {name: (kind, {}) for name, kind in STRANGERS.items()}
+    every = {}
+    for name, (kind, options) in kinds.items():
+        for causal in (True, False):
+            try:
+                Case(kind, options, causal).layer()
+            except UserError:  # matrix scope in a causal model
+                continue
+            every[f"{name}, {'causal' if causal else 'both directions'}"] = Case(kind, options, causal)
+    return every
+
+
+def pytest_generate_tests(metafunc):
+    every = cases(metafunc.config.getoption("--attention"))
+    for name, wanted in (("case", True), ("causal_case", lambda case: case.causal), ("both_ways", lambda case: not case.causal)):
+        if name in metafunc.fixturenames:
+            chosen = {label: case for label, case in every.items() if wanted is True or wanted(case)}
+            metafunc.parametrize(name, chosen.values(), ids=list(chosen))
+
+
+def random_qkv(T, B=2, H=3, D=8, dtype=torch.float64):
+    torch.manual_seed(T)
+    return [torch.randn(B, H, T, D, dtype=torch.float64).to(dtype).requires_grad_() for _ in range(3)]
+
+
+def test_exact(case):
+    """The engine equals the reference: outputs and all gradients, at odd sizes and with padding."""
+    layer = case.layer()
+    for T in LENGTHS:
+        for lengths in (None, torch.tensor([T, max(1, T // 2)])):
+            assert contract.error(layer, "engine", T, lengths) < BOUND, (T, lengths)
+
+
+@pytest.mark.parametrize("T, padded", [(1, False), (130, True)])
+def test_flex_is_exact(case, T, padded):
+    """FlexAttention of the same formula equals the reference: outputs and all gradients."""
+    assert contract.error(case.layer(), "flex", T, torch.tensor([T, T // 2]) if padded else None) < BOUND
+
+
+def test_exact_in_small_tiles(case, monkeypatch):
+    """Tiles that hold some of a block's heads, examples and stacked blocks compute the same."""
+    for size in (2**9, 2**12):
+        monkeypatch.setattr(engine, "TILE", size)
+        assert contract.error(case.layer(block_size=300), "engine", 150) < BOUND
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exact_in_low_precision(causal_case, dtype):
+    """The engine errs at most twice as much as the reference in the same precision, by the norm of
+    the error against float64 over several draws, for each output and gradient."""
+    exact, low = causal_case.layer(block_size=300), causal_case.layer(block_size=300, dtype=torch.float32)  # masks stay float32
+    ours, theirs = [], []
+    for draw in range(9):
+        torch.manual_seed(draw)
+        inputs = [torch.randn(2, 3, 300, 8).to(dtype).requires_grad_() for _ in range(3)]
+        same = [x.detach().double().requires_grad_() for x in inputs]
+        true = outputs_and_gradients(exact, contract.kernels(exact)["reference"], same)
+        for errors, kernel in ((ours, "engine"), (theirs, "reference")):
+            found = outputs_and_gradients(low, contract.kernels(low)[kernel], inputs)
+            errors.append([(a.double() - b).norm() ** 2 for a, b in zip(found, true)])
+    for n, (error, bound) in enumerate(zip(zip(*ours), zip(*theirs))):
+        # the middle one: where ATRT's factor jumps, a weight that rounding carries across is an error of its own size
+        error, bound = (torch.stack(each).median().sqrt().item() for each in (error, bound))
+        assert error <= 2 * bound, (n, error, bound)
+
+
+@pytest.mark.parametrize("kernel", ["engine", "reference"])
+def test_causal(causal_case, kernel):
+    """A changed token changes nothing before it."""
+    layer = causal_case.layer(kernel=kernel)
+    x = torch.randn(2, 70, 24, dtype=torch.float64)
+    changed = x.clone()
+    changed[:, 42] += 1
+    before, after = layer(x), layer(changed)
+    assert (before[:, :42] - after[:, :42]).abs().max() < 1e-12
+    assert (before[:, 42:] - after[:, 42:]).abs().max() > 1e-3
+
+
+def test_alone(both_ways):
+    """An example's output does not depend on the others in its batch, nor on padding."""
+    layer = both_ways.layer()
+    x = torch.randn(3, 50, 24, dtype=torch.float64)
+    lengths = torch.tensor([50, 31, 1])
+    together = layer(x, lengths=lengths)
+    garbage = x.clone()
+    garbage[1, 31:] = 1e3
+    garbage[2, 1:] = -1e3
+    other = layer(garbage, lengths=lengths)
+    for n, length in enumerate(lengths.tolist()):
+        alone = layer(x[n : n + 1, :length])
+        assert (together[n, :length] - alone[0]).abs().max() < 1e-12
+        assert (together[n, :length] - other[n, :length]).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("prompt, chunk", [(40, 1), (40, 7), (3, 1), (1, 5)])
+def test_incremental(causal_case, prompt, chunk):
+    """Decoding through the cache equals the full pass, also far past the block size and from a prompt longer than it."""
+    assert contract.decoding_error(causal_case.layer(block_size=32), 150, prompt, chunk) < 1e-12
+
+
+def test_complete(case):
+    """The blocks cover each pair with a bias above -inf exactly once, and what is counted is what there is."""
+    layer = case.layer()
+    for T in LENGTHS:
+        i = torch.arange(T)
+        wanted = (layer.bias_at(i, i) > -math.inf).expand(3, T, T)
+        covered, multiplied = torch.zeros(3, T, T, dtype=torch.long), 0
+        for part in layer.blocks(T):
+            rows = torch.zeros(3, T, dtype=torch.long)
+            for block in part:
+                heads, queries = torch.as_tensor(block.heads), torch.as_tensor(block.queries)
+                keys = torch.cat([torch.as_tensor(keys) for keys in block.kv_ranges])
+                distance = (queries[:, None] - keys).abs()
+                answers = torch.ones_like(distance, dtype=torch.bool)
+                if block.distances is not None:
+                    answers = (distance >= block.distances.start) & (distance < block.distances.stop)
+                covered[heads[:, None, None], queries[:, None], keys[None]] += answers
+                rows[heads[:, None], queries] += 1
+                multiplied += len(heads) * distance.numel()
+            assert not part or rows.max() == 1, T  # a query of a head stands in one block of a part
+        assert (covered[wanted] == 1).all(), T
+        assert covered.max() <= 1, T
+        assert layer.kept_pairs(T) == pytest.approx(wanted.sum().item() / 3, rel=1e-15)
+        assert layer.multiplied_pairs(T) == multiplied / 3
+        stacked = [stack for part in engine.stacks_of(layer, T) for stack in part]
+        assert sum(stack.count * stack.block.pairs for stack in stacked) == multiplied
+
+
+def test_block_mask_of_flex(case):
+    """FlexAttention's blocks leave out no kept pair."""
+    for T in (5, 130, 700):
+        assert contract.cells_missed(case.layer(block_size=512), T) == 0
+
+
+def test_declarations(case):
+    """What is checked when a model is built holds, for a short and a longer block."""
+    for block_size in (1, 2, 64, 513):
+        contract.check(case.layer(block_size=block_size), "it")
+
+
+def test_decoding_reads_what_is_kept(causal_case):
+    """A cached key that the bias drops in every head is not read: NaN in its place changes nothing."""
+    layer = causal_case.layer(block_size=32)
+    x = torch.randn(2, 80, 24, dtype=torch.float64)
+    with torch.no_grad():
+        whole = layer(x)
+        cache, dropped = Cache(layer.max_distance() + 1), 0
+        layer(x[:, :10], cache=cache)
+        for t in range(10, 80):
+            read = Cache(cache.size)
+            read.__dict__.update(cache.__dict__)
+            read.k, read.v = cache.k.clone(), cache.v.clone()
+            _, _, j = cache.held()
+            kept = (layer.bias_at(torch.tensor([t]), j) > -math.inf).expand(3, 1, len(j))[:, 0]
+            if not layer.relative:  # the heads read the same slots
+                kept = kept.any(0).expand(3, -1)
+            dropped += (~kept).sum().item()
+            for h in range(3):
+                read.k[:, h, : len(j)][:, ~kept[h]] = math.nan
+                read.v[:, h, : len(j)][:, ~kept[h]] = math.nan
+            if cache.length >= cache.size:  # else the slot is free, and is about to be written
+                slot = t % cache.size
+                read.k[:, :, slot], read.v[:, :, slot] = cache.k[:, :, slot], cache.v[:, :, slot]
+            assert (layer(x[:, t : t + 1], cache=read) - whole[:, t : t + 1]).abs().max() < 1e-12, t
+            layer(x[:, t : t + 1], cache=cache)
+    i = torch.arange(33)
+    assert dropped > 0 or (layer.bias_at(i[-1:], i[1:]) > -math.inf).any(0).all() or not layer.relative
+
+
+def test_rows_without_a_key(case):
+    """A query that keeps no key gives 0, with gradient 0, in every kernel."""
+    layer = case.layer()
+    i = torch.arange(40)
+    empty = ~(layer.bias_at(i, i) > -math.inf).expand(3, 40, 40).any(2)
+    for attend in contract.kernels(layer).values():
+        with contract.flex_on_cpu():
+            y, *gradients = outputs_and_gradients(layer, attend, random_qkv(40))
+        assert all(g.isfinite().all() for g in (y, *gradients))
+        assert (y[:, empty] == 0).all() and (gradients[0][:, empty] == 0).all()
+
+
+def test_dropout(causal_case):
+    """Dropout drops weights at its rate, the same in both directions, and from the global stream."""
+    layer = causal_case.layer(block_size=128, dropout=0.25)
+    layer.train()
+    inputs = random_qkv(100)
+    q, k, v = inputs
+
+    def attend(v):
+        torch.manual_seed(7)
+        return layer.attend(q, k, v)
+
+    # v = identity shows the dropped weights themselves
+    eye = torch.eye(100, dtype=torch.float64).expand(2, 3, 100, 100).contiguous().requires_grad_()
+    dropped, plain = attend(eye).detach(), layer.weights(q, k).detach()
+    there = plain > 1e-12
+    kept = dropped[there] > 0
+    assert kept.double().mean() == pytest.approx(0.75, abs=0.02)
+    torch.testing.assert_close(dropped[there][kept], plain[there][kept] / 0.75)
+    # the same mask going back: with it fixed the layer is linear in v, so the gradient is that matrix
+    upstream = torch.randn(2, 3, 100, 8, dtype=torch.float64)
+    (grad,) = torch.autograd.grad(attend(v), v, upstream)
+    torch.testing.assert_close(grad, dropped.mT @ upstream)
+    # and q's gradient against the reference with those weights dropped
+    mask = torch.where(there, dropped / plain, 0)
+    (expected,) = torch.autograd.grad(((layer.weights(q, k) * mask) @ v * upstream).sum(), q)
+    (grad,) = torch.autograd.grad(attend(v), q, upstream)
+    torch.testing.assert_close(grad, expected)
+    torch.manual_seed(8)
+    assert not torch.equal(layer.attend(q, k, eye), dropped)
+    layer.eval()
+    assert (layer.attend(q, k, v) - contract.kernels(layer)["reference"](q, k, v)).abs().max() < BOUND
+
+
+def test_factor_is_what_reweigh_applies(case):
+    """A `reweigh` written for speed equals the one that the base class derives from `factor`."""
+    layer = case.layer()
+    if not layer.reweighs:
+        return
+    p = torch.softmax(3 * torch.randn(2, 3, 40, 40, dtype=torch.float64), -1)
+    keys = torch.full((2, 3, 40, 1), 40)
+    for variation in (None, torch.full((2, 3, 40, 1), 2.5, dtype=torch.float64)):
+        plain = super(case.kind, layer).reweigh(p, keys, variation)
+        torch.testing.assert_close(layer.reweigh(p, keys, variation), plain, rtol=1e-9, atol=1e-12)
+
+
+FAR = {**PERIODIC, "span_init": [20.0, 50.0, 300.0], "max_span": 0}
+CLAIMS = [  # mechanism, options, exponent of the work over T = 1,024 to 32,768
+    ("dense", {}, 2),
+    ("sparse", {"sparse_pattern": "local", "window": 256}, 1),
+    ("sparse", {"sparse_pattern": "strided"}, 1.5),
+    ("sparse", {"sparse_pattern": "fixed"}, 1.5),
+    ("sparse", {"sparse_pattern": "log", "window": 16}, 1 + 1 / math.log(8192)),  # the slope of n log(n)
+    ("sparse", {"sparse_pattern": "local", "window": 256, "global_tokens": 4}, 1),
+    ("adaptive_attention_span", {**SPANS, "max_span": 0}, 1),
+    ("adaptive_attention_span", FAR, 1),
+    ("adaptive_attention_span", {**FAR, "snap_periods": True}, 1),
+    ("atrt", {}, 2),
+]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name, options, exponent", CLAIMS)
+def test_cheap(name, options, exponent, causal):
+    """Work counted from the blocks, and pairs kept, grow as the mechanism claims."""
+    kind, defaults = mechanism(name)
+    times, pairs, kept = [2**n for n in range(10, 16)], [], []
+    for T in times:
+        layer = kind(GPTConfig(n_head=3, n_embd=24, block_size=T, n_class=0 if causal else 2, options={**defaults, **options}))
+        if layer.relative or T <= 8192:  # else every pair is looked at
+            kept.append(layer.kept_pairs(T))
+        if layer.relative or T <= 8192 or options["sparse_pattern"] == "fixed":  # whose blocks are written by hand
+            pairs.append(layer.multiplied_pairs(T))
+
+    def slope(counts):
+        x, y = (torch.tensor(values, dtype=torch.float64).log() for values in (times[: len(counts)], counts))
+        return (((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()).item()
+
+    assert slope(kept) == pytest.approx(exponent, abs=0.1)
+    assert exponent - 0.25 < slope(pairs) < exponent + 0.1  # less where a block is wider than a short window
+
+
+def test_snapped_periods_multiply_less():
+    """Whole periods with few kept residues skip most of the pairs of a long span."""
+    kind, defaults = mechanism("adaptive_attention_span")
+    options = {**defaults, "span_init": [2000.0], "use_triangle_wave_masking": True, "period_min_triangle_wave_masking": 4.0,
+               "period_max_triangle_wave_masking": 4.0}
+    pairs = []
+    for snap in (False, True):
+        layer = kind(GPTConfig(n_head=2, n_embd=16, block_size=4096, options={**options, "snap_periods": snap}))
+        layer.ratio.data.fill_(-2.0)
+        pairs.append(layer.multiplied_pairs(4096))
+    assert pairs[1] < 0.35 * pairs[0]

@@ -1,0 +1,162 @@
+"""What a mechanism says of itself is checked when a model is built: each kind of mistake is refused, with a pair of positions."""
+
+import math
+
+import pytest
+import torch
+
+import model as model_file
+from attention import Attention
+from core import blocks, contract
+from core.blocks import Block
+from core.config import UserError
+from model import GPT, GPTConfig
+from strangers import AbsoluteKeys, Prefix
+
+
+class RelativeKeys(AbsoluteKeys):
+    relative = True
+
+
+class RelativePrefix(Prefix):
+    relative = True
+
+
+class RareKeys(Attention):
+    """Drops one key position of 500."""
+
+    relative = True
+
+    def bias(self, h, i, j):
+        return torch.where(j % 500 == 499, -math.inf, 0.0)
+
+
+class Window(Attention):
+    """Correct: what the classes below spoil."""
+
+    relative = True
+
+    def bias(self, h, i, j):
+        return torch.where((i - j).abs() < 9, 0.0, -math.inf)
+
+    def blocks(self, T):
+        after = 0 if self.causal else 8
+        return [[Block(range(self.n_head), *pair) for pair in blocks.windows(range(T), 16, 8, after)]]
+
+
+class MissesPairs(Window):
+    def blocks(self, T):
+        return [[Block(range(self.n_head), *pair) for pair in blocks.windows(range(T), 16, 7, 7)]]
+
+
+class MissesAHead(Window):
+    def blocks(self, T):
+        return [[block._replace(heads=range(self.n_head - 1)) for block in super().blocks(T)[0]]]
+
+
+class HoldsTwice(Window):
+    def blocks(self, T):
+        return super().blocks(T) * 2
+
+
+class RowTwice(Window):
+    def blocks(self, T):
+        half = [[block._replace(keys=block.keys[::2]), block._replace(keys=block.keys[1::2])] for block in super().blocks(T)[0]]
+        return [[block for pair in half for block in pair if block.keys]]
+
+
+class OutOfRange(Window):
+    def blocks(self, T):
+        return [[Block(range(self.n_head), range(T), range(T + 1))]]
+
+
+class ShortCache(Attention):
+    def max_distance(self):
+        return 20
+
+
+class Rows(Attention):
+    """Looks at its row's other keys: it is not elementwise."""
+
+    def bias(self, h, i, j):
+        return (j - j.max()) * 0.1 * (i >= 0)
+
+
+class Places(Attention):
+    """Counts places in the tensor instead of positions."""
+
+    def bias(self, h, i, j):
+        return torch.arange(j.numel()).view(j.shape) * 0.1 * (i >= 0)
+
+
+class Shapes(Attention):
+    def bias(self, h, i, j):
+        return torch.zeros(self.n_head, i.size(0), j.size(0))
+
+
+class Kept(Attention):
+    """True and False instead of 0 and -inf."""
+
+    def bias(self, h, i, j):
+        return (i - j) < 9
+
+
+class NotANumber(Attention):
+    def bias(self, h, i, j):
+        return (i - j - 3).float().sqrt()
+
+
+class Unguarded(Attention):
+    """The logarithm of 0 drops the pair and spoils the gradient."""
+
+    def __init__(self, config, layer=0):
+        super().__init__(config, layer)
+        self.length = torch.nn.Parameter(torch.tensor(9.0))
+
+    def bias(self, h, i, j):
+        return ((self.length - (i - j).abs()) / 4).clamp(0, 1).log()
+
+
+@pytest.mark.parametrize("kind, says", [
+    (RelativeKeys, r"relative = True, but bias depends on more than i - j: at head \d, query \d+, key \d+ it is (0|-inf), and (0|-inf)"),
+    (RelativePrefix, "leave relative out"),
+    (RareKeys, "relative = True, but bias depends on more"),
+    (MissesPairs, r"blocks\(600\) misses the kept pair head 0, query (\d+), key \d+; leave blocks out, or mend them"),
+    (MissesAHead, r"blocks\(1\) misses the kept pair head 2, query 0, key 0"),
+    (HoldsTwice, r"blocks\(1\) holds twice the pair head 0, query 0, key 0"),
+    (RowTwice, r"blocks\(7\) names query \d of head 0 twice in one part"),
+    (OutOfRange, r"blocks\(1\) names positions range\(0, 2\); expected them from 0 to 0"),
+    (ShortCache, r"max_distance\(\) is 20, but head 0, query \d+, key \d+ is kept"),
+    (Rows, r"bias is not elementwise: at head \d, query \d+, key \d+ it is .* alone and .* among other pairs"),
+    (Places, "bias is not elementwise|must be elementwise"),
+    (Shapes, "bias is not elementwise|must be elementwise"),
+    (Kept, r"bias must be of floats, 0.0 to keep a pair and -math.inf to drop it; got torch.bool"),
+    (NotANumber, r"bias must be a number below infinity; at head 0, query 0, key 0 it is nan"),
+    (Unguarded, "the gradient of bias is not finite"),
+])
+def test_refused(monkeypatch, kind, says):
+    """By a whole model, with the mechanism's name first."""
+    monkeypatch.setattr(model_file, "mechanism", lambda name: (kind, {}))
+    config = GPTConfig(n_layer=1, n_head=3, n_embd=24, block_size=600, attention="mine", options={})
+    with pytest.raises(UserError, match=f"^mine: .*({says})"):
+        GPT(config)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kind", [Attention, Window, AbsoluteKeys, Prefix])
+def test_accepted(kind, causal):
+    """What holds is accepted, and the run's random stream is not touched."""
+    before = torch.get_rng_state()
+    layer = kind(GPTConfig(n_head=3, n_embd=24, block_size=600, n_class=0 if causal else 2))
+    torch.set_rng_state(before)
+    contract.check(layer, "mine")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("kind", [AbsoluteKeys, Prefix])
+def test_what_was_silently_wrong(kind):
+    """Absolute key positions, and a prefix that all may see, from a formula alone: once 1.4 and 2.3 off."""
+    for causal in (True, False):
+        layer = kind(GPTConfig(n_head=3, n_embd=24, block_size=600, n_class=0 if causal else 2, kernel="engine")).double()
+        for kernel in ("engine", "flex"):
+            assert contract.error(layer, kernel, 200) < 1e-10

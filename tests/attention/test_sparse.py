@@ -1,0 +1,169 @@
+"""Sparse patterns against masks written out by hand, their choice per layer, and what is refused."""
+
+import math
+
+import pytest
+import torch
+
+from core.config import UserError
+from core.mechanisms import mechanism
+from model import GPT, GPTConfig
+
+# 16 queries downwards, keys to the right, stride 4: x a key that is kept.
+STRIDED = """
+x...............
+xx..............
+xxx.............
+xxxx............
+xxxxx...........
+.xxxxx..........
+..xxxxx.........
+...xxxxx........
+x...xxxxx.......
+.x...xxxxx......
+..x...xxxxx.....
+...x...xxxxx....
+x...x...xxxxx...
+.x...x...xxxxx..
+..x...x...xxxxx.
+...x...x...xxxxx
+"""
+FIXED = """
+x...............
+xx..............
+xxx.............
+xxxx............
+...xx...........
+...xxx..........
+...xxxx.........
+...xxxxx........
+...x...xx.......
+...x...xxx......
+...x...xxxx.....
+...x...xxxxx....
+...x...x...xx...
+...x...x...xxx..
+...x...x...xxxx.
+...x...x...xxxxx
+"""
+LOG = """
+x...............
+xx..............
+xxx.............
+xxxx............
+xxxxx...........
+.xxxxx..........
+..xxxxx.........
+...xxxxx........
+x...xxxxx.......
+.x...xxxxx......
+..x...xxxxx.....
+...x...xxxxx....
+....x...xxxxx...
+.....x...xxxxx..
+......x...xxxxx.
+.......x...xxxxx
+"""
+FIXED_BOTH = """
+xxxx...x...x...x
+xxxx...x...x...x
+xxxx...x...x...x
+xxxx...x...x...x
+...xxxxx...x...x
+...xxxxx...x...x
+...xxxxx...x...x
+...xxxxx...x...x
+...x...xxxxx...x
+...x...xxxxx...x
+...x...xxxxx...x
+...x...xxxxx...x
+...x...x...xxxxx
+...x...x...xxxxx
+...x...x...xxxxx
+...x...x...xxxxx
+"""
+GLOBAL = """
+xxxxxx
+xxxxxx
+xxxx..
+xxxxx.
+xx.xxx
+xx..xx
+"""
+
+
+def layer(n=16, causal=True, **options):
+    kind, defaults = mechanism("sparse")
+    return kind(GPTConfig(n_head=2, n_embd=8, block_size=n, n_class=0 if causal else 2, options={**defaults, **options}))
+
+
+@pytest.mark.parametrize("pattern, window, causal, drawn", [
+    ("strided", 1, True, STRIDED), ("fixed", 1, True, FIXED), ("log", 4, True, LOG), ("log", 1, True, None),
+    ("fixed", 1, False, FIXED_BOTH),
+])
+def test_patterns_by_hand(pattern, window, causal, drawn):
+    kept = layer(causal=causal, sparse_pattern=pattern, window=window, fixed_columns=1).bias_at(*2 * [torch.arange(16)])[0] == 0
+    if drawn is None:  # log with the smallest window: 0, 1, 2, 4, 8
+        assert [[d for d in range(16) if i >= d and kept[i, i - d]] for i in (0, 3, 15)] == [[0], [0, 1, 2], [0, 1, 2, 4, 8]]
+        return
+    assert ["".join(".x"[there] for there in row) for row in kept.int().tolist()] == drawn.split()
+
+
+def test_both_directions_and_globals():
+    """Without causality a pattern is its own mirror; global tokens see and are seen by all."""
+    i = torch.arange(16)
+    for pattern in ("local", "strided", "fixed", "log"):
+        options = {"sparse_pattern": pattern, "window": 3}
+        both, causal = (layer(causal=c, **options).bias_at(i, i)[0] == 0 for c in (False, True))
+        assert (both == both.T).all() or pattern == "fixed"
+        assert torch.equal(both.tril(), causal)
+    kept = layer(6, causal=False, window=2, global_tokens=2).bias_at(torch.arange(6), torch.arange(6))[0] == 0
+    assert ["".join(".x"[there] for there in row) for row in kept.int().tolist()] == GLOBAL.split()
+
+
+@pytest.mark.parametrize("said, patterns", [
+    ("strided", ["strided"] * 5),
+    ("local,local,dense", ["local", "local", "dense", "local", "local"]),
+    ("local, dense", ["local", "dense", "local", "dense", "local"]),
+    ("LLLD", ["local", "local", "local", "dense", "local"]),
+    ("SFG", ["strided", "fixed", "log", "strided", "fixed"]),
+])
+def test_a_pattern_for_each_layer(said, patterns):
+    model = GPT(GPTConfig(n_layer=5, n_head=2, n_embd=8, block_size=16, attention="sparse", options={"sparse_pattern": said}))
+    assert [layer.attention.pattern for layer in model.layers] == patterns
+
+
+def test_dense_layers_may_use_the_fused_call():
+    dense, local = (layer(sparse_pattern=pattern, window=4) for pattern in ("dense", "local"))
+    assert dense.choose_kernel("cuda") == "sdpa" and local.choose_kernel("cuda") == "flex"
+    local.kernel = "sdpa"
+    with pytest.raises(UserError, match="dense attention only"):
+        local.choose_kernel("cpu")
+
+
+def test_stride_follows_the_block_size():
+    assert [layer(n).stride for n in (1, 16, 256, 512, 16384)] == [1, 4, 16, 23, 128]
+    assert layer(256, stride=10).stride == 10
+
+
+@pytest.mark.parametrize("options, said", [
+    ({"sparse_pattern": "strided,lokal"}, "did you mean local"),
+    ({"sparse_pattern": "LXD"}, "there are dense, fixed, local, log, strided"),
+    ({"sparse_pattern": ""}, "unknown sparse_pattern"),
+    ({"window": 0}, "window must be from 1 to 16,777,216, got 0"),
+    ({"window": 10**20}, "window must be from 1 to 16,777,216, got 100000000000000000000"),
+    ({"stride": -1}, "stride must be from 0 to 16,777,216, got -1"),
+    ({"fixed_columns": 0}, "fixed_columns must be from 1"),
+    ({"global_tokens": -2}, "global_tokens must be from 0"),
+])
+def test_refused(options, said):
+    with pytest.raises(UserError, match=said):
+        layer(**options)
+
+
+def test_kept_pairs():
+    """Counts in closed form: local n w - w (w - 1) / 2."""
+    assert layer(100, window=7).kept_pairs(100) == 100 * 7 - 21
+    assert layer(100, causal=False, window=7).kept_pairs(100) == 100 * 13 - 42
+    assert layer(16, sparse_pattern="log", window=1).kept_pairs(16) == 16 + 15 + 14 + 12 + 8
+    assert math.isclose(layer(16, sparse_pattern="log", window=1).stats()["kept_share"], 65 / 136)

@@ -1,0 +1,92 @@
+"""What a comparison says, piece by piece, of figures that are given: verdicts, hard texts, prompts, and what a run is told."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import compare
+import train
+from core.tokenizer import Tokenizer
+
+COST = {"parameters": 1, "seconds_per_step": 1.0, "work_per_step": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def settings_as_they_were():
+    """compare.py sets train.py's own settings, which other tests have yet to read."""
+    before = dict(vars(train)), dict(vars(compare))
+    yield
+    vars(train).update(before[0])
+    vars(compare).update(before[1])
+
+
+def results(name, scores, **more):
+    """A variant's results, a seed each: as `compare.train_one` gives them."""
+    return [{"variant": name, "seed": n, "steps": 4, "work": 1.0, "kept_share": 1.0, "split": "val", "curve": [[0, 9.0], [4, s]],
+             "scores": {"bits_per_byte": s}, **more} for n, s in enumerate(scores)]
+
+
+def test_a_verdict_is_after_holm(monkeypatch):
+    """Of three differences that alone would each be shown only the surest stays one."""
+    given = {"b": (-0.1, 0.04), "c": (0.1, 0.001), "d": (0.1, 0.03)}
+    monkeypatch.setattr(compare, "held_against", lambda first, runs, *_:
+                        {"mean": given[runs[0]["variant"]][0], "low": -1, "high": 1, "p": given[runs[0]["variant"]][1]})
+    runs = {name: results(name, (2.0, 2.1)) for name in "abcd"}
+    rows = compare.compare(runs, dict.fromkeys(runs, COST))["variants"]
+    assert rows[0]["difference"] is None
+    assert [row["difference"]["p_holm"] for row in rows[1:]] == pytest.approx([0.06, 0.003, 0.06])
+    assert [row["difference"]["verdict"] for row in rows[1:]] == ["no difference shown", "worse", "no difference shown"]
+
+
+def test_a_difference_is_seed_by_seed():
+    """What the seeds have in common is taken off: the same gain at each shows, however far apart the seeds are."""
+    shared = np.array([1.0, 5.0, 9.0, 2.0])
+    rows = compare.compare({"a": results("a", shared), "b": results("b", shared - np.array([0.10, 0.11, 0.09, 0.10]))},
+                           {"a": COST, "b": COST})["variants"]
+    difference = rows[1]["difference"]
+    assert difference["mean"] == pytest.approx(-0.1) and difference["verdict"] == "better"
+    # the standard error of the four differences, 0.00816 / 2, times Student's 3.182
+    assert difference["high"] - difference["mean"] == pytest.approx(3.1824 * 0.0081650 / 2, rel=1e-4)
+    assert rows[0]["scores"]["bits_per_byte"]["mean"] == pytest.approx(4.25)
+
+
+def test_hard_texts_that_are_told_right(tmp_path, monkeypatch):
+    rows = [("so good", 1, "plain"), ("so bad", 0, "plain"), ("not good", 0, "negation"), ("not so good", 0, "negation"),
+            ("not bad", 1, "negation"), ("never bad, good", 1, "negation")]
+    (tmp_path / "hard").write_text("".join(json.dumps(dict(zip(("text", "label", "kind"), row))) + "\n" for row in rows))
+    monkeypatch.setattr(compare, "hard", str(tmp_path / "hard"))
+    monkeypatch.setattr(compare, "predict", lambda model, tokenizer, texts, *_:
+                        torch.tensor([0.9 if "good" in text else 0.2 for text in texts]))
+    assert compare.judge_hard(None, None, "cpu", "float32") == {"hard": {"plain": 1.0, "negation": 0.25}}
+
+
+def test_the_likeliest_token_after_a_prompt(monkeypatch):
+    tokenizer = Tokenizer({"tokenizer": "chars", "vocab_size": 3, "mark": None, "vocab": ["a", "b", "c"]})
+    p = {"ab": [0.2, 0.5, 0.3], "c": [0.7, 0.2, 0.1]}
+
+    def model(idx):
+        return torch.tensor(p[tokenizer.decode(idx[0].tolist())]).log()[None, None], None
+
+    monkeypatch.setattr(compare, "prompts", list(p))
+    assert compare.continue_prompts(model, tokenizer, "cpu") == {"next": {"ab": ["b", pytest.approx(0.5)], "c": ["a", pytest.approx(0.7)]}}
+
+
+def test_what_a_run_is_told(text, tmp_path, monkeypatch):
+    for key, value in {"out_dir": str(tmp_path), "base": [f"--dataset={text}"], "warmup": 0.1, "evaluations": 4}.items():
+        monkeypatch.setattr(compare, key, value)
+    folder, _, settings = compare.plan(compare.parse("Local, 3: --attention=sparse --window=3"), 7, 60)
+    assert folder == tmp_path / "local-3-7"
+    expected = {"seed": 7, "max_iters": 60, "warmup_iters": 6, "eval_interval": 15, "attention": "sparse", "window": 3,
+                "out_dir": str(folder)}
+    assert expected.items() <= settings.items()
+
+
+def test_answers_are_of_the_test_split_where_it_was_opened(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "out_dir", str(tmp_path))
+    (tmp_path / "dense-1").mkdir()
+    np.savez(tmp_path / "dense-1" / "predictions-val.npz", p=np.array([0.9, 0.9, 0.2]), label=np.array([1, 0, 1]))
+    assert compare.right_answers("dense", 1).tolist() == [True, False, False]
+    np.savez(tmp_path / "dense-1" / "predictions-test.npz", p=np.array([0.4, 0.51, 0.1, 0.8]), label=np.array([0, 1, 1, 0]))
+    assert compare.right_answers("dense", 1).tolist() == [True, True, False, False]

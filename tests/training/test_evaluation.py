@@ -1,0 +1,132 @@
+"""What an evaluation looks at and what it chooses: the split, the batches, bytes, and the best weights."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from test_train import SMALL, log_of
+
+import train
+from core import evaluation, prepare
+from core.dataset import Dataset, batches
+from core.evaluation import evaluate
+from helpers import call, write_bytes
+from model import GPT, GPTConfig, load
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+def fit(out, data, *arguments):
+    return call(train, f"--out_dir={out}", f"--dataset={data}", *SMALL, *arguments)
+
+
+def mean_loss(model, groups):
+    """The mean over all targets of some batches, in nats."""
+    with torch.no_grad():
+        pairs = [(model(x, y, lengths)[1].item(), (y != -1).sum().item()) for x, y, lengths in groups]
+    return sum(loss * n for loss, n in pairs) / sum(n for _, n in pairs)
+
+
+@pytest.fixture
+def umlauts(tmp_path):
+    """Running text by characters, of one, two and three bytes; validation has more of them than training."""
+    vocab, random, splits = ["a", "b", "ä", "…"], np.random.default_rng(0), {}
+    shares = {"train": (0.5, 0.4, 0.1, 0.0), "val": (0.1, 0.2, 0.3, 0.4), "test": (0, 0, 0.5, 0.5)}
+    for name, n in (("train", 400), ("val", 203), ("test", 97)):
+        tokens = random.choice(4, n, p=shares[name])
+        splits[name] = {"tokens": tokens, "bytes": len("".join(vocab[t] for t in tokens).encode())}
+    meta = {"name": "umlauts", "kind": "lm", "tokenizer": "chars", "vocab_size": 4, "vocab": vocab, "mark": None,
+            "lossless": True, "partial": False, "options": {}, "source": {"file": "umlauts"}, "split_rule": "as given"}
+    prepare.write(tmp_path / "umlauts", meta, splits)
+    return tmp_path / "umlauts"
+
+
+def test_bits_per_byte_where_a_token_is_several_bytes(umlauts, tmp_path):
+    """Nats of all tokens, in bits, over the bytes of the judged split itself."""
+    assert not fit(tmp_path / "out", umlauts, "--max_iters=2", "--eval_test=True")
+    model, _ = load(tmp_path / "out" / "best.pt")
+    data, records = Dataset(umlauts), [r for r in log_of(tmp_path / "out") if "whole" in r]
+    for record, split in zip(records, ("val", "test"), strict=True):
+        tokens = data.tokens(split)
+        size = len("".join("ab\u00e4\u2026"[t] for t in tokens).encode())
+        assert size > 1.5 * len(tokens)
+        nats = mean_loss(model, batches(data, split, 4, 16).in_order())
+        assert record["split"] == split and record["loss"] == pytest.approx(nats, rel=1e-6)
+        assert record["bits_per_byte"] == pytest.approx(nats / math.log(2) * len(tokens) / size, rel=1e-6)
+
+
+def test_validation_is_of_the_validation_split(tmp_path):
+    """The text of validation is unlike training's: what is learnt of the one makes the other worse, and step 0 was best."""
+    data = write_bytes(tmp_path / "data", train="abcab" * 200, val="xyzzy" * 20)
+    assert not fit(tmp_path / "out", data, "--max_iters=10", "--eval_iters=0", "--learning_rate=3e-2", "--tie=False")
+    records = log_of(tmp_path / "out", "val")
+    losses = [r["loss"] for r in records if "whole" not in r]
+    assert len(losses) == 3 and min(losses[1:]) > losses[0] + 0.1
+    last, best = (load(tmp_path / "out" / name)[0] for name in ("ckpt.pt", "best.pt"))
+    source = batches(Dataset(data), "val", 4, 16)
+    assert losses[-1] == pytest.approx(mean_loss(last, source.in_order()), rel=1e-6)
+    assert losses[0] == pytest.approx(mean_loss(best, source.in_order()), rel=1e-6)
+    assert torch.load(tmp_path / "out" / "best.pt")["state"]["best_step"] == records[-1]["step"] == 0
+    assert records[-1]["whole"] and records[-1]["loss"] == losses[0]
+
+
+def test_a_classifiers_best_is_the_most_accurate(reviews, tmp_path, monkeypatch):
+    scores = iter([(0.5, 1.0), (0.75, 2.0), (0.6, 0.5)])  # the loss is least where the accuracy is not best
+    true = train.evaluate
+
+    def told(model, data, split, count=0):
+        if not count:
+            return true(model, data, split, count)
+        accuracy, loss = next(scores)
+        return {"loss": loss, "accuracy": accuracy}, None
+
+    monkeypatch.setattr(train, "evaluate", told)
+    assert not fit(tmp_path, reviews, "--max_iters=10")
+    state = torch.load(tmp_path / "ckpt.pt")["state"]
+    assert (state["best_step"], state["worse"]) == (5, 1) and torch.load(tmp_path / "best.pt")["state"]["step"] == 5
+
+
+def test_patience_counts_across_a_stop(text, tmp_path, monkeypatch, capsys):
+    losses, true = iter([1.0, 2.0, 3.0, 0.5]), train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda model, data, split, count=0:
+                        ({"loss": next(losses)}, None) if count else true(model, data, split, count))
+    assert not fit(tmp_path, text, "--max_iters=5", "--patience=2")  # evaluated at steps 0 and 5
+    assert not fit(tmp_path, text, "--max_iters=15", "--patience=2", "--init_from=resume")
+    assert "no better validation in 2 evaluations: stopped" in capsys.readouterr().out
+    state = torch.load(tmp_path / "ckpt.pt")["state"]
+    assert (state["step"], state["worse"], state["best_step"], next(losses)) == (10, 2, 0, 0.5)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 99])
+def test_an_estimate_is_of_batches_spread_over_the_split(tmp_path, count):
+    """A text that changes as it goes on: its first batches do not stand for it."""
+    text = "".join(chr(97 + n // 60) * 60 for n in range(0, 1560, 60))
+    data = Dataset(write_bytes(tmp_path / "data", val=text))
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, n_layer=1, n_head=2, n_embd=16, vocab_size=256)).eval()
+    with torch.no_grad():
+        model.embedding.weight *= 20
+    every = list(batches(data, "val", 4, 16).in_order())
+    assert len(every) == 25
+    chosen = [every[round((n + 0.5) * 25 / count - 0.5)] for n in range(count)] if count < 25 else every
+    found, first = evaluate(model, data, "val", 4, "cpu", "float32", count)[0]["loss"], mean_loss(model, every[:count])
+    assert found == pytest.approx(mean_loss(model, chosen), rel=1e-6) and (count == 99 or abs(found - first) > 1e-3)
+
+
+@pytest.mark.parametrize("texts", ["text", "reviews"])
+def test_the_order_in_which_ranks_are_done_changes_no_bit(request, texts, monkeypatch):
+    """Losses are added up in the order of the split, whichever rank looked at which batch."""
+    data = Dataset(request.getfixturevalue(texts))
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, n_layer=1, n_head=2, n_embd=16, vocab_size=256, n_class=len(data.classes)))
+    alone = evaluate(model, data, "val", 2, "cpu", "float32")
+
+    def dealt(found):  # as three ranks would hand them in
+        return [{n: part for n, part in found.items() if n % 3 == rank} for rank in (2, 0, 1)]
+
+    monkeypatch.setattr(evaluation.ranks, "gather", dealt)
+    shared = evaluate(model, data, "val", 2, "cpu", "float32")
+    assert json.dumps(alone[0]) == json.dumps(shared[0])
+    assert data.kind == "lm" or np.array_equal(alone[1], shared[1])

@@ -1,0 +1,104 @@
+"""What a training step does to the weights, against the same steps written out by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from test_train import log_of
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+import train
+from core import dist
+from core.dataset import Dataset, batches
+from helpers import call
+from model import GPT, GPTConfig, load
+
+SHAPE = {"block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 16, "bias": True, "norm": "layernorm"}
+LEARNING_RATE, MIN_LR, WARMUP, STEPS, DECAY, BETA1, BETA2, CLIP, SEED = 1e-2, 1e-3, 2, 5, 0.1, 0.8, 0.95, 0.7, 3
+LINE = (*(f"--{key}={value}" for key, value in SHAPE.items()), "--batch_size=4", "--gradient_accumulation_steps=2",
+        f"--learning_rate={LEARNING_RATE}", f"--min_lr={MIN_LR}", f"--warmup_iters={WARMUP}", f"--max_iters={STEPS}",
+        f"--weight_decay={DECAY}", f"--beta1={BETA1}", f"--beta2={BETA2}", f"--grad_clip={CLIP}", f"--seed={SEED}",
+        "--eval_interval=2", "--eval_iters=1", "--log_interval=1", "--device=cpu", "--dtype=float32")
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+def learning_rate(step):
+    if step < WARMUP:
+        return LEARNING_RATE * (step + 1) / (WARMUP + 1)
+    return MIN_LR + (LEARNING_RATE - MIN_LR) * (1 + math.cos(math.pi * (step - WARMUP) / (STEPS - WARMUP))) / 2
+
+
+def steps_by_hand(model, source):
+    """Train `model` in place: AdamW (Loshchilov and Hutter 2019, algorithm 2) with clipped gradients.
+    Returns (loss, norm of the gradient before clipping) of each step."""
+    parameters, records = list(model.parameters()), []
+    first, second = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
+    for step in range(STEPS):
+        losses = [model(*source.batch(2 * step + micro))[1] for micro in range(2)]  # of texts that no other step sees
+        loss = (losses[0] + losses[1]) / 2
+        gradients = torch.autograd.grad(loss, parameters)
+        norm = math.sqrt(sum(g.double().square().sum().item() for g in gradients))
+        records.append((loss.item(), norm))
+        lr, scale = learning_rate(step), min(1.0, CLIP / norm)
+        with torch.no_grad():
+            for p, g, m, v in zip(parameters, gradients, first, second):
+                m.mul_(BETA1).add_(g * scale, alpha=1 - BETA1)
+                v.mul_(BETA2).add_((g * scale).square(), alpha=1 - BETA2)
+                if p.dim() > 1:  # biases and the norms' gains do not decay
+                    p.mul_(1 - lr * DECAY)
+                corrected = m / (1 - BETA1 ** (step + 1)), v / (1 - BETA2 ** (step + 1))
+                p.sub_(lr * corrected[0] / (corrected[1].sqrt() + 1e-8))
+    return records
+
+
+def test_steps_by_hand(text, tmp_path):
+    """Weights from the seed, batches, accumulation, clipping, AdamW, its groups and the schedule, all at once."""
+    assert not call(train, f"--out_dir={tmp_path}", f"--dataset={text}", *LINE)
+    torch.manual_seed(SEED)
+    model = GPT(GPTConfig(**SHAPE, vocab_size=256)).train()
+    before = [p.detach().clone() for p in model.parameters()]
+    expected = steps_by_hand(model, batches(Dataset(text), "train", 4, 16, SEED))
+    records = log_of(tmp_path, "train")
+    assert [(r["loss"], r["grad_norm"]) for r in records] == [pytest.approx(pair, rel=1e-4) for pair in expected]
+    assert [r["lr"] for r in records] == pytest.approx([learning_rate(step) for step in range(STEPS)])
+    assert any(norm > 1.5 * CLIP for _, norm in expected)  # else clipping would not have been tried
+    trained, _ = load(tmp_path / "ckpt.pt")
+    for p, q, start in zip(model.parameters(), trained.parameters(), before):
+        assert (p - q).abs().max() < 1e-5 and (p - start).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+def test_the_optimiser_gets_clipped_gradients(text, tmp_path, clip):
+    """Of the norm `grad_clip` over all weights together, in the direction they had; 0: as they are."""
+    seen = []
+
+    def look(optimizer, *_):
+        seen.append([p.grad.clone() for group in optimizer.param_groups for p in group["params"]])
+
+    hook = register_optimizer_step_pre_hook(look)
+    try:
+        for name, most in (("plain", 0), ("clipped", clip)):
+            line = (f"--out_dir={tmp_path / name}", f"--dataset={text}", *LINE, "--max_iters=1", f"--grad_clip={most}")
+            assert not call(train, *line)
+    finally:
+        hook.remove()
+    plain, clipped = (torch.cat([g.flatten() for g in gradients]) for gradients in seen)
+    norms = [log_of(tmp_path / name, "train")[0]["grad_norm"] for name in ("plain", "clipped")]
+    assert norms == pytest.approx([plain.norm().item()] * 2, rel=1e-5) and plain.norm() > 0.5
+    torch.testing.assert_close(clipped, plain * (clip / plain.norm() if clip else 1), rtol=1e-4, atol=1e-9)
+
+
+def test_each_rank_has_a_random_stream_of_its_own(monkeypatch):
+    """Dropout that is the same on all ranks would be that of one of them on fewer texts."""
+    draws = {}
+    with torch.random.fork_rng():
+        for rank in range(3):
+            monkeypatch.setattr(dist, "rank", rank)
+            for number, step in ((1, 0), (1, 7), (2, 0)):
+                dist.seed(number, step)
+                draws[rank, number, step] = tuple(torch.randint(2**31, (8,)).tolist())
+        dist.seed(2, 0)
+        assert draws[2, 2, 0] == tuple(torch.randint(2**31, (8,)).tolist())
+    assert len(set(draws.values())) == len(draws) == 9
+    assert len(np.unique(list(draws.values()))) == 72
