@@ -145,6 +145,8 @@ def pattern(name, defaults, arguments=None):
     """
     own = {"n_layer": 1, "n_head": 4, "causal": True, "out": ""}
     kind, options = mechanism(name)
+    for key in defaults.keys() - {*own, *options, "T"}:
+        raise UserError(f"{name} has no option {key}; there are {', '.join([*own, *options])}")
     settings = {**own, **options, **defaults}
     T = settings.pop("T", 48)
     settings["__doc__"] = (f"The pattern of {name} attention, as text and as a picture (out; default pattern-{name}.png),\n"
@@ -155,6 +157,9 @@ def pattern(name, defaults, arguments=None):
     T, path = more["T"], Path(settings["out"] or f"pattern-{name}.png")
     if not 1 <= T <= 2048:
         raise UserError(f"T must be from 1 to 2048 (a T x T picture is drawn), got {T}")
+    for key in ("n_layer", "n_head"):
+        if settings[key] < 1:
+            raise UserError(f"{key} must be at least 1, got {settings[key]}")
     if path.suffix != ".png":
         raise UserError(f"out expects the name of a PNG file, like {path.stem}.png, got {settings['out']!r}")
     torch.manual_seed(0)  # of periods that begin at random

@@ -101,9 +101,9 @@ class Doubles(Attention):
 
 
 def stand_in(kind, layers=1, T=4, **config):
-    """What `patterns` needs of a model whose mechanism has no file."""
+    """Layers of a mechanism that has no file."""
     config = GPTConfig(n_head=3, n_embd=24, block_size=T, **config)
-    return SimpleNamespace(config=config, layers=[SimpleNamespace(attention=kind(config, n)) for n in range(layers)])
+    return [kind(config, n) for n in range(layers)]
 
 
 def test_soft_masks_and_merging():

@@ -427,7 +427,7 @@ def test_enwik8_cuts_are_whole_characters(step, monkeypatch):
         at = enwik8.cuts(WIKI[:length], True)
         assert all(WIKI[a:b].decode() is not None for a, b in zip(at, at[1:]))
         assert 0 <= at[1] - length * 90 // 100 < 4 and 0 <= at[2] - length * 95 // 100 < 4 and 0 <= length - at[3] < 4
-    with prepare.Progress("x") as progress:
+    with shared.Progress("x") as progress:
         decoded = [chr(p) for points in enwik8.code_points(WIKI, 0, len(WIKI), progress) for p in points]
     assert "".join(decoded) == WIKI.decode()
 
@@ -853,7 +853,7 @@ def test_a_script_downloads_checks_and_prepares(server, tmp_path, monkeypatch):
 
 
 def test_progress_off_a_terminal_is_sparse(capsys):
-    with prepare.Progress("working", 1000, "things") as progress:
+    with shared.Progress("working", 1000, "things") as progress:
         for _ in range(1000):
             progress.add(1)
     assert capsys.readouterr().err.splitlines() == ["working ...", "working: 1,000 of 1,000 things, 0 s"]

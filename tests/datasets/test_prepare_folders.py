@@ -107,10 +107,11 @@ def test_an_empty_value(tmp_path, monkeypatch):
 
 def test_the_folders_of_data(tmp_path, monkeypatch):
     """data/NAME holds prepare.py, perhaps a download, and what a preparation by an earlier version left when it was killed."""
-    monkeypatch.setattr("core.prepare.ROOT", tmp_path.parent)
+    monkeypatch.setattr("core.prepare.ROOT", tmp_path)
+    (tmp_path / "data").mkdir()
     here = {"prepare.py": b"# script", "input.txt": b"downloaded", "a.zip.part": b"half", "pytorch_model.bin": b"weights"}
     for more in ({}, {"train.bin": b"half", "val.offsets.bin": b"half"}, {"meta.json": b"{", "test.bin": b""}):
-        out = tmp_path / f"toy{len(more)}"
+        out = tmp_path / "data" / f"toy{len(more)}"
         out.mkdir(exist_ok=True)
         for name, kept in {**here, **more}.items():
             (out / name).write_bytes(kept)

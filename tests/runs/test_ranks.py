@@ -346,7 +346,7 @@ def test_refused(text, tmp_path):
 
 def torchrun(*words, out, data, more=()):
     """A torchrun of train.py, its output in a file; killing: (rank, batch): SIGKILL there, the first time."""
-    program = [sys.executable, "-m", "torch.distributed.run", *words, "tests/one_dies.py",
+    program = [sys.executable, "-m", "torch.distributed.run", *words, "tests/runs/one_dies.py",
                f"--out_dir={out}", f"--dataset={data}", *SHAPE, *more]
     file = open(out.with_name(f"{out.name}-{time.monotonic_ns()}.said"), "w+")
     process = subprocess.Popen(program, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env={

@@ -126,7 +126,7 @@ def test_the_order_in_which_ranks_are_done_changes_no_bit(request, texts, monkey
     def dealt(found):  # as three ranks would hand them in
         return [{n: part for n, part in found.items() if n % 3 == rank} for rank in (2, 0, 1)]
 
-    monkeypatch.setattr(evaluation.ranks, "gather", dealt)
+    monkeypatch.setattr(evaluation.dist, "gather", dealt)
     shared = evaluate(model, data, "val", 2, "cpu", "float32")
     assert json.dumps(alone[0]) == json.dumps(shared[0])
     assert data.kind == "lm" or np.array_equal(alone[1], shared[1])

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-import model as model_file
 import sample
 import train
 from core import checkpoint as checkpoint_file
@@ -22,6 +21,7 @@ from core import hardware, runs
 from core.config import UserError, run
 from core.dataset import Dataset, TextBatches, batches
 from core.evaluation import scores
+from core.inference import sample_next_token
 from core.mechanisms import mechanisms
 from helpers import ROOT, call, write_bytes
 from model import load
@@ -125,7 +125,8 @@ def test_killed_and_resumed_equals_unbroken(text, tmp_path):
     program = f"""
 import os, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import hardware, train, torch
+import train, torch
+from core import hardware
 torch.set_num_threads(1)
 hardware.matmul_rate = lambda *machine: 1e9
 make = train.batches
@@ -800,7 +801,7 @@ def assert_it_serves(out, model, capsys):
     ids, random = torch.tensor([[*texts[0].encode()]]), torch.Generator().manual_seed(sample.seed)
     with torch.no_grad():
         for _ in range(60):
-            ids = torch.cat([ids, model_file.draw(reference(ids)[0][:, -1], generator=random)[:, None]], 1)
+            ids = torch.cat([ids, sample_next_token(reference(ids)[0][:, -1], generator=random)[:, None]], 1)
     common += (f"--start={texts[0]}", "--temperature=1", "--top_k=0", "--max_new_tokens=60", "--num_samples=1")
     assert not call(sample, *common, "--dtype=float32")
     expected = bytes(ids[0].tolist()).decode("utf-8", "replace")
@@ -811,6 +812,7 @@ def test_a_file_dropped_beside_the_scripts(text, tmp_path):
     """As its user does it: no line changed elsewhere, in a copy of the scripts where nothing is patched."""
     for file in ROOT.glob("*.py"):
         shutil.copy(file, tmp_path)
+    shutil.copytree(ROOT / "core", tmp_path / "core")
     (tmp_path / "my_attention.py").write_text(MY_ATTENTION)
     (tmp_path / "mine.py").write_text("attention = 'my_attention'\nwidth = 5\nstart = [0.1, 1]\nname = ['a', 'b']\n")
     common = ("--out_dir=out", "--device=cpu", "--dtype=float32")
