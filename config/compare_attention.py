@@ -1,4 +1,4 @@
-# Every mechanism on running text: the reviews without labels, as bytes (data/imdb/prepare.py --tokenizer=bytes).
+# Every mechanism on text: the unlabelled reviews as bytes (prepare them with data/imdb/prepare.py --tokenizer=bytes).
 title = "Language models of reviews as bytes, equal steps"
 out_dir = "out-compare-attention"
 base = ["--dataset=imdb_bytes", "--task=lm", "--n_layer=2", "--n_head=4", "--n_embd=128", "--block_size=512", "--batch_size=8",

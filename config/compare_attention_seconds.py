@@ -1,4 +1,4 @@
-# config/compare_attention.py with the same time for all instead of the same steps.
+# config/compare_attention.py with equal seconds instead of equal steps.
 from config.compare_attention import *
 
 title = "Language models of reviews as bytes, equal seconds"

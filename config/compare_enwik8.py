@@ -1,4 +1,4 @@
-# Every mechanism on enwik8 at full size, for one GPU: hours each.
+# Every mechanism on enwik8 at full size. Needs a GPU; each run takes hours.
 from config.compare_attention import variants
 
 title = "enwik8, equal steps"

@@ -1,4 +1,4 @@
-# Six sentences, word by word: what does each mechanism say next? Minutes.
+# Six sentences as words: which next word does each mechanism predict? Takes minutes.
 title = "Six sentences, next word"
 out_dir = "out-compare-toy"
 base = ["config/train_toy.py", "--log_interval=100"]

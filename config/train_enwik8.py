@@ -18,4 +18,4 @@ eval_iters = 100
 log_interval = 50
 eval_test = True
 
-adaptive_attention_span = {"span_reg": 4e-6}  # if chosen: more than the default of 2e-6
+adaptive_attention_span = {"span_reg": 4e-6}  # used if this mechanism is chosen; its default is 2e-6

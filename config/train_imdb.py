@@ -1,8 +1,8 @@
-# Reviews, word by word, good or bad: a small encoder on a CPU, in minutes.
+# Reviews as words, positive or negative: a small encoder on a CPU, in minutes.
 out_dir = "out-imdb"
 dataset = "imdb"
 
-n_layer = 1  # a second layer, or a third pass, learns the reviews by heart and nothing else
+n_layer = 1  # a second layer or a third pass only overfits
 n_head = 2
 n_embd = 128
 block_size = 512  # nine reviews in ten are shorter; the rest are cut

@@ -1,4 +1,4 @@
-# Reviews on a GPU: a wider, deeper encoder that reads them whole.
+# Reviews on a GPU: a wider, deeper encoder that reads up to 1,024 words of each.
 out_dir = "out-imdb-gpu"
 dataset = "imdb"
 

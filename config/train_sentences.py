@@ -1,4 +1,4 @@
-# Made-up opinions of films, good or bad: a toy classifier for the demo. Seconds.
+# Generated opinions of films, positive or negative: a toy classifier for the demo. Trains in seconds.
 out_dir = "out-sentences"
 dataset = "sentences"
 

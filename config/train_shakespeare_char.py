@@ -1,4 +1,4 @@
-# Tiny Shakespeare, characters: three minutes of a CPU, two passes over the text.
+# Tiny Shakespeare as characters: two passes over the text, minutes on a CPU.
 out_dir = "out-shakespeare-char"
 dataset = "shakespeare_char"
 

@@ -1,4 +1,4 @@
-# The default run: bytes of Python's own standard library, no network, under two minutes on 2 cores.
-# The model and its training are train.py's own defaults.
+# The default run: bytes of Python's standard library, no network, under two minutes on 2 cores.
+# Model and training use the defaults of train.py.
 out_dir = "out-stdlib"
 dataset = "stdlib"

@@ -1,10 +1,10 @@
-# Six sentences, word by word: small enough to watch every weight. Seconds.
+# Six sentences as words: small enough to inspect every weight. Trains in seconds.
 out_dir = "out-toy"
 dataset = "toy"
 
 n_layer = 2
 n_head = 2
-n_embd = 16  # and 64 hidden
+n_embd = 16  # the MLP has 64 hidden units
 block_size = 8
 pos = "sinusoidal"
 batch_size = 8
