@@ -9,9 +9,11 @@ from core.config import ALIASES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-CURRENT = [page for page in PAGES if page.name != "log.md"]  # log.md is dated history: it may name what has been deleted
-WRITTEN = {"config.json", "log.jsonl", "ckpt.pt", "ckpt-previous.pt", "best.pt", "meta.json", "train.bin", "val.bin", "test.bin",
-           "results.jsonl", "result.json", "prepare.py", "reviews.txt", "enwik8.zip"}  # files of a run or a user, in any folder
+# log.md is dated history: it may name what has been deleted.
+CURRENT = [page for page in PAGES if page.name != "log.md"]
+# Files of a run, a data set or a user, in any folder.
+WRITTEN = {"config.json", "log.jsonl", "ckpt.pt", "ckpt-previous.pt", "best.pt", "meta.json", "train.bin", "val.bin",
+           "test.bin", "results.jsonl", "result.json", "prepare.py", "reviews.txt", "enwik8.zip"}
 PATH = re.compile(r"[\w./-]+\.(?:py|md|jsonl?|txt|png)|(?:config|core|data|docs|results|tests)/[\w./-]*")
 PLACEHOLDER = re.compile(r"NAME|FOLDER|OUT_DIR|\bx\.py|\bmy_\w+\.py|^out")
 COMMAND = re.compile(r"(?<![\w/])((?:data/\w+/)?\w+)\.py((?:[^\n`]|\\\n)*)")
@@ -40,7 +42,8 @@ def settings(script):
     """Flags that a script accepts: its top-level names; train.py, bench.py and attention.py take those of mechanisms too."""
     file = ROOT / f"{script}.py"
     if script.startswith("data/"):
-        return set(re.findall(r"\"--([\w-]+)\"", file.read_text("utf-8") + (ROOT / "core" / "prepare.py").read_text("utf-8")))
+        files = file, ROOT / "core" / "prepare.py"
+        return {flag for path in files for flag in re.findall(r"\"--([\w-]+)\"", path.read_text("utf-8"))}
     names = assigned(file)
     if script == "bench":
         names |= assigned(ROOT / "bench_load.py")
@@ -96,7 +99,8 @@ def test_flags_of_commands_exist(page):
 def test_the_checks_find_faults(tmp_path):
     """A page with a wrong link, path, target and flag fails each check."""
     page = tmp_path / "page.md"
-    page.write_text("[x](none.md) `core/none.py` `make none`\n```sh\npython train.py config/none.py \\\n  --none=1\n```\n", "utf-8")
+    command = "python train.py config/none.py \\\n  --none=1"
+    page.write_text(f"[x](none.md) `core/none.py` `make none`\n```sh\n{command}\n```\n", "utf-8")
     for check in (test_relative_links_resolve, test_paths_exist, test_make_targets_exist, test_flags_of_commands_exist):
         with pytest.raises(AssertionError):
             check(page)
