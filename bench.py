@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 
 from core import dist, hardware
-from core.config import Text, UserError, check_choice, configure, run, typed
+from core.config import Text, UserError, check_choice, configure, run_main, typed
 from core.mechanisms import mechanism
 from core.ops import split_heads
 from model import GPT, GPTConfig
@@ -476,4 +476,4 @@ def measure(bench, mode, rows, places):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

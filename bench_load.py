@@ -24,7 +24,7 @@ import torch
 
 import bench
 from core import hardware
-from core.config import UserError, check_choice, configure, run
+from core.config import UserError, check_choice, configure, run_main
 from model import GPT, GPTConfig
 from train import batch_size, block_size, n_embd, n_head, n_layer
 
@@ -192,4 +192,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":  # a worker of `python bench.py load`
-    run(worker)
+    run_main(worker)

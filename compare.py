@@ -27,7 +27,7 @@ import torch
 import train
 from core import charts, hardware
 from core.checkpoint import PREVIOUS
-from core.config import UserError, check_choice, configure, plain_values, run
+from core.config import UserError, check_choice, configure, plain_values, run_main
 from core.dataset import Dataset, batches, difference
 from core.dist import leave_if_asked
 from core.heat import read_reviews
@@ -538,4 +538,4 @@ def run_all(chosen):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

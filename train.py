@@ -24,7 +24,7 @@ import torch
 
 from core import dist, evaluation, hardware
 from core.checkpoint import PREVIOUS, have_best, restore, save_all
-from core.config import UserError, check_choice, configure, run
+from core.config import UserError, check_choice, configure, run_main
 from core.dataset import DataChanged, Dataset, batches, difference
 from core.evaluation import health
 from core.runs import (Log, SaveError, Stop, asked, check_folder, clock, format_stats, install_signal_handlers, locked, mend_log,
@@ -445,4 +445,4 @@ def finish(data, folder, log, state, began):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -27,7 +27,7 @@ class UserError(Exception):
     """Something the user can mend: the message says what was expected, what came, what to do."""
 
 
-def run(main, stopped="stopped"):
+def run_main(main, stopped="stopped"):
     """Call a script's `main` and leave with what it returns. What the user or the system did wrong
     becomes one line on stderr and exit code 2; Ctrl-C the line `stopped` and 130."""
     open_closed_streams()

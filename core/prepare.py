@@ -28,12 +28,11 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from core import ROOT
-from core.config import UserError, shown
-from core.config import run as run_script
+from core.config import UserError, run_main, shown
 from core.meta import FORMAT, PARTS, files_of, read_meta
 
 
-def run(main):
+def run_script(main):
     """Calls main(argv) as a script: errors are one line on stderr and exit 2, Ctrl-C is exit 130, no traceback."""
 
     def end(number, frame):  # as an exception, so that temporary folders are removed on the way out
@@ -41,7 +40,7 @@ def run(main):
 
     signal.signal(signal.SIGTERM, end)
     stopped = "stopped: nothing was written (what was downloaded is kept, run again to go on)"
-    run_script(lambda: main(sys.argv[1:]), stopped)
+    run_main(lambda: main(sys.argv[1:]), stopped)
 
 
 def path_of(text):

@@ -97,12 +97,12 @@ def script(name, arguments, said, faults=()):
     hardware.matmul_rate = lambda *machine: 1e9  # not measured
     for fault, details in faults:
         globals()[fault](*details)
-    config.run(importlib.import_module(name).main)
+    config.run_main(importlib.import_module(name).main)
 
 
 def download(url, path, size, digest, said):
     sys.stderr = open(said, "a")
-    config.run(lambda: prepare.download(url, Path(path), size, digest) and None)
+    config.run_main(lambda: prepare.download(url, Path(path), size, digest) and None)
 
 
 def as_rank(rank, world, port, kept=False):

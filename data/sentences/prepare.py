@@ -102,4 +102,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    prepare.run(main)
+    prepare.run_script(main)

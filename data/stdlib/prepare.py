@@ -78,4 +78,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    prepare.run(main)
+    prepare.run_script(main)

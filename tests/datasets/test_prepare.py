@@ -230,7 +230,7 @@ def replace(a, b):
     rename(a, b)
 shared.os.replace = replace
 sys.argv[1:] = ["--source", {source!r}, "--partial", "--out_dir", {out!r}]
-shared.run(prepare.main)
+shared.run_script(prepare.main)
 """
 
 

@@ -7,7 +7,7 @@ from test_configurator import config, refusal, settle  # noqa: F401
 
 import compare
 import train
-from core.config import UserError, configure, run
+from core.config import UserError, configure, run_main
 from helpers import ROOT
 
 
@@ -51,7 +51,7 @@ def test_run_prints_one_line(monkeypatch, capsys):
 
     monkeypatch.setattr(sys, "argv", ["x.py"])
     with pytest.raises(SystemExit):
-        run(main)
+        run_main(main)
     assert capsys.readouterr().err == "x.py: no folder 'a b'\n"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings, strategies
 
-from core.config import UserError, check_choice, configure, run
+from core.config import UserError, check_choice, configure, run_main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -277,25 +277,25 @@ def test_run(raised, code, said, monkeypatch, capsys):
 
     monkeypatch.setattr(sys, "argv", ["/a/b/x.py"])
     with pytest.raises(SystemExit) as left:
-        run(main)
+        run_main(main)
     assert left.value.code == code and capsys.readouterr().err == said
 
 
 def test_run_leaves_with_what_main_returns():
     for returned, code in ((None, None), (0, 0), (130, 130)):
         with pytest.raises(SystemExit) as left:
-            run(lambda: returned)
+            run_main(lambda: returned)
         assert left.value.code == code
 
 
 def test_run_does_not_hide_a_mistake_of_ours():
     with pytest.raises(ZeroDivisionError):
-        run(lambda: 1 / 0)
+        run_main(lambda: 1 / 0)
 
 
 @pytest.mark.parametrize("lines", [1, 10**5], ids=["at-the-end", "midway"])
 def test_run_when_the_reader_goes(lines):
-    program = f"from core.config import run\nrun(lambda: (input(), [print('x' * 80) for _ in range({lines})])[0])"
+    program = f"from core.config import run_main\nrun_main(lambda: (input(), [print('x' * 80) for _ in range({lines})])[0])"
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, **pipes)
     process.stdout.close()

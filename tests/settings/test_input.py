@@ -13,7 +13,7 @@ import plot
 import sample
 import train
 from core import heat, readers
-from core.config import UserError, plain_values, run
+from core.config import UserError, plain_values, run_main
 from core.dataset import Dataset, batches
 from core.mechanisms import mechanisms
 from core.tokenizer import UNKNOWN
@@ -39,7 +39,7 @@ def fair(monkeypatch, capsys):
     def check(module, *arguments):
         capsys.readouterr()
         with pytest.raises(SystemExit) as left:
-            run(lambda: call(module, *arguments))
+            run_main(lambda: call(module, *arguments))
         said = capsys.readouterr().err
         assert left.value.code in (None, 0, 2), said
         if left.value.code == 2:

@@ -12,7 +12,7 @@ from helpers import ROOT
 SCRIPT = """
 import os, sys
 sys.path.insert(0, {root!r})
-from core.config import run
+from core.config import run_main
 
 def main():
     with open("made", "wb", buffering=0) as file:  # gets no number of a standard stream, which others may write to
@@ -22,7 +22,7 @@ def main():
         os.write(1, b"by a library")
         assert sys.stdin.read() == "" and not sys.stdout.isatty()
 
-run(main)
+run_main(main)
 """
 
 
@@ -45,8 +45,8 @@ def test_closed(tmp_path, closed):
 def test_not_writable(tmp_path, target, said):
     """One sentence and exit code 2, also where only the last flush fails."""
     for line in ("print('said')", "print('said', flush=True)", "print('x' * 100000)"):
-        (tmp_path / "script.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom core.config import run\n"
-                                            f"run(lambda: {line})\n")
+        (tmp_path / "script.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom core.config import run_main\n"
+                                            f"run_main(lambda: {line})\n")
         done = shell(f"{sys.executable} script.py {target}", tmp_path)
         assert done.returncode == 2 and done.stderr.startswith("script.py: ") and done.stderr.count("\n") == 1, done
         assert said in done.stderr
