@@ -8,7 +8,7 @@ Training  losses and health of the runs below the working folder, also while the
 What visitors type is shown as text: never as HTML, nor as Markdown, which may name pictures to fetch.
 """
 
-from core import openmp  # first: torch reads its settings when it is loaded
+from core import startup  # first: torch reads its settings when it is loaded
 
 import contextlib
 import html

@@ -14,7 +14,7 @@ calls that alternate with all others, and every rate stands beside the machine's
 matrix product, measured in the same run.
 """
 
-from core import openmp  # first: torch reads its settings when it is loaded
+from core import startup  # first: torch reads its settings when it is loaded
 
 import contextlib
 import importlib.util

@@ -15,7 +15,7 @@ FILE      what compare.py wrote (FILE.png, FILE_hard.png), or `bench.py attentio
 A mechanism's pattern is drawn by python attention.py NAME. Pictures need matplotlib.
 """
 
-from core import openmp  # first: torch reads its settings when it is loaded
+from core import startup  # first: torch reads its settings when it is loaded
 
 import math
 import sys

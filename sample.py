@@ -7,7 +7,7 @@ Past the block size, rotary positions go on counting and every token sees the la
 and sinusoidal positions end there, and generation restarts from the last block_size / 2 tokens.
 """
 
-from core import openmp  # first: torch reads its settings when it is loaded
+from core import startup  # first: torch reads its settings when it is loaded
 
 import os
 import sys

@@ -6,7 +6,7 @@ A run is a folder: config.json, log.jsonl (one object a line), ckpt.pt (the last
 --init_from=resume goes on), ckpt-previous.pt (the one before), best.pt (the weights that did best on validation).
 """
 
-from core import openmp  # first: torch reads its settings when it is loaded
+from core import startup  # first: torch reads its settings when it is loaded
 
 import contextlib
 import json

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from core import openmp
+from core import startup
 from helpers import ROOT
 
 SCRIPTS = ("train.py", "sample.py", "compare.py", "bench.py", "bench_load.py", "plot.py", "app.py")
@@ -17,12 +17,12 @@ SCRIPTS = ("train.py", "sample.py", "compare.py", "bench.py", "bench_load.py", "
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_imported_first(script):
     imports = [node for node in ast.parse((ROOT / script).read_text("utf-8")).body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    assert [alias.name for alias in imports[0].names] == ["openmp"]
+    assert [alias.name for alias in imports[0].names] == ["startup"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="libgomp is what PyTorch has on Linux")
 @pytest.mark.parametrize("given, spin_count", [
-    ({}, str(openmp.SPIN_COUNT)), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "passive"}, "0")])
+    ({}, str(startup.SPIN_COUNT)), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "passive"}, "0")])
 def test_libgomp_takes_it(given, spin_count):
     """OMP_DISPLAY_ENV lets libgomp print its settings when it is loaded."""
     environment = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
