@@ -214,7 +214,7 @@ def typed(key, value, default, where):
     wrong = type(value) is not expected
     limit = "" if wrong else limits(value)
     if wrong or limit:
-        came = f"{type(value).__name__} {shown(value)}"
+        came = f"{type(value).__name__} {short_repr(value)}"
         raise UserError(f"{where}: {key} expects {expected.__name__} (like {default!r}){limit}, got {came}")
     return value
 
@@ -238,7 +238,7 @@ def message(error, length=300):
         return "(no readable message)"
 
 
-def shown(value, length=80):
+def short_repr(value, length=80):
     """A value for a message: not much longer than `length`."""
     try:
         text = repr(value)

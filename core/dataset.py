@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from core import ROOT
-from core.config import UserError, nearest, shown
+from core.config import UserError, nearest, short_repr
 from core.meta import PARTS, files_of, read_meta
 from core.runs import digest
 from core.tokenizer import Tokenizer
@@ -155,7 +155,7 @@ def difference(before, now):
         was, is_now = (meta.get("splits", {}).get(split, {}) for meta in (before, now))
         keys = ["tokens", "documents", "sha256", *(key for _, key in PARTS.values() if key in was)]  # once they had one digest
         pairs += [(f"{key} of {split}", was.get(key), is_now.get(key)) for key in keys]
-    return next((f"{key}: expected {shown(a)}, found {shown(b)}" for key, a, b in pairs if a != b), "")
+    return next((f"{key}: expected {short_repr(a)}, found {short_repr(b)}" for key, a, b in pairs if a != b), "")
 
 
 def find(folder):

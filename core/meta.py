@@ -8,7 +8,7 @@ import binascii
 import json
 import re
 
-from core.config import UserError, shown
+from core.config import UserError, short_repr
 
 FORMAT = 1
 KINDS = ("bytes", "chars", "words", "bpe", "gpt2")  # of tokenizers
@@ -24,7 +24,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 def expect(condition, what, found):
     """Raise ValueError, which says what was expected and what was found, unless `condition` holds."""
     if not condition:
-        raise ValueError(f"expected {what}, found {shown(found)}")
+        raise ValueError(f"expected {what}, found {short_repr(found)}")
 
 
 def is_count(value, limit=2**63):
@@ -78,7 +78,7 @@ def check_tokenizer(meta):
     """Raise ValueError unless the vocabulary is whole: its size, its entries and the mark fit each other."""
     kind, size, mark = meta["tokenizer"], meta["vocab_size"], meta["mark"]
     if kind not in KINDS:
-        raise ValueError(f"there is no tokenizer {shown(kind)}: choose one of {', '.join(KINDS)}")
+        raise ValueError(f"there is no tokenizer {short_repr(kind)}: choose one of {', '.join(KINDS)}")
     expect(is_count(size, 2**32 + 1) and size, "a vocab_size from 1 to 2**32", size)
     expect(mark is None or is_count(mark, size), f"a mark below {size:,}, or null", mark)
     vocabulary = {"chars": "vocab", "words": "vocab", "bpe": "ranks"}.get(kind)

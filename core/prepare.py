@@ -28,7 +28,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from core import ROOT
-from core.config import UserError, run_main, shown
+from core.config import UserError, run_main, short_repr
 from core.meta import FORMAT, PARTS, files_of, read_meta
 
 
@@ -265,14 +265,14 @@ def _read(stream, name, limit):
     """All of a stream as bytes; UserError beyond `limit` bytes, whatever its header promised."""
     data = stream.read(limit + 1)
     if len(data) > limit:
-        raise UserError(f"{shown(name)} holds more than the {limit:,} bytes expected: this is another file; check --source")
+        raise UserError(f"{short_repr(name)} holds more than the {limit:,} bytes expected: this is another file; check --source")
     return data
 
 
 def _claims(size, name, limit):
     """Refuses a file that by what its header or folder says has more than `limit` bytes, before anything of it is read."""
     if not 0 <= size <= limit:
-        raise UserError(f"{shown(name)} claims {size:,} bytes, more than the {limit:,} bytes expected: this is another file; check "
+        raise UserError(f"{short_repr(name)} claims {size:,} bytes, more than the {limit:,} bytes expected: this is another file; check "
                         "--source")
 
 
@@ -463,7 +463,7 @@ def replaceable(out_dir):
     at_home = out_dir.resolve().parent == ROOT / "data"
     damaged = usual and there == usual | {"meta.json"} and _seems_ours(out_dir / "meta.json")
     if there and not at_home and not damaged:
-        raise UserError(f"--out_dir {out_dir} holds {shown(min(there))} and no meta.json that names it: it is a folder of "
+        raise UserError(f"--out_dir {out_dir} holds {short_repr(min(there))} and no meta.json that names it: it is a folder of "
                         "something else; give a new or an empty one")
     return usual
 

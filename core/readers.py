@@ -15,7 +15,7 @@ import zipfile
 
 import numpy as np
 
-from core.config import PLAIN, UserError, shown
+from core.config import PLAIN, UserError, short_repr
 
 LARGEST = 2**30  # bytes of a file, unpacked: larger ones are none of ours
 MOST_LINES = 64  # of a chart of a comparison or a benchmark: more cannot be told apart
@@ -53,7 +53,7 @@ def read_json(path, checker, writer):
         checker(value, "the file")
         return value
     except (ValueError, KeyError, RecursionError) as error:
-        raise UserError(f"{path} is not what {writer} writes ({shown(error, 200)})")
+        raise UserError(f"{path} is not what {writer} writes ({short_repr(error, 200)})")
 
 
 # ---- checkers ----------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ def read_json(path, checker, writer):
 def expect(holds, expected, value, place):
     """Raise ValueError unless `holds`."""
     if not holds:
-        raise ValueError(f"{place}: expected {expected}, got {shown(value, 40)}")
+        raise ValueError(f"{place}: expected {expected}, got {short_repr(value, 40)}")
 
 
 def number(least=-1e30, most=1e30, whole=False):
@@ -104,7 +104,7 @@ def mapping(item, most):
         expect(isinstance(value, dict) and len(value) <= most, f"an object of at most {most} entries", value, place)
         for name, each in value.items():
             text()(name, f"a name in {place}")
-            item(each, f"{place}[{shown(name, 40)}]")
+            item(each, f"{place}[{short_repr(name, 40)}]")
     return check
 
 
