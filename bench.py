@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 
 from core import dist, hardware
-from core.config import Text, UserError, check_choice, configure, run_main, typed
+from core.config import Text, UserError, check_choice, configure, run_main, convert
 from core.mechanisms import mechanism
 from core.ops import split_heads
 from model import GPT, GPTConfig
@@ -113,7 +113,7 @@ def parse(text):
     for setting in settings:
         key, value = setting.split("=", 1)
         check_choice(f"option of {name}", key, defaults)
-        options[key] = typed(key, Text(value), defaults[key], f"mechanisms, {name}")
+        options[key] = convert(key, Text(value), defaults[key], f"mechanisms, {name}")
     return Row(text, name, options.pop("kernel"), options)
 
 

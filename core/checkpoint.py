@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from core import dist, hardware
-from core.config import UserError, check_choice, typed
+from core.config import UserError, check_choice, convert
 from core.meta import check_meta
 from core.readers import COUNT, check_regular, expect, flag, listing, mapping, number, plain, record, text, those_there
 from core.runs import SaveError, digest, write_whole
@@ -128,7 +128,7 @@ def checked_config(path, checkpoint, config_class):
     defaults = config.default_options()
     for key in config.options:
         check_choice(f"option of {config.attention}", key, defaults)
-        typed(key, config.options[key], defaults[key], "options")
+        convert(key, config.options[key], defaults[key], "options")
     if "shards" in checkpoint:
         check_shards(path, checkpoint["shards"])
         entries = read_metadata(path.parent / Path(checkpoint["shards"]["folder"]).name).state_dict_metadata

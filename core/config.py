@@ -126,11 +126,11 @@ def configure(script, arguments=None, more=None):
 
     def assign(key, value, where):
         if key in aliases:  # False takes back an earlier True, and leaves any other choice
-            on, (key, meant) = typed(key, value, False, where), aliases[key]
+            on, (key, meant) = convert(key, value, False, where), aliases[key]
             value = meant if on else defaults[key] if settings[key] == meant else settings[key]
         assigned.append((key, value, where))
         if key in defaults:
-            settings[key] = typed(key, value, defaults[key], where)
+            settings[key] = convert(key, value, defaults[key], where)
 
     for argument in arguments:
         if argument.startswith("--") and "=" in argument:
@@ -145,7 +145,7 @@ def configure(script, arguments=None, more=None):
     options = dict(further)
     for key, value, where in options_in_dicts(assigned, settings) if more else assigned:
         if key in further:
-            options[key] = typed(key, value, further[key], where)
+            options[key] = convert(key, value, further[key], where)
         elif key not in defaults:
             if more and (owners := mechanisms_with(key)):
                 flags = [f"; add --{alias}=True" for alias, (_, name) in aliases.items() if name in owners]
@@ -195,7 +195,7 @@ def read(path, settings):
     ]
 
 
-def typed(key, value, default, where):
+def convert(key, value, default, where):
     """`value` as the type of `default`; an int serves for a float, a list of texts for one with commas."""
     expected = type(default)
     if isinstance(value, Text):
