@@ -77,7 +77,7 @@ def leave(code):
     sys.exit(code)
 
 
-def nearest(name, names):
+def did_you_mean(name, names):
     """'; did you mean NAME?' for the closest of names, or a list of them where none is close."""
     close = difflib.get_close_matches(name, names, 1)
     return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(sorted(names)) or 'none'}"
@@ -86,7 +86,7 @@ def nearest(name, names):
 def check_choice(key, value, names):
     """Raise UserError unless `value` is one of `names`."""
     if value not in names:
-        raise UserError(f"unknown {key} {value!r}{nearest(str(value), names)}")
+        raise UserError(f"unknown {key} {value!r}{did_you_mean(str(value), names)}")
 
 
 def mechanism_files():
@@ -150,7 +150,7 @@ def configure(script, arguments=None, more=None):
             if more and (owners := mechanisms_with(key)):
                 flags = [f"; add --{alias}=True" for alias, (_, name) in aliases.items() if name in owners]
                 raise UserError(f"{where}: unknown key {key!r}; it belongs to --attention={' or '.join(owners)}{''.join(flags)}")
-            raise UserError(f"{where}: unknown key {key!r}{nearest(str(key), [*defaults, *aliases, *further])}")
+            raise UserError(f"{where}: unknown key {key!r}{did_you_mean(str(key), [*defaults, *aliases, *further])}")
     script.update(settings)
     return settings, options
 

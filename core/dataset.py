@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from core import ROOT
-from core.config import UserError, nearest, short_repr
+from core.config import UserError, did_you_mean, short_repr
 from core.meta import PARTS, files_of, read_meta
 from core.runs import digest
 from core.tokenizer import Tokenizer
@@ -169,7 +169,7 @@ def find(folder):
             options = "" if script == name else " (with an option, see its --help)"
             raise UserError(f"{folder} is not prepared; make it: python data/{script}/prepare.py{options}")
     made = [path.parent.name for path in data.glob("*/prepare.py")]
-    raise UserError(f"no dataset {str(folder)!r}, neither as a folder nor in data/{nearest(name, made)}")
+    raise UserError(f"no dataset {str(folder)!r}, neither as a folder nor in data/{did_you_mean(name, made)}")
 
 
 def check_ids(ids, data):
