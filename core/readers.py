@@ -122,7 +122,7 @@ def record(needed, further={}):
     return check
 
 
-def those_there(items):
+def optional_record(items):
     """A checker of objects: of these entries those that are there, also where they are null; there may be others."""
     def check(value, place):
         record({})(value, place)
