@@ -5,6 +5,8 @@ Everything that can be wrong with a user's file ends as a UserError (or an OSErr
 which `run` prints as one line. The format of a finished folder is described at `write`.
 """
 
+from core import startup  # first: it handles a missing package
+
 import argparse
 import bz2
 import gzip

@@ -16,11 +16,12 @@ byte, and where `<unk>` stands for a lost character meta.json says that the toke
 import sys
 from pathlib import Path
 
-import numpy as np
-
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from core import prepare
+from core import prepare  # first: it handles a missing package
+
+import numpy as np
+
 from core.tokenizer import UNKNOWN
 
 URL = "http://mattmahoney.net/dc/enwik8.zip"

@@ -22,11 +22,12 @@ from array import array
 from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
-
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from core import prepare
+from core import prepare  # first: it handles a missing package
+
+import numpy as np
+
 from core.config import UserError
 from core.tokenizer import UNKNOWN, bpe_encoding, gpt2_encoding, words
 

@@ -10,11 +10,11 @@ writes data/shakespeare_char: train 1,003,854 and val 111,540 tokens, no test.
 import sys
 from pathlib import Path
 
-import numpy as np
-
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from core import prepare
+from core import prepare  # first: it handles a missing package
+
+import numpy as np
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SIZE = 1_115_394

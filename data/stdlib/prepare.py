@@ -16,11 +16,12 @@ import sys
 import sysconfig
 from pathlib import Path, PurePosixPath
 
-import numpy as np
-
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from core import prepare
+from core import prepare  # first: it handles a missing package
+
+import numpy as np
+
 from core.config import UserError
 
 # Tests, what others installed, and what the build generated for this machine.

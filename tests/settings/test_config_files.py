@@ -45,6 +45,24 @@ def test_byte_order_mark(tmp_path):
     assert settle(str(tmp_path / "x.py"))[0]["batch_size"] == 8
 
 
+def test_from_any_working_directory(tmp_path, monkeypatch):
+    """A relative name is looked up from the working directory, and then from the repository's root."""
+    for folder, size in (("repository", 4), ("elsewhere", 8)):
+        (tmp_path / folder / "config").mkdir(parents=True)
+        (tmp_path / folder / "config" / "x.py").write_text(f"batch_size = {size}")
+    monkeypatch.setattr("core.config.ROOT", tmp_path / "repository")
+    monkeypatch.chdir(tmp_path)
+    assert settle("config/x.py")[0]["batch_size"] == 4
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert settle("config/x.py")[0]["batch_size"] == 8
+    assert "cannot read config file 'config/y.py'" in refusal("config/y.py")
+    (tmp_path / "repository" / "config" / "y.py").write_text("batch_size = 0.5")
+    assert refusal("config/y.py").startswith("config/y.py: batch_size expects int")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert configure(dict(compare.TRAIN), ["config/train_toy.py"], train.mechanism_options)[0]["dataset"] == "toy"
+
+
 def test_run_prints_one_line(monkeypatch, capsys):
     def main():
         raise UserError("no folder 'a\nb'\n")

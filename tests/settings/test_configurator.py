@@ -268,7 +268,7 @@ def test_choose():
 @pytest.mark.parametrize("raised, code, said", [
     (UserError("expected this, got that"), 2, "x.py: expected this, got that\n"),
     (PermissionError(13, "Permission denied", "out"), 2, "x.py: [Errno 13] Permission denied: 'out'\n"),
-    (ModuleNotFoundError("No module", name="wandb"), 2, "x.py: wandb is not installed: pip install wandb\n"),
+    (ModuleNotFoundError("No module", name="wandb"), 2, f"x.py: wandb is not installed: {sys.executable} -m pip install wandb\n"),
     (KeyboardInterrupt(), 130, "x.py: stopped\n"),
 ])
 def test_run(raised, code, said, monkeypatch, capsys):

@@ -1,14 +1,17 @@
-"""The scripts set OpenMP's spin count before torch is loaded, unless the user has."""
+"""Scripts set OpenMP's spin count before they import torch, unless the user has set it; a missing package ends in one line."""
 
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from core import startup
+from core.config import missing_package
 from helpers import ROOT
 
 SCRIPTS = ("train.py", "sample.py", "compare.py", "bench.py", "bench_load.py", "plot.py", "app.py")
@@ -29,3 +32,60 @@ def test_libgomp_takes_it(given, spin_count):
     shown = subprocess.run([sys.executable, ROOT / "sample.py", "--help"], env=environment | given | {"OMP_DISPLAY_ENV": "verbose"},
                            capture_output=True, text=True, check=True).stderr
     assert re.findall(r"GOMP_SPINCOUNT = '(\d+)'", shown) == [spin_count]
+
+
+# ---- missing packages --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "compare.py", "bench.py", "data/toy/prepare.py",
+                                    "data/enwik8/prepare.py", "data/imdb/prepare.py", "data/stdlib/prepare.py"])
+def test_without_packages(script, tmp_path):
+    """-S: the packages that are installed are not found, as with a python beside .venv."""
+    done = subprocess.run([sys.executable, "-S", ROOT / script], cwd=tmp_path, capture_output=True, text=True,
+                          env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"})
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert re.match(rf"{Path(script).name}: (torch|numpy) is not installed( for .*: use |: .* -m pip install -r ).*", done.stderr)
+
+
+def test_a_mistake_in_an_import_keeps_its_traceback(tmp_path):
+    (tmp_path / "x.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom core import startup\nimport no_such\n")
+    done = subprocess.run([sys.executable, tmp_path / "x.py"], capture_output=True, text=True)
+    assert done.returncode == 1 and "x.py\", line 4" in done.stderr and "No module named 'no_such'" in done.stderr
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A folder that stands for the repository, with its requirements files."""
+    for file in ROOT.glob("requirements*.txt"):
+        shutil.copy(file, tmp_path)
+    monkeypatch.setattr("core.config.ROOT", tmp_path)
+    return tmp_path
+
+
+def line(name):
+    return missing_package(ModuleNotFoundError("No module", name=name))
+
+
+def test_the_command_that_installs_it_here(repository):
+    pip = f"{sys.executable} -m pip install"
+    assert line("torch.nn") == f"torch is not installed: {pip} -r {repository / 'requirements.txt'}"
+    for name in ("matplotlib", "streamlit.testing"):
+        package = name.partition(".")[0]
+        assert line(name) == f"{package} is not installed: {pip} -r {repository / 'requirements-demo.txt'}"
+    assert line("rustbpe").endswith(f"{pip} -r {repository / 'requirements-test.txt'}")
+    for name in ("wandb", "tor", "t.rch", "mat"):
+        assert line(name) == f"{name.partition('.')[0]} is not installed: {pip} {name.partition('.')[0]}"
+    assert missing_package(ModuleNotFoundError("no name")).startswith("no name is not installed")
+
+
+def test_another_python_than_that_of_make(repository, monkeypatch):
+    """Where `make train` has made .venv, its python is named."""
+    python = repository / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    assert line("torch") == f"torch is not installed for {sys.executable}: use {python}"
+    assert line("matplotlib") == \
+        f"matplotlib is not installed: {python} -m pip install -r {repository / 'requirements-demo.txt'}"
+    assert line("wandb") == f"wandb is not installed: {sys.executable} -m pip install wandb"
+    monkeypatch.setattr(sys, "prefix", str(repository / ".venv"))
+    assert line("torch") == f"torch is not installed: {sys.executable} -m pip install -r {repository / 'requirements.txt'}"
