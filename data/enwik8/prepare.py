@@ -22,6 +22,8 @@ from core import prepare  # first: it handles a missing package
 
 import numpy as np
 
+from core.archive import check_size, decode_utf8, identity, single
+from core.download import Progress, download
 from core.tokenizer import UNKNOWN
 
 URL = "http://mattmahoney.net/dc/enwik8.zip"
@@ -56,23 +58,23 @@ def code_points(data, start, end, progress):
     """Yields the code points (uint32 arrays) of data[start:end], a few megabytes at a time."""
     while start < end:
         stop = min(next_character(data, start + STEP), end)
-        yield np.frombuffer(prepare.utf8(data[start:stop], "enwik8").encode("utf-32-le"), "<u4")
+        yield np.frombuffer(decode_utf8(data[start:stop], "enwik8").encode("utf-32-le"), "<u4")
         progress.add(stop - start)
         start = stop
 
 
 def characters(data, at):
     """(vocab, splits) of the decoded text: a list with `<unk>` first, then the characters of train, and its ids."""
-    with prepare.Progress("counting characters", at[1]) as progress:
+    with Progress("counting characters", at[1]) as progress:
         seen = np.zeros(0x110000, bool)
         for points in code_points(data, 0, at[1], progress):
             seen[points] = True
     known = np.flatnonzero(seen)
     table = np.zeros(0x110000, np.uint32)
     table[known] = np.arange(1, len(known) + 1)
-    table = table.astype(prepare.little(len(known) + 1))
+    table = table.astype(prepare.token_dtype(len(known) + 1))
     splits = {}
-    with prepare.Progress("encoding characters", at[3]) as progress:
+    with Progress("encoding characters", at[3]) as progress:
         for name, start, end in zip(("train", "val", "test"), at, at[1:]):
             parts = [table[points] for points in code_points(data, start, end, progress)]
             tokens = np.concatenate(parts) if parts else np.zeros(0, table.dtype)
@@ -91,9 +93,9 @@ def main(argv):
     options = {"chars": args.chars}
     if prepare.finished(args, options):
         return
-    source = args.source or prepare.download(URL, HERE / "enwik8.zip", SIZE, DIGEST)
-    data = prepare.single(source, ("enwik8",), BYTES)
-    partial = prepare.check_size(source, len(data), BYTES, args.partial)
+    source = args.source or download(URL, HERE / "enwik8.zip", SIZE, DIGEST)
+    data = single(source, ("enwik8",), BYTES)
+    partial = check_size(source, len(data), BYTES, args.partial)
     at = cuts(data, args.chars)
     meta = {"name": folder(args), "kind": "lm", "tokenizer": "bytes", "vocab_size": 256, "mark": None, "lossless": True}
     if args.chars:
@@ -104,7 +106,7 @@ def main(argv):
         tokens = np.frombuffer(data, np.uint8)
         splits = {n: {"tokens": tokens[a:b], "bytes": b - a} for n, a, b in zip(("train", "val", "test"), at, at[1:])}
     meta.update(
-        partial=partial, options=options, source={**prepare.identity(source), "content_bytes": len(data)},
+        partial=partial, options=options, source={**identity(source), "content_bytes": len(data)},
         split_rule="train is the first 90 % of the bytes, val the next 5 %, test the last 5 %"
                    + (", each cut moved to the next whole character" if args.chars else ""),
     )

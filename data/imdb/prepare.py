@@ -28,7 +28,9 @@ from core import prepare  # first: it handles a missing package
 
 import numpy as np
 
+from core.archive import check_size, decode_utf8, identity, members
 from core.config import UserError
+from core.download import Progress, download
 from core.tokenizer import UNKNOWN, bpe_encoding, gpt2_encoding, words
 
 URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
@@ -55,11 +57,11 @@ def read(source, partial):
     Raises UserError unless every folder is there, numbered from 0, with as many lines in its urls file.
     """
     texts, movies = {group: {} for group in OFFICIAL}, {}
-    with prepare.Progress(f"reading {source.name}", sum(OFFICIAL.values()), "reviews") as progress:
-        for name, data in prepare.members(source, lambda name: REVIEW.search(name) or MOVIES.search(name), 1 << 24):
+    with Progress(f"reading {source.name}", sum(OFFICIAL.values()), "reviews") as progress:
+        for name, data in members(source, lambda name: REVIEW.search(name) or MOVIES.search(name), 1 << 24):
             if found := MOVIES.search(name):
                 # a movie is its number; a line without one still tells its movie from others
-                lines = prepare.utf8(data, name).removesuffix("\n").split("\n") if data else []
+                lines = decode_utf8(data, name).removesuffix("\n").split("\n") if data else []
                 movies["/".join(found.groups())] = [(MOVIE.search(line) or [line.strip()])[0] for line in lines]
                 continue
             group, number = REVIEW.search(name).groups()
@@ -67,11 +69,11 @@ def read(source, partial):
                 if int(number) in texts[group]:
                     raise UserError(f"{source.name}: {group} holds review {number} twice: give one copy only")
                 # NUL is the mark of the bytes; it goes for every tokenizer, so that all have the same text
-                texts[group][int(number)] = LINE_BREAK.sub("\n", prepare.utf8(data, name).replace("\0", " "))
+                texts[group][int(number)] = LINE_BREAK.sub("\n", decode_utf8(data, name).replace("\0", " "))
                 progress.add(1)
     smaller = False
     for group, official in OFFICIAL.items():
-        smaller |= prepare.check_size(source, len(texts[group]), official, partial, f"reviews in {group}")
+        smaller |= check_size(source, len(texts[group]), official, partial, f"reviews in {group}")
         lines = len(movies.get(group, ()))
         urls = group.replace("/", "/urls_") + ".txt"
         if lines != len(texts[group]):
@@ -132,7 +134,7 @@ def as_words(texts, size):
     seen.default_factory = seen.__len__
     seen["<s>"]  # number 0; no text holds it, words() splits it
     flat, offsets = {}, {}
-    with prepare.Progress("splitting into words", sum(map(len, texts.values())), "reviews") as progress:
+    with Progress("splitting into words", sum(map(len, texts.values())), "reviews") as progress:
         for name, reviews in texts.items():
             ids, ends = array("I"), [0]
             for text in reviews:
@@ -144,7 +146,7 @@ def as_words(texts, size):
     counts = np.bincount(flat["train"], minlength=len(seen))
     known = list(seen)
     frequent = sorted(np.flatnonzero(counts[1:]) + 1, key=lambda i: (-counts[i], known[i]))[:size]
-    table = np.ones(len(seen), prepare.little(len(frequent) + 2))
+    table = np.ones(len(seen), prepare.token_dtype(len(frequent) + 2))
     table[0] = 0
     table[frequent] = np.arange(2, len(frequent) + 2)
     vocab = ["<s>", UNKNOWN] + [known[i] for i in frequent]
@@ -176,8 +178,8 @@ def learn_bpe(texts, size):
 
 def as_pairs(meta, encoding, texts):
     """{split: texts} through a tiktoken Encoding, each text after the mark: like `as_words`."""
-    encoded, dtype = {}, prepare.little(meta["vocab_size"])
-    with prepare.Progress("encoding byte pairs", sum(map(len, texts.values())), "reviews") as progress:
+    encoded, dtype = {}, prepare.token_dtype(meta["vocab_size"])
+    with Progress("encoding byte pairs", sum(map(len, texts.values())), "reviews") as progress:
         for name, reviews in texts.items():
             parts, lengths = [], [0]
             for start in range(0, len(reviews), CHUNK):
@@ -217,7 +219,7 @@ def main(argv):
     if prepare.finished(args, options):
         return
     gpt2 = gpt2_encoding() if args.tokenizer == "gpt2" else None  # before the long work, since it may fail
-    source = args.source or prepare.download(URL, HERE / "aclImdb_v1.tar.gz", None, DIGEST)
+    source = args.source or download(URL, HERE / "aclImdb_v1.tar.gz", None, DIGEST)
     groups, partial = read(source, args.partial)
     chosen = held_out(groups)
     rows = arrange(groups, chosen)
@@ -247,7 +249,7 @@ def main(argv):
     prepare.write(args.out_dir, {
         "name": folder(args), "kind": "classify", "tokenizer": args.tokenizer, **entries,
         "classes": ["negative", "positive"], "lossless": args.tokenizer != "words", "partial": partial,
-        "options": options, "source": prepare.identity(source),
+        "options": options, "source": identity(source),
         "split_rule": "test is the official one; val is a tenth of the official train, held out by movie; in unsup the "
                       "reviews of val's movies come last (held_out_documents)",
     }, splits)

@@ -14,6 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 from core import prepare
+from core.archive import decode_utf8, identity, single
 from core.config import UserError
 from core.tokenizer import Tokenizer, words
 
@@ -34,8 +35,8 @@ def main(argv):
         return
     text, source = TEXT, built_in
     if args.source is not None:
-        text = prepare.utf8(prepare.single(args.source, ("toy.txt",), 1 << 20), args.source.name)
-        source = prepare.identity(args.source)
+        text = decode_utf8(single(args.source, ("toy.txt",), 1 << 20), args.source.name)
+        source = identity(args.source)
     sentences = [line.strip() for line in text.splitlines() if line.strip()]
     if not sentences:
         raise UserError(f"{args.source.name}: expected a sentence on each line, found none")
