@@ -224,7 +224,7 @@ def read_predictions(path):
                 p, labels = arrays["p"], arrays["label"]
         expect(p.ndim == 1 and p.shape == labels.shape and p.size, "p and label of one shape (N,)", (p.shape, labels.shape))
         dtypes = p.dtype.kind == "f" and labels.dtype.kind in "iu"
-        expect(dtypes, "p of floats and label of integers", (p.dtype.name, labels.dtype.name))
+        expect(dtypes, "p of floats and label of integers", (str(p.dtype), str(labels.dtype)))
         valid = (p >= 0) & (p <= 1)  # false for NaN
         expect(valid.all(), "p from 0 to 1", p[~valid][:1].tolist())
         valid = (labels == 0) | (labels == 1)

@@ -1,6 +1,5 @@
 """The reader of prepared folders: batches that are right, repeatable and complete; scores; damaged folders."""
 
-import contextlib
 import json
 import shutil
 
@@ -23,11 +22,11 @@ class Given:
     def __init__(self, *arrays):
         self.arrays = [np.array(array, np.uint16) for array in arrays]
 
-    def running(self, split):
+    def token_arrays(self, split):
         return self.arrays
 
-    def unchanged(self):
-        return contextlib.nullcontext()
+    def check_unchanged(self):
+        pass
 
 
 def same(a, b):
@@ -111,8 +110,8 @@ def test_reviews_as_running_text(tmp_path):
     folder = write_reviews(tmp_path / "r", held_out=2, train=[("good", 1), ("bad", 0)], val=[("fine", 1), ("", 0)],
                            unsup=[("one", None), ("two", None), ("held", None), ("out", None)])
     data = Dataset(folder, "lm")
-    assert data.kind == "lm" and data.classes == [] and len(data.running("val")) == 1
-    assert [bytes(array) for array in data.running("train")] == [b"\0good\0bad", b"\0one\0two"]
+    assert data.kind == "lm" and data.classes == [] and len(data.token_arrays("val")) == 1
+    assert [bytes(array) for array in data.token_arrays("train")] == [b"\0good\0bad", b"\0one\0two"]
     assert data.bytes_per_token("train") == 1
     seen = batches(data, "train", 64, 4).batch(0)[0]
     assert isinstance(seen, torch.Tensor) and not (seen == ord("h")).any()
@@ -204,6 +203,18 @@ def test_a_folder_by_path_and_by_name(toy, monkeypatch, tmp_path):
     assert data.bytes_per_token("val") == data.meta["splits"]["val"]["bytes"] / 28
 
 
+def test_a_folder_from_any_working_directory(toy, monkeypatch, tmp_path):
+    """data/NAME on the command line is found from elsewhere too; a folder of the working directory comes first."""
+    for place, split in (("repository", "ab"), ("elsewhere", "abc")):
+        write_bytes(tmp_path / place / "data" / "letters", train=split)
+    monkeypatch.setattr("core.dataset.ROOT", tmp_path / "repository")
+    monkeypatch.chdir(tmp_path)
+    for name in ("letters", "data/letters", "data/letters/"):
+        assert len(Dataset(name).tokens("train")) == 2
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert len(Dataset("data/letters").tokens("train")) == 3 and len(Dataset("letters").tokens("train")) == 2
+
+
 def test_a_lossy_tokenizer_has_no_bytes_per_token(text, tmp_path):
     folder = damaged(text, tmp_path, lambda meta: meta.update(lossless=False))
     assert Dataset(text).bytes_per_token("val") == 1 and Dataset(folder).bytes_per_token("val") is None
@@ -263,7 +274,7 @@ def test_a_damaged_meta(reviews, tmp_path, change):
 @pytest.mark.parametrize("value", [None, "many", -1, 2.5])
 def test_a_damaged_count(reviews, tmp_path, value):
     folder = damaged(reviews, tmp_path, lambda meta: meta["splits"]["train"].update(tokens=value))
-    with pytest.raises(UserError, match=r"is damaged \(expected a number as tokens of train, found"):
+    with pytest.raises(UserError, match=r"is damaged \(expected a number as tokens of train, got"):
         batches(Dataset(folder), "train", 2, 8)
 
 
@@ -305,7 +316,7 @@ def test_tokens_are_as_wide_as_meta_says(tmp_path):
 @pytest.mark.parametrize("dtype", ["object", "bool", "float64", "S4", "U2", "complex128", "datetime64", None])
 def test_a_forged_dtype(text, tmp_path, dtype):
     folder = damaged(text, tmp_path, lambda meta: meta.update(dtype=dtype))
-    with pytest.raises(UserError, match="is damaged .expected uint8, uint16, uint32 as dtype, found"):
+    with pytest.raises(UserError, match="is damaged .expected uint8, uint16, uint32 as dtype, got"):
         Dataset(folder)
 
 
