@@ -28,10 +28,11 @@ import train
 from core import charts, hardware
 from core.checkpoint import PREVIOUS
 from core.config import UserError, check_choice, configure, plain_values, run_main
-from core.dataset import Dataset, batches, difference
+from core.dataset import Dataset, batches
 from core.dist import leave_if_asked
 from core.heat import read_reviews
 from core.inference import encode, predict
+from core.meta import difference
 from core.readers import read_log, read_predictions
 from core.runs import Stop, asked, check_folder, clock, locked, write_text
 from core.stats import LEVEL, chance, holm, interval, mcnemar, standard_error

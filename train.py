@@ -25,8 +25,9 @@ import torch
 from core import dist, evaluation, hardware
 from core.checkpoint import PREVIOUS, have_best, restore, save_all
 from core.config import UserError, check_choice, configure, run_main
-from core.dataset import DataChanged, Dataset, batches, difference
+from core.dataset import DataChanged, Dataset, batches
 from core.evaluation import health
+from core.meta import difference
 from core.runs import (Log, SaveError, Stop, asked, check_folder, clock, format_stats, install_signal_handlers, locked, mend_log,
                        prepare_folder, say, start_wandb, write_text, write_whole)
 from core.stopwatch import Stopwatch

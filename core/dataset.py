@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from core import ROOT
-from core.config import UserError, did_you_mean, short_repr
-from core.meta import PARTS, digest_of, files_of, read_meta
+from core.config import UserError, did_you_mean
+from core.meta import digest_of, files_of, read_meta
 from core.tokenizer import Tokenizer
 
 MEND = "run its prepare.py again"
@@ -130,20 +130,6 @@ class Dataset:
     def bytes_per_token(self, split):
         """Bytes of text per token of the split; None if decoding does not restore the text."""
         return self.count(split, "bytes") / self.count(split, "tokens") if self.lossless else None
-
-
-IDENTITY = ("source", "kind", "tokenizer", "vocab_size", "mark", "classes", "vocab", "pattern", "ranks")  # of meta.json
-
-
-def difference(before, now):
-    """The first difference of the data that two meta.json describe, in words: expected `before`, found `now`; or ''."""
-    pairs = [(key, before.get(key), now.get(key)) for key in IDENTITY]
-    for split in ("train", "val", "unsup"):
-        old, new = (meta.get("splits", {}).get(split, {}) for meta in (before, now))
-        # An old meta.json lacks the digests of offsets and labels.
-        keys = ["tokens", "documents", "sha256", *(key for _, key in PARTS.values() if key in old)]
-        pairs += [(f"{key} of {split}", old.get(key), new.get(key)) for key in keys]
-    return next((f"{key}: expected {short_repr(a)}, found {short_repr(b)}" for key, a, b in pairs if a != b), "")
 
 
 def find(folder):

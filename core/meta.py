@@ -123,6 +123,20 @@ def check_splits(splits, kind):
         expect(held_out <= split.get("documents", 2**63), f"at most all documents of {name} held out", held_out)
 
 
+IDENTITY = ("source", "kind", "tokenizer", "vocab_size", "mark", "classes", "vocab", "pattern", "ranks")  # of meta.json
+
+
+def difference(before, now):
+    """The first difference of the data that two meta.json describe, in words: expected `before`, found `now`; or ''."""
+    pairs = [(key, before.get(key), now.get(key)) for key in IDENTITY]
+    for split in ("train", "val", "unsup"):
+        old, new = (meta.get("splits", {}).get(split, {}) for meta in (before, now))
+        # An old meta.json lacks the digests of offsets and labels.
+        keys = ["tokens", "documents", "sha256", *(key for _, key in PARTS.values() if key in old)]
+        pairs += [(f"{key} of {split}", old.get(key), new.get(key)) for key in keys]
+    return next((f"{key}: expected {short_repr(a)}, found {short_repr(b)}" for key, a, b in pairs if a != b), "")
+
+
 # ---- the files of a folder ---------------------------------------------------------------------
 
 
