@@ -157,15 +157,16 @@ def test_imdb_bpe_is_learnt_without_val_and_test(made):
     assert b"testonly" not in tokens and b"testo" not in tokens
 
 
-def test_imdb_as_words_exactly():
+def test_imdb_words_exactly():
     texts = {"train": ["B b a.", "a b"], "val": ["c a"], "test": [""], "unsup": ["c c c c"]}
-    entries, encoded = imdb.as_words(texts, 2)
+    entries = imdb.vocabulary("words", 2, texts["train"], texts["unsup"])
     assert entries == {"vocab_size": 4, "mark": 0, "vocab": ["<s>", "<unk>", "b", "a"]}
+    encoded = imdb.encode(Tokenizer({"tokenizer": "words", **entries}), texts)
     assert {name: (ids.tolist(), list(ends)) for name, (ids, ends) in encoded.items()} == {
         "train": ([0, 2, 2, 3, 1, 0, 3, 2], [0, 5, 8]), "val": ([0, 1, 3], [0, 3]), "test": ([0], [0, 1]),
         "unsup": ([0, 1, 1, 1, 1], [0, 5]),
     }
-    assert imdb.as_words({**texts, "train": ["b a d c"]}, 3)[0]["vocab"][2:] == ["a", "b", "c"]  # ties: the alphabet
+    assert imdb.vocabulary("words", 3, ["b a d c"], [])["vocab"][2:] == ["a", "b", "c"]  # ties: the alphabet
 
 
 def test_imdb_again(made):
