@@ -64,8 +64,8 @@ def members(source, wanted=lambda name: True, limit=1 << 26):
                 check_limit(len(data), name, limit, "holds at least")
                 yield name, data
     except () if source.is_dir() else DAMAGE as error:
-        raise UserError(f"{source.name} cannot be read to its end ({type(error).__name__}: {error}): it is cut, damaged "
-                        "or not what its name says; copy or download it again") from error
+        raise UserError(f"{source.name} cannot be read to its end ({type(error).__name__}: {error}): "
+                        "it is cut, damaged or not what its name says; copy or download it again") from error
 
 
 def single(source, names, limit):
@@ -101,21 +101,21 @@ def check_size(source, size, expected, partial, unit="bytes"):
     return size < expected
 
 
-# ---- kinds of sources --------------------------------------------------------------------------
-
-
 def entries(source):
     """Yield (name, claimed size in bytes, function that opens it) of each regular file in `source`. The name is None if
     it points outside its archive."""
     if source.is_dir():
         for name, path, info in folder_files(source):
             yield name, info.st_size, partial(open, path, "rb")
-    elif first_bytes(source).startswith(b"PK\x03\x04"):
+        return
+    with open_decompressed(source) as stream:
+        head = stream.read(tarfile.BLOCKSIZE)
+    if head.startswith(b"PK\x03\x04"):
         with zipfile.ZipFile(source) as archive:
             for info in archive.infolist():
                 if not info.is_dir() and not stat.S_ISLNK(info.external_attr >> 16):
                     yield safe_name(info.filename), info.file_size, partial(archive.open, info)
-    elif is_tar(source):
+    elif is_tar_header(head):
         with open_decompressed(source) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
             while (info := archive.next()) is not None:
                 archive.members.clear()  # otherwise a record of every member is kept
@@ -130,8 +130,8 @@ def entries(source):
 
 
 def folder_files(source):
-    """[(relative posix name, path, os.stat_result)] of the regular files under a folder, ordered by name. Links to folders
-    are not followed."""
+    """[(relative posix name, path, os.stat_result)] of a folder's regular files by name; folders that are links are
+    skipped."""
     files = []
     for folder, _, names in os.walk(source):
         parent = os.path.relpath(folder, source).replace(os.sep, "/") + "/"
@@ -152,26 +152,19 @@ def safe_name(name):
 def check_limit(size, name, limit, verb):
     """Raise UserError unless 0 <= size <= limit. verb: how the size is known."""
     if not 0 <= size <= limit:
-        raise UserError(f"{short_repr(name)} {verb} {size:,} bytes, more than the {limit:,} bytes expected: this is another "
-                        "file; check --source")
-
-
-def first_bytes(path):
-    with open(path, "rb") as file:
-        return file.read(8)
+        raise UserError(f"{short_repr(name)} {verb} {size:,} bytes, more than the {limit:,} bytes expected: "
+                        "this is another file; check --source")
 
 
 def open_decompressed(path):
     """A file as a binary stream, decompressed if its first bytes say so."""
-    head = first_bytes(path)
-    opener = next((opener for magic, opener in OPENERS if head.startswith(magic)), open)
-    return opener(path, "rb")
+    with open(path, "rb") as file:
+        head = file.read(8)
+    return next((opener for magic, opener in OPENERS if head.startswith(magic)), open)(path, "rb")
 
 
-def is_tar(path):
-    """Whether a file, decompressed, begins with the header of a tar's member."""
+def is_tar_header(block):
     try:
-        with open_decompressed(path) as file:
-            return bool(tarfile.TarInfo.frombuf(file.read(512), "utf-8", "surrogateescape"))
+        return bool(tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape"))
     except tarfile.TarError:
         return False

@@ -76,7 +76,7 @@ def requirements_files(error):
 
 
 def missing_package(error):
-    """The line for a ModuleNotFoundError: the package, and the interpreter that has it or the command that installs it."""
+    """The line for a ModuleNotFoundError: the package, and which interpreter has it or which command installs it."""
     name, files, python = (error.name or str(error)).partition(".")[0], requirements_files(error), sys.executable
     if files and (ROOT / ".venv/bin/python").exists() and not os.path.samefile(sys.prefix, ROOT / ".venv"):
         python = ROOT / ".venv/bin/python"

@@ -74,8 +74,8 @@ class Dataset:
         """Raise DataChanged unless a file has the sha256 that meta.json gives, if it gives one."""
         expected = self.digests.get(path.name)
         if expected and path.exists() and (actual := digest_of(path)) != expected:
-            raise DataChanged(f"{path}: expected sha256 {expected}, as its meta.json says, found {actual}; it is damaged or "
-                              f"of other data: {MEND}")
+            raise DataChanged(f"{path}: expected sha256 {expected}, as its meta.json says, found {actual}; "
+                              f"it is damaged or of other data: {MEND}")
 
     def check_files(self):
         """Raise UserError if a file in use is damaged: has another digest, or a token beyond the vocabulary."""
@@ -86,15 +86,15 @@ class Dataset:
                     check_ids(piece, self)
 
     def check_unchanged(self):
-        """Raise DataChanged if a file in use was cut, replaced or removed; one rewritten with equal bytes is accepted."""
+        """Raise DataChanged if a file in use was cut, replaced or removed; rewriting the same bytes is accepted."""
         for path, before in self.opened.items():
             current = stamp(path)
             if current == before:
                 continue
             if not (current and before) or current[0] != before[0] or not self.digests.get(path.name):
                 size, found = before[0] if before else 0, f"{current[0]:,} others" if current else "no file"
-                raise DataChanged(f"{path} was changed while in use: expected {size:,} bytes as they were, found {found}; "
-                                  f"put it back or {MEND}")
+                raise DataChanged(f"{path} was changed while in use: expected {size:,} bytes as they were, "
+                                  f"found {found}; put it back or {MEND}")
             self.check_digest(path)
             self.opened[path] = current
 
@@ -107,7 +107,8 @@ class Dataset:
         tokens, documents = self.count(split, "tokens"), self.count(split, "documents")
         offsets = self.array(f"{split}.offsets.bin", "<i8", documents + 1)
         if offsets[0] != 0 or offsets[-1] != tokens or (np.diff(offsets) < 1).any():
-            raise UserError(f"{self.folder / split}.offsets.bin is damaged (expected to rise from 0 to {tokens:,}); {MEND}")
+            raise UserError(f"{self.folder / split}.offsets.bin is damaged (expected to rise from 0 to {tokens:,}); "
+                            f"{MEND}")
         return offsets
 
     def texts(self, split):
@@ -119,8 +120,8 @@ class Dataset:
         return self.tokens(split), self.offsets(split), labels
 
     def token_arrays(self, split):
-        """The arrays of tokens that a language model reads as `split`. With reviews as running text, training also takes
-        the unlabelled ones, except those of the validation split's movies."""
+        """The arrays of tokens that a language model reads as `split`. With reviews as running text, train also has the
+        unlabelled ones, except those of the validation split's movies."""
         arrays = [self.tokens(split)]
         if split == "train" and "unsup" in self.splits:  # the reviews held out are the last ones
             kept = self.count("unsup", "documents") - self.count("unsup", "held_out_documents")
@@ -155,8 +156,8 @@ def check_ids(ids, data):
 
 
 class Batches:
-    """What batches of running text and of reviews share. Subclasses define the `rows` of a training batch, `all_rows` of
-    the split in order, how `stack` makes tensors of rows, and the number of `targets` in rows."""
+    """What batches of running text and of reviews share. Subclasses define the `rows` of a training batch, `all_rows`
+    of the split in order, how `stack` makes tensors of rows, and the number of `targets` in rows."""
 
     def __init__(self, data, batch_size, block_size, seed):
         self.data, self.batch_size, self.block_size, self.seed = data, batch_size, block_size, seed
@@ -183,7 +184,8 @@ class Batches:
         return self.targets(rows[part::parts]) / self.targets(rows) if parts > 1 else 1.0
 
     def groups(self, count=0):
-        """The rows of the batches of the whole split, everything once; with `count`, that many batches spread over it."""
+        """The rows of each batch of the whole split, all of them once; with `count`, of that many batches spread
+        over it."""
         return spread(cut(self.all_rows(), self.batch_size), count)
 
     def in_order(self, count=0):

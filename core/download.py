@@ -24,7 +24,7 @@ class Progress:
             print(f"{label} ...", file=sys.stderr, flush=True)
 
     def add(self, n, seconds=0.2):
-        """Count n more units as done, and print the line if the last one is `seconds` old (in a file: 25 times that)."""
+        """Count n more units as done. Print the line if the last one is `seconds` old (in a file: 25 times that)."""
         self.done += n
         now = time.monotonic()
         if now - self.last >= (seconds if self.terminal else 25 * seconds):
@@ -81,7 +81,8 @@ def fetch(url, part, start, size, timeout):
             if response.status_code == 416:  # the part is as long as the file, or longer: the digest decides
                 return size
             if response.status_code not in (200, 206):
-                raise UserError(f"{url}: the server answered {response.status_code} {response.reason}: try later, {OR_LOCAL}")
+                raise UserError(f"{url}: the server answered {response.status_code} {response.reason}: try later, "
+                                f"{OR_LOCAL}")
             content_range = response.headers.get("Content-Range", "no Content-Range")
             if response.status_code == 200:
                 start = 0  # the server does not continue downloads
@@ -90,7 +91,8 @@ def fetch(url, part, start, size, timeout):
                                 f"remove {part.name} and run again, {OR_LOCAL}")
             if size is None and "Content-Length" in response.headers:
                 size = start + int(response.headers["Content-Length"])
-            with Progress(f"downloading {part.name[:-5]}", size) as progress, open(part, "ab" if start else "wb") as file:
+            label, mode = f"downloading {part.name.removesuffix('.part')}", "ab" if start else "wb"
+            with Progress(label, size) as progress, open(part, mode) as file:
                 progress.done = start
                 for piece in response.iter_content(1 << 13):  # small: the last piece is lost if the download breaks off
                     file.write(piece)

@@ -51,8 +51,8 @@ def read_meta(folder):
 
 
 def check(meta, further=()):
-    """Raise ValueError unless `meta` has what a Tokenizer needs, and the further keys, and every entry of it has the right
-    type, range and size."""
+    """Raise ValueError unless `meta` has the keys that a Tokenizer needs and the further ones, and every entry has the
+    right type, range and size."""
     expect(type(meta) is dict, "an object with named entries", meta)
     if missing := [key for key in ("tokenizer", "vocab_size", "mark", *further) if key not in meta]:
         raise ValueError(f"it lacks {', '.join(missing)}")
@@ -84,7 +84,8 @@ def check_tokenizer(meta):
     # The vocabulary of gpt2 is not in the meta: the Tokenizer compares its size.
     entry_count = {"bytes": 256, "bpe": len(entries) + 1, "gpt2": size}.get(kind, len(entries))
     if size != entry_count:
-        raise ValueError(f"the meta says {size} tokens and its {kind} vocabulary has {entry_count}: prepare the data again")
+        raise ValueError(f"the meta says {size} tokens and its {kind} vocabulary has {entry_count}: "
+                         "prepare the data again")
     expect(len(set(entries)) == len(entries), f"every entry of {key} once", entries)
     if kind == "chars":
         expect(all(len(entry) == 1 or entry == UNKNOWN for entry in entries), "single characters as vocab", entries)
@@ -116,7 +117,8 @@ def check_splits(splits, kind):
         counts = ["tokens", "bytes"] + ["documents"] * (kind == "classify") + ["held_out_documents"] * (name == "unsup")
         for key, value in ({key: None for key in counts} | split).items():
             if key in digests:
-                expect(type(value) is str and DIGEST.fullmatch(value), f"64 hexadecimal digits as {key} of {name}", value)
+                is_digest = type(value) is str and DIGEST.fullmatch(value)
+                expect(is_digest, f"64 hexadecimal digits as {key} of {name}", value)
             else:
                 expect(is_count(value), f"a number as {key} of {name}", value)
         held_out = split.get("held_out_documents", 0)
@@ -135,9 +137,6 @@ def difference(before, now):
         keys = ["tokens", "documents", "sha256", *(key for _, key in PARTS.values() if key in old)]
         pairs += [(f"{key} of {split}", old.get(key), new.get(key)) for key in keys]
     return next((f"{key}: expected {short_repr(a)}, found {short_repr(b)}" for key, a, b in pairs if a != b), "")
-
-
-# ---- the files of a folder ---------------------------------------------------------------------
 
 
 def files_of(meta):
@@ -164,8 +163,7 @@ def digest_of(path, algorithm="sha256"):
 
 
 def mismatch(path, size, digest):
-    """In what a file differs from its size (bytes or None) and digest ("algorithm:hex" or None), a text; None if it does
-    not."""
+    """How a file differs from a size (bytes or None) and a digest ("algorithm:hex" or None), a text; or None."""
     if size is not None and (actual := path.stat().st_size) != size:
         return f"expected {size:,} bytes, got {actual:,}"
     if digest is not None:

@@ -1,8 +1,7 @@
-"""What the prepare.py scripts share: their arguments, and the folder of tokens that they write, whose format is described
-at `write`. A folder never looks finished before it is.
+"""What the prepare.py scripts share: their arguments, and the folder of tokens that they write.
 
-Everything that can be wrong with a user's files ends as a UserError, or an OSError of the system, which `run_script`
-prints as one line.
+`write` describes the format. A folder never looks finished before it is. Everything that can be wrong with a user's
+files ends as a UserError, or an OSError of the system, which `run_script` prints as one line.
 """
 
 from core import startup  # first: it handles a missing package
@@ -53,11 +52,13 @@ def arguments(doc, argv, here, partial="", more=None, name=None):
     the parser. name: a function of the options that returns the name of another default folder beside `here`.
     Returns a namespace with source (Path or None), out_dir (Path), partial (bool) and what `more` added.
     """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=as_written, allow_abbrev=False)
     parser.set_defaults(partial=False)
     parser.add_argument("--source", type=path_argument, metavar="FILE_OR_FOLDER",
                         help="a local copy: the plain file or folder, or a zip, gz, xz, bz2 or tar of it")
-    parser.add_argument("--out_dir", type=path_argument, metavar="FOLDER", help=f"where to write (default data/{here.name})")
+    parser.add_argument("--out_dir", type=path_argument, metavar="FOLDER",
+                        help=f"where to write (default data/{here.name})")
     if partial:
         parser.add_argument("--partial", action="store_true",
                             help=f"accept a source smaller than the published {partial}; meta.json will say so")
@@ -70,17 +71,15 @@ def arguments(doc, argv, here, partial="", more=None, name=None):
 
 def token_dtype(vocab_size):
     """The smallest unsigned little-endian dtype that holds ids below vocab_size."""
-    return np.dtype("<u1" if vocab_size <= 1 << 8 else "<u2" if vocab_size <= 1 << 16 else "<u4")
-
-
-# ---- a finished folder -------------------------------------------------------------------------
+    return np.min_scalar_type(vocab_size - 1).newbyteorder("<")
 
 
 def finished(args, options, source=None):
     """Whether args.out_dir is complete and was made with these options from this source; if so, its counts are printed.
 
-    options: the dict that will be in meta.json. source: the identity to compare with; the default is that of args.source,
-    and without one any source will do. Raises UserError, before any long work, for a folder that `write` would refuse.
+    options: the dict that will be in meta.json. source: the identity to compare with; the default is that of
+    args.source, and without one any source will do. Raises UserError, before any long work, for a folder that `write`
+    would refuse.
     """
     replaceable(args.out_dir)
     if args.source is not None and source is None:
@@ -112,9 +111,6 @@ def print_counts(meta):
         print(f"  {name:5s} {', '.join(counts)}")
 
 
-# ---- which files may be replaced ---------------------------------------------------------------
-
-
 def replaceable(out_dir):
     """The names of the files in out_dir that `write` wrote, a set: it may replace and remove them, and no others.
 
@@ -124,31 +120,25 @@ def replaceable(out_dir):
     """
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError(f"--out_dir {out_dir} is a file: give a folder")
-    for listed in (moving_names(out_dir), finished_names(out_dir)):
-        if listed is not None:
-            return set(listed)
+    for read_names in (moving_names, lambda folder: files_of(read_meta(folder))):
+        with contextlib.suppress(OSError, UserError, ValueError, RecursionError):  # a file is missing or damaged
+            return set(read_names(out_dir))
     names = {path.name for path in out_dir.iterdir()} if out_dir.exists() else set()
     usual = {name for name in names if USUAL_FILE.fullmatch(name)}
     in_data = out_dir.resolve().parent == ROOT / "data"
     damaged = usual and names == usual | {"meta.json"} and resembles_meta(out_dir / "meta.json")
     if names and not in_data and not damaged:
-        raise UserError(f"--out_dir {out_dir} holds {short_repr(min(names))} and no meta.json that names it: it is a folder "
-                        "of something else; give a new or an empty one")
+        raise UserError(f"--out_dir {out_dir} holds {short_repr(min(names))} and no meta.json that names it: "
+                        "it is a folder of something else; give a new or an empty one")
     return usual
 
 
-def finished_names(out_dir):
-    """The files that a meta.json lists; None if it is missing or damaged."""
-    with contextlib.suppress(OSError, UserError):
-        return files_of(read_meta(out_dir)).keys()
-
-
 def moving_names(out_dir):
-    """The files that the list MOVING names; None if it is missing or not one that `write` wrote."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        names = json.loads((out_dir / MOVING).read_text("utf-8"))
-        if type(names) is list and all(type(name) is str and OUR_FILE.fullmatch(name) for name in names):
-            return names
+    """The list MOVING. Raises OSError if there is none, ValueError if it is not one that `write` wrote."""
+    names = json.loads((out_dir / MOVING).read_text("utf-8"))
+    if type(names) is not list or not all(type(name) is str and OUR_FILE.fullmatch(name) for name in names):
+        raise ValueError("expected a list of files that `write` writes")
+    return names
 
 
 def resembles_meta(path):
@@ -170,9 +160,6 @@ def remove_leftovers(out_dir):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-# ---- writing -----------------------------------------------------------------------------------
-
-
 def write(out_dir, meta, splits):
     """Write a finished folder and print its counts.
 
@@ -183,8 +170,8 @@ def write(out_dir, meta, splits):
     The folder then holds, for each split, SPLIT.bin (flat, the smallest unsigned type, little-endian),
     SPLIT.offsets.bin (int64; document n is tokens[offsets[n]:offsets[n + 1]]), SPLIT.labels.bin (uint8; 1 = positive),
     and meta.json with the sha256 of each. All files are written to a folder beside and then moved, meta.json last: it
-    marks a finished folder. Other files in out_dir are left as they are. Raises UserError for a folder of something else,
-    and if the system refuses to write.
+    marks a finished folder. Other files in out_dir are left as they are. Raises UserError for a folder of something
+    else, and if the system refuses to write.
     """
     out_dir, dtype = Path(out_dir).absolute(), token_dtype(meta["vocab_size"])
     earlier = replaceable(out_dir)
@@ -197,7 +184,8 @@ def write(out_dir, meta, splits):
             meta = {"format": FORMAT, **meta, "dtype": dtype.name, "splits": counts}
             move_files(Path(temporary), out_dir, meta, earlier)
     except OSError as error:
-        raise UserError(f"could not write {out_dir}: {error.strerror or error}; when that is mended, run it again") from error
+        reason = error.strerror or error
+        raise UserError(f"could not write {out_dir}: {reason}; when that is mended, run it again") from error
     print_counts(meta)
 
 
@@ -218,8 +206,8 @@ def move_files(temporary, out_dir, meta, earlier):
     half-way, the folder has no meta.json, and `replaceable` still knows which files are ours."""
     files = [path.name for path in temporary.iterdir()]
     if foreign := [name for name in files if name not in earlier and os.path.lexists(out_dir / name)]:
-        raise UserError(f"--out_dir {out_dir} holds {foreign[0]}, which its meta.json does not name: move it away, or give "
-                        "another folder")
+        raise UserError(f"--out_dir {out_dir} holds {foreign[0]}, which its meta.json does not name: move it away, "
+                        "or give another folder")
     (temporary / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (temporary / MOVING).write_text(json.dumps(sorted({*files, *earlier})))
     out_dir.mkdir(exist_ok=True)

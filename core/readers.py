@@ -1,8 +1,8 @@
 """Readers of the files that runs, comparisons and benchmarks write, one function per format.
 
-A reader reads regular files only, checks types, shapes and ranges, and returns plain data (a dict, a list or arrays) in
-which every value that the pictures use is valid. It raises UserError with the file, what was expected and what came, and
-OSError if the file cannot be opened.
+A reader reads regular files only, checks types, shapes and ranges, and returns plain data (a dict, a list or arrays)
+in which every value that the pictures use is valid. It raises UserError with the file, what was expected and what came,
+and OSError if the file cannot be opened.
 
 A checker is a function of a JSON value and its place in the file. It raises ValueError, or KeyError for a missing key.
 """
@@ -17,7 +17,7 @@ import numpy as np
 
 from core.config import PLAIN, UserError, short_repr
 
-MAX_BYTES = 2**30  # of a file, unpacked: no script here writes a larger one
+MAX_GIB = 1  # of a file, unpacked: no script here writes a larger one
 MAX_LINES = 64  # in a chart of a comparison or a benchmark: more cannot be told apart
 
 
@@ -25,19 +25,19 @@ MAX_LINES = 64  # in a chart of a comparison or a benchmark: more cannot be told
 
 
 def check_regular(path):
-    """Raise UserError unless `path` is a regular file (reading a pipe would block, a device has no end), OSError if it is
-    missing."""
+    """Raise UserError unless `path` is a regular file (a pipe would block, a device has no end), OSError if missing."""
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
         kinds = {stat.S_IFIFO: "a pipe", stat.S_IFDIR: "a folder", stat.S_IFSOCK: "a socket"}
-        raise UserError(f"{path}: expected a regular file, got {kinds.get(stat.S_IFMT(mode), 'a device')}; take it away")
+        kind = kinds.get(stat.S_IFMT(mode), "a device")
+        raise UserError(f"{path}: expected a regular file, got {kind}; take it away")
 
 
 def open_regular(path):
-    """A regular file of at most MAX_BYTES, open for bytes; see `check_regular`."""
+    """A regular file of at most MAX_GIB GiB, open for bytes; see `check_regular`."""
     check_regular(path)
-    if (size := os.stat(path).st_size) > MAX_BYTES:
-        raise UserError(f"{path}: expected at most {MAX_BYTES / 2**30:g} GiB, got {size / 2**30:.1f}; it is another file")
+    if (size := os.stat(path).st_size) > MAX_GIB * 2**30:
+        raise UserError(f"{path}: expected at most {MAX_GIB:g} GiB, got {size / 2**30:.1f}; it is another file")
     return open(path, "rb")
 
 
@@ -174,7 +174,7 @@ def parse_record(line):
     layers = record.pop("stats", None)
     valid = {key: value for key, value in record.items() if key in ("split", "whole") or is_number(value)}
     if isinstance(layers, list) and all(isinstance(layer, dict) for layer in layers):
-        valid["stats"] = [{name: value for name, value in layer.items() if is_statistic(name, value)} for layer in layers]
+        valid["stats"] = [{name: x for name, x in layer.items() if is_statistic(name, x)} for layer in layers]
     return valid
 
 
@@ -214,15 +214,16 @@ def read_log(path):
 
 
 def read_predictions(path):
-    """(p (N,) float64, labels (N,) bool) of a predictions-SPLIT.npz: for each text, the probability of class 1, and whether
-    that is its label."""
+    """(p (N,) float64, labels (N,) bool) of a predictions-SPLIT.npz: for each text, the probability of class 1, and
+    whether that is its label."""
     try:
         with open_regular(path) as file:
             size = sum(part.file_size for part in zipfile.ZipFile(file).infolist())
-            expect(size <= MAX_BYTES, f"at most {MAX_BYTES / 2**30:g} GiB when unpacked", size)
+            expect(size <= MAX_GIB * 2**30, f"at most {MAX_GIB:g} GiB when unpacked", size)
             with np.load(file, allow_pickle=False) as arrays:
                 p, labels = arrays["p"], arrays["label"]
-        expect(p.ndim == 1 and p.shape == labels.shape and p.size, "p and label of one shape (N,)", (p.shape, labels.shape))
+        shapes = p.ndim == 1 and p.shape == labels.shape and p.size
+        expect(shapes, "p and label of one shape (N,)", (p.shape, labels.shape))
         dtypes = p.dtype.kind == "f" and labels.dtype.kind in "iu"
         expect(dtypes, "p of floats and label of integers", (str(p.dtype), str(labels.dtype)))
         valid = (p >= 0) & (p <= 1)  # false for NaN
@@ -241,8 +242,9 @@ def read_config(path):
 
 # ---- comparisons and benchmarks ----------------------------------------------------------------
 
-VARIANT = record({"variant": text(), "scores": record({}), "seconds_per_step": number(0), "steps": COUNT, "work": number()},
-                 {"difference": record({}, {"verdict": text()}), "hard": mapping(number(), MAX_LINES)})
+VARIANT = record(
+    {"variant": text(), "scores": record({}), "seconds_per_step": number(0), "steps": COUNT, "work": number()},
+    {"difference": record({}, {"verdict": text()}), "hard": mapping(number(), MAX_LINES)})
 CURVE = listing(pair(COUNT, number()), 100_000)
 COMPARISON = record(
     {"variants": listing(VARIANT, MAX_LINES), "runs": listing(record({"variant": text(), "curve": CURVE}), 10_000),
@@ -270,7 +272,8 @@ def read_comparison(path):
 def check_shape(value, place):
     """The checker of shapes like 1x8x1024."""
     text()(value, place)
-    expect(re.fullmatch(r"[1-9]\d{0,11}(x[1-9]\d{0,11}){2}", value, re.A), "BATCHxHEADSxTIME like 1x8x1024", value, place)
+    shape = re.fullmatch(r"[1-9]\d{0,11}(x[1-9]\d{0,11}){2}", value, re.A)
+    expect(shape, "BATCHxHEADSxTIME like 1x8x1024", value, place)
 
 
 ROW = record({"attention": text(), "batch x heads x time": check_shape},

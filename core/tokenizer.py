@@ -19,7 +19,7 @@ import re
 
 from core.meta import UNKNOWN, check
 
-WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*|\S")  # with apostrophes inside (don't); other visible characters stand alone
+WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*|\S")  # with apostrophes inside (don't); or one other visible character
 NO_SPACE_BEFORE = set(".,!?;:)]}%")
 
 
@@ -41,8 +41,8 @@ def bpe_encoding(pattern, ranks, mark):
     """The tiktoken Encoding of `ranks`, a list of base64 token bytes in order of id; `mark` is the id after them."""
     import tiktoken
 
-    mergeable_ranks = {base64.b64decode(token): i for i, token in enumerate(ranks)}
-    return tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=mergeable_ranks, special_tokens={"<|endoftext|>": mark})
+    ranks = {base64.b64decode(token): i for i, token in enumerate(ranks)}
+    return tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": mark})
 
 
 def gpt2_encoding():
@@ -62,8 +62,8 @@ class Tokenizer:
     """
     The tokenizer that a meta.json describes.
 
-    meta: dict with `tokenizer` (one of KINDS), `vocab_size`, `mark`, and `vocab` (chars, words) or `pattern` and `ranks`
-    (bpe). Public attributes: kind, vocab_size (int), mark (int or None).
+    meta: dict with `tokenizer` (one of KINDS), `vocab_size`, `mark`, and `vocab` (chars, words) or `pattern` and
+    `ranks` (bpe). Public attributes: kind, vocab_size (int), mark (int or None).
     Raises ValueError for a meta that meta.py's `check` refuses, ConnectionError if gpt2 cannot be loaded.
     """
 

@@ -1,5 +1,5 @@
 """
-enwik8: the first 10^8 bytes of an English Wikipedia dump, the measure of byte-level language models.
+enwik8: the first 10^8 bytes of an English Wikipedia dump, a benchmark of byte-level language models.
 
     python data/enwik8/prepare.py                              # downloads 35 MB
     python data/enwik8/prepare.py --source enwik8.zip          # the zip, or enwik8 itself, plain or compressed
@@ -8,9 +8,9 @@ enwik8: the first 10^8 bytes of an English Wikipedia dump, the measure of byte-l
 writes data/enwik8: train 90,000,000, val 5,000,000, test 5,000,000 bytes, the split of the published figures.
 A shorter file (--partial) is cut in the same proportions, and no figure on it compares with a published one.
 
---chars keeps the characters that the training bytes hold and `<unk>` for all others, and cuts at the same places, moved
-to the next whole character. Its losses are per character: only meta.json's counts of bytes turn them into bits per
-byte, and where `<unk>` stands for a lost character meta.json says that the tokens are not lossless.
+--chars keeps the characters of the training bytes and has `<unk>` for all others. It cuts at the same places, moved to
+the next whole character. Its losses are per character: the counts of bytes in meta.json turn them into bits per byte.
+If `<unk>` replaces a character, meta.json says that the tokens are not lossless.
 """
 
 import sys
@@ -38,12 +38,9 @@ def cuts(data, chars):
     if chars:
         for n in (1, 2):
             at[n] = next_character(data, at[n])
-        # a file cut anywhere may end inside a character: leave out its first bytes
-        end = len(data) - 1
-        while end > 0 and data[end] & 0xC0 == 0x80:
-            end -= 1
-        length = 1 if data[end] < 0x80 else 2 if data[end] < 0xE0 else 3 if data[end] < 0xF0 else 4
-        at[3] = len(data) if end + length == len(data) else end
+        # A file that was cut may end inside a character: its first bytes are left out.
+        last = next_character(data, max(0, len(data) - 8))
+        at[3] = last + len(data[last:].decode("utf-8", "ignore").encode())
     return at
 
 

@@ -47,7 +47,7 @@ CHUNK = 2000  # reviews that tiktoken encodes at once
 
 
 def shuffled(keys):
-    """`keys` (str) in a fixed order that looks random; it depends neither on the Python version nor on the other keys."""
+    """`keys` (str) in an order that looks random, and that depends neither on Python's version nor on other keys."""
     return sorted(keys, key=lambda key: hashlib.sha256(f"{SEED} {key}".encode()).digest())
 
 
@@ -79,8 +79,8 @@ def read(source, partial):
             raise UserError(f"{source.name}: expected {count:,} lines in {urls}, one for each review in {group}, "
                             f"found {lines:,}: it is not complete; copy or download it again")
         if missing := set(range(lines)) - set(texts[group]):
-            raise UserError(f"{source.name}: expected {group} numbered from 0 to {lines - 1:,} like the lines of {urls}, "
-                            f"found no review {min(missing):,}: copy or download it again")
+            raise UserError(f"{source.name}: expected {group} numbered from 0 to {lines - 1:,} like the lines of "
+                            f"{urls}, found no review {min(missing):,}: copy or download it again")
     return {group: {n: (text, movies[group][n]) for n, text in texts[group].items()} for group in OFFICIAL}, smaller
 
 
@@ -100,8 +100,8 @@ def held_out_movies(groups):
 
 def arrange(groups, movies):
     """
-    The splits in their final order: {name: [(text, label or None, movie), ...]}, labels mixed, 1 is positive. `movies` go
-    to val, and to the end of unsup.
+    The splits in their final order: {name: [(text, label or None, movie), ...]}, labels mixed, 1 is positive. `movies`
+    go to val, and to the end of unsup.
     """
     def rows(*names):
         keys = shuffled(f"{group}/{n}" for group in names for n in groups[group])
@@ -109,17 +109,15 @@ def arrange(groups, movies):
             text, movie = groups[group][int(n)]
             yield text, LABELS.get(group.split("/")[1]), movie
 
-    official = list(rows("train/neg", "train/pos"))
-    unsup = sorted(rows("train/unsup"), key=lambda row: row[2] in movies)  # stable: each part stays shuffled
-    return {"train": [row for row in official if row[2] not in movies], "val": [row for row in official if row[2] in movies],
-            "test": list(rows("test/neg", "test/pos")), "unsup": unsup}
-
-
-# ---- tokens ------------------------------------------------------------------------------------
+    splits = {"train": [], "val": [], "test": list(rows("test/neg", "test/pos"))}
+    for row in rows("train/neg", "train/pos"):
+        splits["val" if row[2] in movies else "train"].append(row)
+    splits["unsup"] = sorted(rows("train/unsup"), key=lambda row: row[2] in movies)  # stable: each part stays shuffled
+    return splits
 
 
 def vocabulary(kind, size, train, unsup):
-    """The entries of meta.json that describe a tokenizer. size: for words and bpe; train, unsup: the texts to learn from."""
+    """The entries of meta.json for a tokenizer. size: for words and bpe; train, unsup: the texts to learn from."""
     if kind == "words":
         counts = Counter(word for text in train for word in words(text))
         vocab = ["<s>", UNKNOWN, *sorted(counts, key=lambda word: (-counts[word], word))[:size]]
@@ -156,9 +154,6 @@ def encode(tokenizer, texts):
                 progress.add(len(ids))
             encoded[split] = np.concatenate(parts), np.cumsum([0, *map(len, parts)])
     return encoded
-
-
-# ---- the script --------------------------------------------------------------------------------
 
 
 def options_of(args):
