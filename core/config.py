@@ -235,7 +235,7 @@ def read_config_file(name, settings):
     A name that is not found from the working directory is looked up from the repository's root.
     """
     try:
-        path = name if Path(name).exists() else ROOT / name
+        path = ROOT / name if not Path(name).exists() and (ROOT / name).is_file() else name
         source = Path(path).read_text("utf-8-sig")  # with or without a byte order mark
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the name
         raise UserError(f"cannot read config file {name!r} ({error}); give a Python file or --key=value")

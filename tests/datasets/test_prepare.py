@@ -1,9 +1,8 @@
 """Every prepare.py as its user runs it, on sources made here, also interrupted."""
 
-import hashlib
-import lzma
 import bz2
 import gzip
+import lzma
 import os
 import signal
 import subprocess

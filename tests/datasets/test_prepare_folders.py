@@ -1,4 +1,4 @@
-"""What prepare.py may replace in a folder and what it must leave; full disks; archives whose headers claim too much."""
+"""What prepare.py may replace in a folder and what it must leave; full disks."""
 
 import contextlib
 import errno
@@ -7,10 +7,6 @@ import itertools
 import json
 import os
 import shutil
-import struct
-import tarfile
-import time
-import zipfile
 
 import pytest
 from fault_injection import count
