@@ -1,4 +1,4 @@
-"""What the tests of prepare.py share: scripts that run here or in a process, folders that are checked, sources in every wrapping."""
+"""What the tests of prepare.py share: running scripts, checks of folders, sources in every wrapping."""
 
 import bz2
 import contextlib
@@ -52,8 +52,8 @@ def run_process(name, arguments, cwd, env):
 
 
 def prepare(name, *options, cwd, code=0, env=None):
-    """Run data/NAME/prepare.py from the folder `cwd` and check its exit code and its messages. env: further variables, for
-    a process of its own."""
+    """Run data/NAME/prepare.py from the folder `cwd`, and check its exit code and its messages. env: further variables,
+    for a process of its own."""
     arguments = [str(option) for option in options]
     done = run_here(name, arguments, cwd) if env is None else run_process(name, arguments, cwd, env)
     assert done.returncode == code, done.stderr

@@ -366,7 +366,8 @@ def test_folders_prepared_before_are_read(reviews, tmp_path):
 
 def test_other_labels_are_other_data(reviews, tmp_path):
     rows = [review(n) for n in range(23)]
-    copy = write_reviews(tmp_path / "r", train=[(text, 1 - label) for text, label in rows], val=[review(n) for n in range(30, 39)])
+    copy = write_reviews(tmp_path / "r", train=[(text, 1 - label) for text, label in rows],
+                         val=[review(n) for n in range(30, 39)])
     assert "labels_sha256 of train: expected" in difference(Dataset(reviews).meta, Dataset(copy).meta)
 
 

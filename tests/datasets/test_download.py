@@ -143,7 +143,8 @@ def test_download_onto_a_full_disk(server, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(UserError, match="could not write .*a.part: File too large; run again to go on, or give a local copy"):
+        message = "could not write .*a.part: File too large; run again to go on, or give a local copy"
+        with pytest.raises(UserError, match=message):
             download(f"{server}/file", tmp_path / "a", len(BODY), DIGEST)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -55,7 +55,8 @@ def test_a_folder_of_something_else(tmp_path, files):
     for name, kept in files.items():
         (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "out" / name).write_bytes(kept)
-    assert_refused(tmp_path / "out", "holds .* and no meta.json that names it: it is a folder of something else; give a new")
+    message = "holds .* and no meta.json that names it: it is a folder of something else; give a new"
+    assert_refused(tmp_path / "out", message)
 
 
 def test_other_files_of_our_folder_stay(tmp_path):
@@ -102,10 +103,11 @@ def test_an_empty_value(tmp_path, monkeypatch):
 
 
 def test_the_folders_of_data(tmp_path, monkeypatch):
-    """data/NAME holds prepare.py, perhaps a download, and what a preparation by an earlier version left when it was killed."""
+    """data/NAME holds prepare.py, perhaps a download, and what an earlier version of it left when it was killed."""
     monkeypatch.setattr("core.prepare.ROOT", tmp_path)
     (tmp_path / "data").mkdir()
-    here = {"prepare.py": b"# script", "input.txt": b"downloaded", "a.zip.part": b"half", "pytorch_model.bin": b"weights"}
+    here = {"prepare.py": b"# script", "input.txt": b"downloaded", "a.zip.part": b"half",
+            "pytorch_model.bin": b"weights"}
     for more in ({}, {"train.bin": b"half", "val.offsets.bin": b"half"}, {"meta.json": b"{", "test.bin": b""}):
         out = tmp_path / "data" / f"toy{len(more)}"
         out.mkdir(exist_ok=True)
@@ -150,7 +152,7 @@ def killed_at(number):
 
 @pytest.mark.parametrize("older", ["nothing", "other text", "reviews"])
 def test_killed_at_any_call_and_run_again(tmp_path, older):
-    """What is there then is whole or not finished; the next preparation goes through, and leaves its own files alone."""
+    """The folder is then complete or not finished; the next preparation succeeds, and leaves its own files alone."""
     (tmp_path / "own.txt").write_text("hello you\nhello there\n")
     at, done = 0, False
     while not done:
@@ -227,8 +229,12 @@ class FullFile:
 
 
 def test_a_full_disk_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "open", lambda path, mode="r": FullFile() if "w" in mode else open(path, mode), raising=False)
-    with pytest.raises(UserError, match="could not write .*out: No space left on device; when that is mended, run it again"):
+    def full_open(path, mode="r"):
+        return FullFile() if "w" in mode else open(path, mode)
+
+    monkeypatch.setattr(prepare, "open", full_open, raising=False)
+    message = "could not write .*out: No space left on device; when that is mended, run it again"
+    with pytest.raises(UserError, match=message):
         prepared(tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

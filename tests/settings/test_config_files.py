@@ -16,7 +16,8 @@ from helpers import ROOT
     ("raise ValueError('one\\ntwo\\n\\nthree')", "x.py, line 1: ValueError: one two three"),
     ("raise ValueError(10 ** 5000)", "x.py, line 1: ValueError: (no readable message)"),
     ("raise ValueError('x' * 5000)", "x.py, line 1: ValueError: xxx"),
-    ("batch_size = 10 ** 5000", "x.py: batch_size expects int (like 16), below 2**63 in size, got int that cannot be printed"),
+    ("batch_size = 10 ** 5000",
+     "x.py: batch_size expects int (like 16), below 2**63 in size, got int that cannot be printed"),
     ("batch_size = -2 ** 63 - 1", "x.py: batch_size expects int (like 16), below 2**63 in size, got int -92"),
     ("learning_rate = float('inf')", "x.py: learning_rate expects float (like 0.001), finite, got float inf"),
     ("learning_rate = float('nan')", "x.py: learning_rate expects float (like 0.001), finite, got float nan"),
@@ -32,8 +33,9 @@ def test_exit_code_of_a_file_that_exits(config, refused):
     assert "SystemExit" in refused(train, config("import sys\nsys.exit(0)"))
 
 
-@pytest.mark.parametrize("key, value", [("batch_size", "9" * 30), ("batch_size", str(-(10**30))), ("learning_rate", "1e999"),
-                                        ("learning_rate", "-1e999"), ("batch_size", "1e999")])
+@pytest.mark.parametrize("key, value", [
+    ("batch_size", "9" * 30), ("batch_size", str(-(10**30))), ("learning_rate", "1e999"), ("learning_rate", "-1e999"),
+    ("batch_size", "1e999")])
 def test_large_numbers_on_the_line(key, value):
     assert refusal(f"--{key}={value}").startswith(f"--{key}: {key} expects")
     assert settle(f"--batch_size={2**63 - 1}")[0]["batch_size"] == 2**63 - 1
@@ -55,7 +57,8 @@ def test_from_any_working_directory(tmp_path, monkeypatch):
     assert settle("config/x.py")[0]["batch_size"] == 4
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert settle("config/x.py")[0]["batch_size"] == 8
-    assert "cannot read config file 'config/y.py' ([Errno 2] No such file or directory: 'config/y.py')" in refusal("config/y.py")
+    message = "cannot read config file 'config/y.py' ([Errno 2] No such file or directory: 'config/y.py')"
+    assert message in refusal("config/y.py")
     (tmp_path / "repository" / "config" / "y.py").write_text("batch_size = 0.5")
     assert refusal("config/y.py").startswith("config/y.py: batch_size expects int")
     monkeypatch.undo()

@@ -113,7 +113,8 @@ def test_values(argument, key, value):
     ("--layers=(1, 2)", "--layers: layers expects list (like [1, 2]), got tuple (1, 2)"),
     ("--batch_siz=3", "--batch_siz: unknown key 'batch_siz'; did you mean batch_size?"),
     ("--batch-size=3", "--batch-size: unknown key 'batch-size'; did you mean batch_size?"),
-    ("--zzz=3", "--zzz: unknown key 'zzz'; there are attention, batch_size, compile, layers, learning_rate, out_dir, use_"),
+    ("--zzz=3",
+     "--zzz: unknown key 'zzz'; there are attention, batch_size, compile, layers, learning_rate, out_dir, use_"),
     ("--LIMIT=3", "--LIMIT: unknown key 'LIMIT'"), ("--_own=3", "--_own: unknown key '_own'"),
     ("--nothing=3", "--nothing: unknown key 'nothing'"),
     ("--batch_size", "expected --key=value or a config file, got '--batch_size'"),
@@ -164,36 +165,42 @@ def test_options_of_the_mechanism(config):
 @pytest.mark.parametrize("option, value", [("window", 8), ("soft", 0.5), ("pattern", "a,b"), ("spread", [1, 2.5])])
 def test_an_option_in_a_file_is_the_option_on_the_line(config, option, value):
     on_the_line = f"--{option}={value}"
-    for file in (config(f"attention = 'sparse'\n{option} = {value!r}"), config(f"{option} = {value!r}\nattention = 'sparse'")):
+    lines = "attention = 'sparse'", f"{option} = {value!r}"
+    for file in (config("\n".join(lines)), config("\n".join(lines[::-1]))):
         assert settle(file)[1] == settle("--attention=sparse", on_the_line)[1] != settle("--attention=sparse")[1]
 
 
 def test_a_list_serves_where_a_text_with_commas_is_expected(config):
     assert settle(config("attention = 'sparse'\npattern = ['local', 'dense']"))[1]["pattern"] == "local,dense"
     assert settle(config("out_dir = ['a']"))[0]["out_dir"] == "a"
-    assert settle("--attention=sparse", "--pattern=['local']")[1]["pattern"] == "['local']"  # on the line it is text already
+    # On the command line it is a text already.
+    assert settle("--attention=sparse", "--pattern=['local']")[1]["pattern"] == "['local']"
     assert "out_dir expects str (like 'out'), got list ['a', 1]" in refusal(config("out_dir = ['a', 1]"))
     assert "layers expects list (like [1, 2]), got str 'a,b'" in refusal("--layers=a,b")
 
 
 def test_an_option_without_its_mechanism(config, tmp_path, monkeypatch):
     """Is refused with the mechanisms whose files have it. The files are read, not imported: none of these could be."""
-    for name, text in {"sparse": "window = 3\n\nclass Attention(Base):\n", "wide": "window = 3\nclass Attention(Base):\n",
-                       "span": "length = 3\nclass Attention(Base):\n    window = 3\n", "other": "window = 3\n"}.items():
+    files = {"sparse": "window = 3\n\nclass Attention(Base):\n", "wide": "window = 3\nclass Attention(Base):\n",
+             "span": "length = 3\nclass Attention(Base):\n    window = 3\n", "other": "window = 3\n"}
+    for name, text in files.items():
         (tmp_path / f"{name}.py").write_text('"""A file."""\n' + text)
     (tmp_path / "latin.py").write_bytes(b"# caf\xe9\nlength = 3\nclass Attention(Base):\n")
     monkeypatch.setattr("core.config.ROOT", tmp_path)
-    belongs, file = "unknown key 'window'; it belongs to --attention=sparse or wide", config("attention = 'sparse'\nwindow = 64")
-    assert refusal("--window=8") == f"--window: {belongs}" and refusal(file, "--attention=dense") == f"{file}: {belongs}"
+    belongs = "unknown key 'window'; it belongs to --attention=sparse or wide"
+    file = config("attention = 'sparse'\nwindow = 64")
+    assert refusal("--window=8") == f"--window: {belongs}"
+    assert refusal(file, "--attention=dense") == f"{file}: {belongs}"
     assert refusal("--length=8") == "--length: unknown key 'length'; it belongs to --attention=latin or span"
     for key in ("windo", "class", '"""A', "", "*"):
         assert "belongs" not in refusal(f"--{key}=8")
-    with pytest.raises(UserError, match="unknown key 'window'; there are"):  # a script that takes no mechanism's options
+    with pytest.raises(UserError, match="unknown key 'window'; there are"):  # without `more`
         configure(script(), ["--window=8"])
 
 
 @pytest.mark.parametrize("keys, chosen", [
-    ([True], "adaptive_attention_span"), ([False], "dense"), (["sparse", False], "sparse"), ([False, "sparse"], "sparse"),
+    ([True], "adaptive_attention_span"), ([False], "dense"), (["sparse", False], "sparse"),
+    ([False, "sparse"], "sparse"),
     (["sparse", True], "adaptive_attention_span"), ([True, "sparse"], "sparse"), ([True, False], "dense"),
     ([False, True], "adaptive_attention_span"), ([True, "sparse", False], "sparse"),
 ])
@@ -213,7 +220,8 @@ def test_use_adaptive_attention_brings_its_options(config):
         "out-adaptive_attention_span"  # a file sees it as chosen
 
 
-@pytest.mark.parametrize("value, came", [("1", "int 1"), ("yes", "str 'yes'"), ("", "str ''"), ("None", "NoneType None")])
+@pytest.mark.parametrize("value, came", [
+    ("1", "int 1"), ("yes", "str 'yes'"), ("", "str ''"), ("None", "NoneType None")])
 def test_use_adaptive_attention_is_true_or_false(config, value, came):
     said = f"use_adaptive_attention expects bool (like False), got {came}"
     assert refusal(f"--use_adaptive_attention={value}") == f"--use_adaptive_attention: {said}"
@@ -242,7 +250,8 @@ def test_help(capsys):
 
 @given(strategies.lists(
     strategies.text() | strategies.text().map("--batch_size={}".format) | strategies.text().map("--layers={}".format)
-    | strategies.tuples(strategies.sampled_from(list(script())), strategies.text("0123456789.e-_[]{}(),:'\"xj", max_size=12))
+    | strategies.tuples(strategies.sampled_from(list(script())),
+                        strategies.text("0123456789.e-_[]{}(),:'\"xj", max_size=12))
     .map("--{0[0]}={0[1]}".format).filter(lambda argument: not argument.startswith("--attention")), max_size=3))
 @settings(max_examples=300, deadline=None)
 @example(["--layers={[]: 1}"])
@@ -268,7 +277,8 @@ def test_choose():
 @pytest.mark.parametrize("raised, code, said", [
     (UserError("expected this, got that"), 2, "x.py: expected this, got that\n"),
     (PermissionError(13, "Permission denied", "out"), 2, "x.py: [Errno 13] Permission denied: 'out'\n"),
-    (ModuleNotFoundError("No module", name="wandb"), 2, f"x.py: wandb is not installed: {sys.executable} -m pip install wandb\n"),
+    (ModuleNotFoundError("No module", name="wandb"), 2,
+     f"x.py: wandb is not installed: {sys.executable} -m pip install wandb\n"),
     (KeyboardInterrupt(), 130, "x.py: stopped\n"),
 ])
 def test_run(raised, code, said, monkeypatch, capsys):
@@ -295,7 +305,8 @@ def test_run_does_not_hide_a_mistake_of_ours():
 
 @pytest.mark.parametrize("lines", [1, 10**5], ids=["at-the-end", "midway"])
 def test_run_when_the_reader_goes(lines):
-    program = f"from core.config import run_main\nrun_main(lambda: (input(), [print('x' * 80) for _ in range({lines})])[0])"
+    program = ("from core.config import run_main\n"
+               f"run_main(lambda: (input(), [print('x' * 80) for _ in range({lines})])[0])")
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, **pipes)
     process.stdout.close()

@@ -21,8 +21,8 @@ from helpers import call
 from model import options_of
 
 pytestmark = pytest.mark.usefixtures("quick")
-BASE = ("--max_iters=0", "--block_size=8", "--n_layer=1", "--n_head=2", "--n_embd=8", "--batch_size=2", "--eval_iters=1",
-        "--device=cpu", "--dtype=float32")
+BASE = ("--max_iters=0", "--block_size=8", "--n_layer=1", "--n_head=2", "--n_embd=8", "--batch_size=2",
+        "--eval_iters=1", "--device=cpu", "--dtype=float32")
 
 
 def tried(few, many):
@@ -112,7 +112,8 @@ def test_prompts(fair, tmp_path):
     @example(outs[4], "<br />" * 20, True)
     def check(out, prompt, file):
         if file or isinstance(prompt, bytes) or prompt == "-":
-            (tmp_path / "prompt").write_bytes(prompt if isinstance(prompt, bytes) else prompt.encode("utf-8", "surrogatepass"))
+            content = prompt if isinstance(prompt, bytes) else prompt.encode("utf-8", "surrogatepass")
+            (tmp_path / "prompt").write_bytes(content)
             prompt = f"FILE:{tmp_path / 'prompt'}"
         fair(sample, f"--out_dir={out}", f"--start={prompt}", "--max_new_tokens=2", "--num_samples=1", "--device=cpu",
              "--dtype=float32")
@@ -203,8 +204,8 @@ LAYER = st.fixed_dictionaries({}, optional={
 RECORD = st.fixed_dictionaries(
     {"step": st.integers(0, 50) | JSON, "split": st.sampled_from(["train", "val", "test"]) | JSON,
      "loss": st.floats(0, 9) | JSON},
-    optional={"accuracy": st.floats(0, 1) | JSON, "bits_per_byte": JSON, "whole": st.just(True) | JSON, "train_loss": JSON,
-              "stats": st.lists(LAYER, max_size=3) | JSON})
+    optional={"accuracy": st.floats(0, 1) | JSON, "bits_per_byte": JSON, "whole": st.just(True) | JSON,
+              "train_loss": JSON, "stats": st.lists(LAYER, max_size=3) | JSON})
 
 
 def test_log(fair, tmp_path):

@@ -45,8 +45,8 @@ def test_closed(tmp_path, closed):
 def test_not_writable(tmp_path, target, said):
     """One sentence and exit code 2, also where only the last flush fails."""
     for line in ("print('said')", "print('said', flush=True)", "print('x' * 100000)"):
-        (tmp_path / "script.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom core.config import run_main\n"
-                                            f"run_main(lambda: {line})\n")
+        (tmp_path / "script.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+                                            f"from core.config import run_main\nrun_main(lambda: {line})\n")
         done = shell(f"{sys.executable} script.py {target}", tmp_path)
         assert done.returncode == 2 and done.stderr.startswith("script.py: ") and done.stderr.count("\n") == 1, done
         assert said in done.stderr

@@ -1,4 +1,4 @@
-"""Scripts set OpenMP's spin count before they import torch, unless the user has set it; a missing package ends in one line."""
+"""Scripts set OpenMP's spin count before they import torch; a missing package ends in one line."""
 
 import ast
 import os
@@ -19,7 +19,8 @@ SCRIPTS = ("train.py", "sample.py", "compare.py", "bench.py", "bench_load.py", "
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_imported_first(script):
-    imports = [node for node in ast.parse((ROOT / script).read_text("utf-8")).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    body = ast.parse((ROOT / script).read_text("utf-8")).body
+    imports = [node for node in body if isinstance(node, (ast.Import, ast.ImportFrom))]
     assert [alias.name for alias in imports[0].names] == ["startup"]
 
 
@@ -29,9 +30,10 @@ def test_imported_first(script):
 def test_libgomp_takes_it(given, spin_count):
     """OMP_DISPLAY_ENV lets libgomp print its settings when it is loaded."""
     environment = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    shown = subprocess.run([sys.executable, ROOT / "sample.py", "--help"], env=environment | given | {"OMP_DISPLAY_ENV": "verbose"},
-                           capture_output=True, text=True, check=True).stderr
-    assert re.findall(r"GOMP_SPINCOUNT = '(\d+)'", shown) == [spin_count]
+    environment |= given | {"OMP_DISPLAY_ENV": "verbose"}
+    command = [sys.executable, ROOT / "sample.py", "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr) == [spin_count]
 
 
 # ---- missing packages --------------------------------------------------------------------------
@@ -44,11 +46,13 @@ def test_without_packages(script, tmp_path):
     done = subprocess.run([sys.executable, "-S", ROOT / script], cwd=tmp_path, capture_output=True, text=True,
                           env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"})
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert re.match(rf"{Path(script).name}: (torch|numpy) is not installed( for .*: use |: .* -m pip install -r ).*", done.stderr)
+    line = rf"{Path(script).name}: (torch|numpy) is not installed( for .*: use |: .* -m pip install -r ).*"
+    assert re.match(line, done.stderr), done.stderr
 
 
 def test_a_mistake_in_an_import_keeps_its_traceback(tmp_path):
-    (tmp_path / "x.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom core import startup\nimport no_such\n")
+    script = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom core import startup\nimport no_such\n"
+    (tmp_path / "x.py").write_text(script)
     done = subprocess.run([sys.executable, tmp_path / "x.py"], capture_output=True, text=True)
     assert done.returncode == 1 and "x.py\", line 4" in done.stderr and "No module named 'no_such'" in done.stderr
 
@@ -88,4 +92,5 @@ def test_another_python_than_that_of_make(repository, monkeypatch):
         f"matplotlib is not installed: {python} -m pip install -r {repository / 'requirements-demo.txt'}"
     assert line("wandb") == f"wandb is not installed: {sys.executable} -m pip install wandb"
     monkeypatch.setattr(sys, "prefix", str(repository / ".venv"))
-    assert line("torch") == f"torch is not installed: {sys.executable} -m pip install -r {repository / 'requirements.txt'}"
+    pip = f"{sys.executable} -m pip install"
+    assert line("torch") == f"torch is not installed: {pip} -r {repository / 'requirements.txt'}"
