@@ -221,17 +221,17 @@ def test_a_lossy_tokenizer_has_no_bytes_per_token(text, tmp_path):
     assert Dataset(text).bytes_per_token("val") == 1 and Dataset(folder).bytes_per_token("val") is None
 
 
-@pytest.mark.parametrize("name, said", [
+@pytest.mark.parametrize("name, message", [
     ("stdlb", "no dataset 'stdlb', neither as a folder nor in data/; did you mean stdlib?"),
     ("xyz", "no dataset 'xyz', neither as a folder nor in data/; there are enwik8, imdb, "),
     ("nowhere/toy", "nowhere/toy is not prepared; make it: python data/toy/prepare.py"),
     ("nowhere/imdb_xyz/", "is not prepared; make it: python data/imdb/prepare.py (with an option, see its --help)"),
     ("", "no dataset ''"), ("\0", "no dataset"),
 ])
-def test_no_such_dataset(name, said):
+def test_no_such_dataset(name, message):
     with pytest.raises(UserError) as error:
         Dataset(name)
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_task(reviews, toy):
@@ -286,10 +286,10 @@ def test_a_file_of_another_size(reviews, tmp_path, name, how):
     file = tmp_path / "r" / name
     whole = file.read_bytes()
     file.unlink() if how == "missing" else file.write_bytes(whole[:-1] if how == "cut" else whole + b"x")
-    found = {"cut": len(whole) - 1, "long": len(whole) + 1, "missing": 0}[how]
+    size = {"cut": len(whole) - 1, "long": len(whole) + 1, "missing": 0}[how]
     with pytest.raises(UserError) as error:
         batches(Dataset(tmp_path / "r"), "train", 2, 8)
-    assert f"{name}: expected {len(whole):,} bytes, found {found:,}; run its prepare.py again" in str(error.value)
+    assert f"{name}: expected {len(whole):,} bytes, found {size:,}; run its prepare.py again" in str(error.value)
 
 
 def test_damaged_offsets_and_labels(reviews, tmp_path):
@@ -388,7 +388,7 @@ def test_tokens_beyond_the_vocabulary(kind, tmp_path, request):
 
 def test_scores_by_hand():
     got = scores([0.9, 0.8, 0.4, 0.3, 0.6, 0.2], [1, 1, 1, 0, 0, 0])
-    # said 1: the first, the second, the fifth; pairs in order: 3 + 3 + 2 of 9
+    # predicted 1: the first, the second, the fifth; pairs in order: 3 + 3 + 2 of 9
     want = {"accuracy": 4 / 6, "f1": 2 / 3, "precision": 2 / 3, "recall": 2 / 3, "auc": 8 / 9}
     assert got == pytest.approx(want) and all(type(value) is float for value in got.values())
     assert scores([0.5], [0])["accuracy"] == 1  # as argmax: a tie is class 0
@@ -402,9 +402,9 @@ def test_scores_against_counting(rows):
     got = scores(torch.tensor(p), torch.tensor(labels))
     pairs = [(a > b) + (a == b) / 2 for a, i in rows if i for b, j in rows if not j]
     assert got["auc"] == pytest.approx(sum(pairs) / len(pairs) if pairs else 0.5)
-    hits, said = sum(a > 0.5 and i for a, i in rows), sum(a > 0.5 for a in p)
+    hits, predicted = sum(a > 0.5 and i for a, i in rows), sum(a > 0.5 for a in p)
     assert got["accuracy"] == pytest.approx(sum((a > 0.5) == i for a, i in rows) / len(rows))
-    assert got["precision"] == pytest.approx(hits / said if said else 0)
+    assert got["precision"] == pytest.approx(hits / predicted if predicted else 0)
     assert got["recall"] == pytest.approx(hits / sum(labels) if sum(labels) else 0)
     both = got["precision"] + got["recall"]
     assert got["f1"] == pytest.approx(2 * got["precision"] * got["recall"] / both if both else 0)

@@ -113,14 +113,14 @@ def test_download_of_a_wrong_part(server, tmp_path, part):
     assert (tmp_path / "a").read_bytes() == BODY
 
 
-@pytest.mark.parametrize("where, size, digest, said", [
+@pytest.mark.parametrize("where, size, digest, message", [
     ("/other", None, DIGEST, "expected sha256 .*, got "),
     ("/other", len(BODY), DIGEST, r"expected 1,024,000 bytes, got 20"),
     ("/file", 1000, None, r"expected 1,000 bytes, got "),
     ("/broken", None, DIGEST, "answered 503 .*try later.*--source"),
 ], ids="digest size too-long error".split())
-def test_download_refused(server, tmp_path, where, size, digest, said):
-    with pytest.raises(UserError, match=said):
+def test_download_refused(server, tmp_path, where, size, digest, message):
+    with pytest.raises(UserError, match=message):
         download(server + where, tmp_path / "a", size, digest)
     assert not list(tmp_path.iterdir())
 

@@ -59,21 +59,21 @@ def made(tmp_path_factory):
 def documents(folder):
     """{split: [(ids without the mark, label or None), ...]} of a prepared folder, and its meta."""
     meta, arrays = load(folder)
-    found = {}
+    splits = {}
     for split in meta["splits"]:
         offsets, tokens = arrays[split + ".offsets"], arrays[split].tolist()
         labels = arrays.get(split + ".labels", [None] * (len(offsets) - 1))
         for a in offsets[:-1]:
             assert tokens[a] == meta["mark"]
         assert tokens.count(meta["mark"]) == len(offsets) - 1  # no text encodes to the mark
-        found[split] = [(tokens[a + 1 : b], label) for a, b, label in zip(offsets, offsets[1:], labels)]
-    return found, meta
+        splits[split] = [(tokens[a + 1 : b], label) for a, b, label in zip(offsets, offsets[1:], labels)]
+    return splits, meta
 
 
 def texts_of(folder):
-    found, meta = documents(folder)
+    splits, meta = documents(folder)
     decode = Tokenizer(meta).decode
-    return {split: [(decode(ids), label) for ids, label in rows] for split, rows in found.items()}, meta
+    return {split: [(decode(ids), label) for ids, label in rows] for split, rows in splits.items()}, meta
 
 
 def where(text):
@@ -186,9 +186,9 @@ def test_imdb_again(made):
 def test_imdb_gpt2(made, tmp_path, monkeypatch, capsys):
     top, folders = made
     meta, _ = load(folders["bytes"])
-    own = tiktoken.Encoding("gpt2", pat_str=r"\s|\S+", mergeable_ranks={bytes([b]): b for b in range(256)},
-                            special_tokens={"<|endoftext|>": 256})
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: own)
+    encoding = tiktoken.Encoding("gpt2", pat_str=r"\s|\S+", mergeable_ranks={bytes([b]): b for b in range(256)},
+                                 special_tokens={"<|endoftext|>": 256})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
     imdb.main(["--source", str(top / "a.zip"), "--partial", "--tokenizer=gpt2", "--out_dir", str(tmp_path / "gpt2")])
     texts, meta = texts_of(tmp_path / "gpt2")
     assert meta["mark"] == 256 and meta["vocab_size"] == 257 and "ranks" not in meta and meta["tokenizer"] == "gpt2"
@@ -216,7 +216,7 @@ def change(files, **changes):
     return out
 
 
-@pytest.mark.parametrize("make, said", [
+@pytest.mark.parametrize("make, message", [
     (lambda f: {}, "reviews in train/pos, found 0"),
     (lambda f: {"aclImdb/train/pos": b"x"}, "reviews in train/pos, found 0"),
     (lambda f: {n: d for n, d in f.items() if "unsup/" not in n}, "expected 50,000 reviews in train/unsup, found 0"),
@@ -227,13 +227,13 @@ def change(files, **changes):
     (lambda f: f | {"copy/train/pos/3_8.txt": b"x"}, "train/pos holds review 3 twice"),
     (lambda f: f | {"aclImdb/train/neg/3_0.txt": b"\xff"}, "expected UTF-8"),
 ], ids="empty nothing no-unsup no-urls fewer-files wrong-number twice not-utf8".split())
-def test_imdb_refused(tmp_path, make, said):
+def test_imdb_refused(tmp_path, make, message):
     files = make(reviews(40, 8))
     source = pack(files, tmp_path / "a.zip") if files else tmp_path / "a.zip"
     if not files:
         source.mkdir()
     done = prepare("imdb", "--source", source, "--partial", "--out_dir=out", cwd=tmp_path, code=2)
-    assert said in done.stderr and untouched(tmp_path / "out")
+    assert message in done.stderr and untouched(tmp_path / "out")
 
 
 def test_imdb_partial_has_to_be_asked_for(made, tmp_path):
@@ -245,11 +245,11 @@ def test_imdb_partial_has_to_be_asked_for(made, tmp_path):
     assert "cut.tar.gz cannot be read to its end" in done.stderr and untouched(tmp_path / "out")
 
 
-@pytest.mark.parametrize("options, said", [
+@pytest.mark.parametrize("options, message", [
     (["--tokenizer=bytes", "--vocab_size=300"], "bytes has a vocabulary of its own"),
     (["--tokenizer=bpe", "--vocab_size=100"], "expected at least 258 for bpe, got 100"),
     (["--vocab_size=0"], "expected at least 1 for words, got 0"),
 ])
-def test_imdb_options(options, said):
-    with pytest.raises(UserError, match=said):
+def test_imdb_options(options, message):
+    with pytest.raises(UserError, match=message):
         imdb.main(options)

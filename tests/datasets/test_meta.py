@@ -68,12 +68,12 @@ FORGED = [
 ]
 
 
-@pytest.mark.parametrize("meta, said", FORGED, ids=range(len(FORGED)))
-def test_what_is_forged(meta, said, tmp_path):
+@pytest.mark.parametrize("meta, message", FORGED, ids=range(len(FORGED)))
+def test_what_is_forged(meta, message, tmp_path):
     with pytest.raises(UserError) as error:
         check_meta(meta, "out/ckpt.pt")
     line = str(error.value)
-    assert line.startswith("out/ckpt.pt is damaged (") and said in line and "\n" not in line and len(line) < 300
+    assert line.startswith("out/ckpt.pt is damaged (") and message in line and "\n" not in line and len(line) < 300
     with pytest.raises(ValueError):
         Tokenizer(meta)
     (tmp_path / "meta.json").write_text(json.dumps(meta))

@@ -77,7 +77,7 @@ def test_shakespeare_sources_relative_and_among_others(tmp_path):
     assert "b.zip holds 2 files" in done.stderr and "input.txt" in done.stderr
 
 
-@pytest.mark.parametrize("make, said", [
+@pytest.mark.parametrize("make, message", [
     (lambda p: p.write_bytes(PLAY), "expected 1,115,394 bytes, found 147: give the whole file, or --partial"),
     (lambda p: p.write_bytes(b""), "is empty"),
     (lambda p: p.write_bytes(b"x" * 1_115_395), "more than the 1,115,394 bytes"),
@@ -89,11 +89,11 @@ def test_shakespeare_sources_relative_and_among_others(tmp_path):
     (lambda p: p.write_bytes(gzip.compress(PLAY)[:-8] + b"\0" * 8), "cannot be read to its end"),
     (lambda p: p.mkdir(), "holds 0 files"),
 ], ids="short empty long missing cut-gz cut-xz cut-bz2 cut-zip bad-checksum empty-folder".split())
-def test_refused_files(tmp_path, make, said):
+def test_refused_files(tmp_path, make, message):
     source, out = tmp_path / "input", tmp_path / "out"
     make(source)
     done = prepare("shakespeare_char", "--source", source, "--out_dir", out, cwd=tmp_path, code=2)
-    assert said in done.stderr
+    assert message in done.stderr
     assert untouched(out)
 
 
@@ -190,9 +190,9 @@ def test_dtypes():
 
 @pytest.mark.parametrize("name", ["toy", "shakespeare_char", "stdlib", "enwik8", "imdb"])
 def test_help(name, tmp_path):
-    shown = prepare(name, "--help", cwd=tmp_path).stdout
-    assert f"python data/{name}/prepare.py" in shown and "--source" in shown and "--out_dir" in shown
-    assert ("--partial" in shown) == (name not in ("toy", "stdlib"))
+    printed = prepare(name, "--help", cwd=tmp_path).stdout
+    assert f"python data/{name}/prepare.py" in printed and "--source" in printed and "--out_dir" in printed
+    assert ("--partial" in printed) == (name not in ("toy", "stdlib"))
 
 
 def test_what_is_written_is_not_committed():

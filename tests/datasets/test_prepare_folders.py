@@ -32,10 +32,10 @@ def prepared(out, source=None):
     data.check_files()
 
 
-def assert_refused(out, said):
+def assert_refused(out, message):
     """`out` is refused, before anything is read or written, and every byte of it stays."""
     before = content(out)
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         toy.main(["--out_dir", str(out)])
     lost = sum(content(out).get(name) != kept for name, kept in before.items())
     count(ROW, refused=1, lost=lost)

@@ -13,9 +13,9 @@ POLARITY = {word: sign for sign, lists in ((-1, NEGATIVE), (1, POSITIVE)) for wo
 
 def polarity(clause):
     """1 or -1: what the one word of opinion says, turned round by not or never."""
-    found = [word.strip(".,!") for word in clause.split()]
-    sign, = (POLARITY[word] for word in found if word in POLARITY)
-    return -sign if {"not", "never"} & set(found) else sign
+    words = [word.strip(".,!") for word in clause.split()]
+    sign, = (POLARITY[word] for word in words if word in POLARITY)
+    return -sign if {"not", "never"} & set(words) else sign
 
 
 def test_labels_follow_from_the_words():

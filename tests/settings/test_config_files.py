@@ -11,7 +11,7 @@ from core.config import UserError, configure, run_main
 from helpers import ROOT
 
 
-@pytest.mark.parametrize("text, said", [
+@pytest.mark.parametrize("text, message", [
     ("import sys\nsys.exit(0)", "x.py, line 2: SystemExit: 0"), ("exit()", "x.py, line 1: SystemExit: None"),
     ("raise ValueError('one\\ntwo\\n\\nthree')", "x.py, line 1: ValueError: one two three"),
     ("raise ValueError(10 ** 5000)", "x.py, line 1: ValueError: (no readable message)"),
@@ -23,9 +23,9 @@ from helpers import ROOT
     ("learning_rate = float('nan')", "x.py: learning_rate expects float (like 0.001), finite, got float nan"),
     ("out_dir = 'a\\0b'", "x.py: out_dir expects str (like 'out'), without NUL characters, got str 'a\\x00b'"),
 ])
-def test_one_line(config, text, said):
+def test_one_line(config, text, message):
     line = refusal(config(text))
-    assert said in line and len(line) < 500
+    assert message in line and len(line) < 500
 
 
 def test_exit_code_of_a_file_that_exits(config, refused):
@@ -89,12 +89,12 @@ def test_options_in_a_dict(config):
     assert settle("--window=8", file, "--attention=sparse")[1]["window"] == 64
 
 
-@pytest.mark.parametrize("text, said", [
+@pytest.mark.parametrize("text, message", [
     ("sparse = {'windo': 64}", "x.py: unknown key 'windo'"), ("sparse = {3: 64}", "x.py: unknown key 3"),
     ("spars = {'window': 64}", "x.py: unknown key 'spars'"), ("out_dir = {'window': 64}", "x.py: out_dir expects str"),
 ])
-def test_options_in_a_dict_refused(config, text, said):
-    assert said in refusal(config(text)) and said in refusal(config(text), "--attention=sparse")
+def test_options_in_a_dict_refused(config, text, message):
+    assert message in refusal(config(text)) and message in refusal(config(text), "--attention=sparse")
 
 
 def test_span_reg_of_enwik8():

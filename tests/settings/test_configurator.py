@@ -27,9 +27,9 @@ def options_of(settings):
 def settle(*line, **more):
     """(all settings, options) after a command line."""
     names = script()
-    own, options = configure(names, list(line), options_of)
-    assert all(names[key] == value for key, value in own.items())
-    return own, options
+    values, options = configure(names, list(line), options_of)
+    assert all(names[key] == value for key, value in values.items())
+    return values, options
 
 
 def refusal(*line):
@@ -53,8 +53,8 @@ def config(tmp_path):
 
 
 def test_defaults_and_what_is_a_key():
-    own, options = settle()
-    assert own == {"batch_size": 16, "learning_rate": 1e-3, "compile": False, "out_dir": "out", "attention": "dense",
+    values, options = settle()
+    assert values == {"batch_size": 16, "learning_rate": 1e-3, "compile": False, "out_dir": "out", "attention": "dense",
                    "layers": [1, 2]}
     assert options == {}
 
@@ -84,8 +84,8 @@ def _twice(x):
     return 2 * x + 0 * batch_size
 learning_rate = _twice(sqrt(4.0))
 """)
-    own, _ = settle("--batch_size=10", file)
-    assert (own["batch_size"], own["layers"], own["learning_rate"]) == (5, [5, 6], 4.0)
+    values, _ = settle("--batch_size=10", file)
+    assert (values["batch_size"], values["layers"], values["learning_rate"]) == (5, [5, 6], 4.0)
 
 
 @pytest.mark.parametrize("argument, key, value", [
@@ -101,7 +101,7 @@ def test_values(argument, key, value):
     assert got == value and type(got) is type(value)
 
 
-@pytest.mark.parametrize("argument, said", [
+@pytest.mark.parametrize("argument, message", [
     ("--batch_size=1.5", "--batch_size: batch_size expects int (like 16), got float 1.5"),
     ("--batch_size=many", "--batch_size: batch_size expects int (like 16), got str 'many'"),
     ("--batch_size=True", "--batch_size: batch_size expects int (like 16), got bool True"),
@@ -120,11 +120,11 @@ def test_values(argument, key, value):
     ("--batch_size", "expected --key=value or a config file, got '--batch_size'"),
     ("-b=3", "expected --key=value or a config file, got '-b=3'"),
 ])
-def test_refused(argument, said):
-    assert refusal(argument).startswith(said)
+def test_refused(argument, message):
+    assert refusal(argument).startswith(message)
 
 
-@pytest.mark.parametrize("text, said", [
+@pytest.mark.parametrize("text, message", [
     ("batch_siz = 3", "x.py: unknown key 'batch_siz'; did you mean batch_size?"),
     ("batch_size = 2.5", "x.py: batch_size expects int (like 16), got float 2.5"),
     ("batch_size = None", "x.py: batch_size expects int (like 16), got NoneType None"),
@@ -137,9 +137,9 @@ def test_refused(argument, said):
     ("raise KeyError", "x.py, line 1: KeyError"),
     ("x = '\0'", "x.py, line 1: "),
 ])
-def test_refused_files(config, text, said):
+def test_refused_files(config, text, message):
     file = config(text)
-    assert said in refusal(file) and refusal(file).startswith(file)
+    assert message in refusal(file) and refusal(file).startswith(file)
 
 
 def test_missing_files(tmp_path):
@@ -209,8 +209,8 @@ def test_use_adaptive_attention(config, keys, chosen):
     pairs = [("use_adaptive_attention" if type(key) is bool else "attention", key) for key in keys]
     files = [config(f"{key} = {value!r}", f"{n}.py") for n, (key, value) in enumerate(pairs)]
     for arguments in ([f"--{key}={value}" for key, value in pairs], files):
-        own, options = settle(*arguments)
-        assert own["attention"] == chosen and own.keys() == settle()[0].keys() and options == options_of(own)
+        values, options = settle(*arguments)
+        assert values["attention"] == chosen and values.keys() == settle()[0].keys() and options == options_of(values)
 
 
 def test_use_adaptive_attention_brings_its_options(config):
@@ -223,10 +223,10 @@ def test_use_adaptive_attention_brings_its_options(config):
 @pytest.mark.parametrize("value, came", [
     ("1", "int 1"), ("yes", "str 'yes'"), ("", "str ''"), ("None", "NoneType None")])
 def test_use_adaptive_attention_is_true_or_false(config, value, came):
-    said = f"use_adaptive_attention expects bool (like False), got {came}"
-    assert refusal(f"--use_adaptive_attention={value}") == f"--use_adaptive_attention: {said}"
+    message = f"use_adaptive_attention expects bool (like False), got {came}"
+    assert refusal(f"--use_adaptive_attention={value}") == f"--use_adaptive_attention: {message}"
     file = config(f"use_adaptive_attention = {value if value in ('1', 'None') else repr(value)}")
-    assert refusal(file) == f"{file}: {said}"
+    assert refusal(file) == f"{file}: {message}"
 
 
 def test_use_adaptive_attention_where_there_is_no_attention(capsys):
@@ -243,9 +243,10 @@ def test_use_adaptive_attention_where_there_is_no_attention(capsys):
 def test_help(capsys):
     with pytest.raises(SystemExit) as left:
         settle("--help")
-    shown = capsys.readouterr().out
-    assert not left.value.code and "A script." in shown and "  learning_rate = 0.001" in shown and "_own" not in shown
-    assert shown.endswith("  use_adaptive_attention=True means attention=adaptive_attention_span\n")
+    printed = capsys.readouterr().out
+    assert not left.value.code and "A script." in printed and "  learning_rate = 0.001" in printed
+    assert "_own" not in printed
+    assert printed.endswith("  use_adaptive_attention=True means attention=adaptive_attention_span\n")
 
 
 @given(strategies.lists(
@@ -274,21 +275,21 @@ def test_choose():
         check_choice("pos", "x", ("rope", "learned"))
 
 
-@pytest.mark.parametrize("raised, code, said", [
+@pytest.mark.parametrize("raised, code, message", [
     (UserError("expected this, got that"), 2, "x.py: expected this, got that\n"),
     (PermissionError(13, "Permission denied", "out"), 2, "x.py: [Errno 13] Permission denied: 'out'\n"),
     (ModuleNotFoundError("No module", name="wandb"), 2,
      f"x.py: wandb is not installed: {sys.executable} -m pip install wandb\n"),
     (KeyboardInterrupt(), 130, "x.py: stopped\n"),
 ])
-def test_run(raised, code, said, monkeypatch, capsys):
+def test_run(raised, code, message, monkeypatch, capsys):
     def main():
         raise raised
 
     monkeypatch.setattr(sys, "argv", ["/a/b/x.py"])
     with pytest.raises(SystemExit) as left:
         run_main(main)
-    assert left.value.code == code and capsys.readouterr().err == said
+    assert left.value.code == code and capsys.readouterr().err == message
 
 
 def test_run_leaves_with_what_main_returns():

@@ -40,10 +40,10 @@ def fair(monkeypatch, capsys):
         capsys.readouterr()
         with pytest.raises(SystemExit) as left:
             run_main(lambda: call(module, *arguments))
-        said = capsys.readouterr().err
-        assert left.value.code in (None, 0, 2), said
+        line = capsys.readouterr().err
+        assert left.value.code in (None, 0, 2), line
         if left.value.code == 2:
-            assert said.startswith("script.py: ") and said.count("\n") == 1 and len(said) < 1000, said
+            assert line.startswith("script.py: ") and line.count("\n") == 1 and len(line) < 1000, line
         return left.value.code
 
     return check
