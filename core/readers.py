@@ -66,19 +66,21 @@ def expect(holds, expected, value, place=""):
         raise ValueError(f"{place}{': ' * bool(place)}expected {expected}, got {short_repr(value, 40)}")
 
 
+def checker(holds, expected):
+    """A checker of one condition. holds: a function of the value; expected: words for the message."""
+    return lambda value, place: expect(holds(value), expected, value, place)
+
+
 def number(least=-1e30, most=1e30, whole=False):
     """A checker of numbers in a range."""
-    def check(value, place):
-        expect(type(value) in ((int,) if whole else (int, float)) and least <= value <= most,
-               f"a {'whole ' * whole}number from {least:g} to {most:g}", value, place)
-    return check
+    types = (int,) if whole else (int, float)
+    return checker(lambda value: type(value) in types and least <= value <= most,
+                   f"a {'whole ' * whole}number from {least:g} to {most:g}")
 
 
 def text(most=200):
     """A checker of texts of at most `most` characters."""
-    def check(value, place):
-        expect(type(value) is str and len(value) <= most, f"a text of at most {most} characters", value, place)
-    return check
+    return checker(lambda value: type(value) is str and len(value) <= most, f"a text of at most {most} characters")
 
 
 def listing(item, most):
@@ -138,11 +140,7 @@ def plain(value, place):
         listing(plain, 10_000)(value, place)
 
 
-def flag(value, place):
-    """The checker of booleans."""
-    expect(type(value) is bool, "True or False", value, place)
-
-
+flag = checker(lambda value: type(value) is bool, "True or False")
 COUNT = number(0, 1e15, whole=True)
 MACHINE = {"machine": record({}, {"gpu": text(), "processor": text(), "threads": COUNT}), "dtype": text()}
 
@@ -162,17 +160,19 @@ def is_statistic(name, value):
     return name not in ("spans", "periods") and is_number(value)
 
 
+RECORD = record({"step": COUNT, "loss": number(-1e300, 1e300),
+                 "split": checker(lambda value: value in ("train", "val", "test"), "train, val or test")})
+
+
 def parse_record(line):
     """The valid entries (dict) of a line of log.jsonl. Raises ValueError unless step, split and loss are valid."""
     try:
-        record = json.loads(line)
-        if not (type(record["step"]) is int and 0 <= record["step"] < 1e15 and is_number(record["loss"])
-                and record["split"] in ("train", "val", "test")):
-            raise ValueError("expected a step, a split and a loss")
-    except (KeyError, TypeError, RecursionError) as error:
+        entries = json.loads(line)
+        RECORD(entries, "the record")
+    except (KeyError, RecursionError) as error:
         raise ValueError(f"expected a record of train.py ({error!r})")
-    layers = record.pop("stats", None)
-    valid = {key: value for key, value in record.items() if key in ("split", "whole") or is_number(value)}
+    layers = entries.pop("stats", None)
+    valid = {key: value for key, value in entries.items() if key in ("split", "whole") or is_number(value)}
     if isinstance(layers, list) and all(isinstance(layer, dict) for layer in layers):
         valid["stats"] = [{name: x for name, x in layer.items() if is_statistic(name, x)} for layer in layers]
     return valid
@@ -269,13 +269,8 @@ def read_comparison(path):
     return read_json(path, check_comparison, "compare.py")
 
 
-def check_shape(value, place):
-    """The checker of shapes like 1x8x1024."""
-    text()(value, place)
-    shape = re.fullmatch(r"[1-9]\d{0,11}(x[1-9]\d{0,11}){2}", value, re.A)
-    expect(shape, "BATCHxHEADSxTIME like 1x8x1024", value, place)
-
-
+SHAPE = re.compile(r"[1-9]\d{0,11}(x[1-9]\d{0,11}){2}", re.A)
+check_shape = checker(lambda value: type(value) is str and SHAPE.fullmatch(value), "BATCHxHEADSxTIME like 1x8x1024")
 ROW = record({"attention": text(), "batch x heads x time": check_shape},
              dict.fromkeys(("ms", "fused call, ms", "MiB more", "fused, MiB more"), number()))
 
