@@ -44,29 +44,23 @@ def path_argument(text):
     return Path(text)
 
 
-def arguments(doc, argv, here, partial="", more=None, name=None):
-    """The parsed options of a script.
+def make_parser(doc, out_dir, partial=""):
+    """The argparse parser of a script, to which it may add options: --source (Path or None), --out_dir (Path), --partial.
 
-    doc: its docstring, for --help; argv: list of str; here: Path of the script's folder, the default of --out_dir.
-    partial: the published size, for the help of --partial; empty: no such option. more: a function that adds options to
-    the parser. name: a function of the options that returns the name of another default folder beside `here`.
-    Returns a namespace with source (Path or None), out_dir (Path), partial (bool) and what `more` added.
+    doc: the script's docstring, for --help; out_dir: the default, or None for one that depends on other options.
+    partial: the published size, for the help of --partial; empty: no such option.
     """
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=as_written, allow_abbrev=False)
     parser.set_defaults(partial=False)
     parser.add_argument("--source", type=path_argument, metavar="FILE_OR_FOLDER",
                         help="a local copy: the plain file or folder, or a zip, gz, xz, bz2 or tar of it")
-    parser.add_argument("--out_dir", type=path_argument, metavar="FOLDER",
-                        help=f"where to write (default data/{here.name})")
+    parser.add_argument("--out_dir", type=path_argument, metavar="FOLDER", default=out_dir,
+                        help="where to write (default: this script's folder, or one beside it)")
     if partial:
         parser.add_argument("--partial", action="store_true",
                             help=f"accept a source smaller than the published {partial}; meta.json will say so")
-    if more:
-        more(parser)
-    args = parser.parse_args(argv)
-    args.out_dir = args.out_dir or (here.parent / name(args) if name else here)
-    return args
+    return parser
 
 
 def token_dtype(vocab_size):
@@ -75,7 +69,7 @@ def token_dtype(vocab_size):
 
 
 def finished(args, options, source=None):
-    """Whether args.out_dir is complete and was made with these options from this source; if so, its counts are printed.
+    """Whether args.out_dir is complete and was parser with these options from this source; if so, its counts are printed.
 
     options: the dict that will be in meta.json. source: the identity to compare with; the default is that of
     args.source, and without one any source will do. Raises UserError, before any long work, for a folder that `write`
@@ -115,7 +109,7 @@ def replaceable(out_dir):
     """The names of the files in out_dir that `write` wrote, a set: it may replace and remove them, and no others.
 
     The list MOVING names them if `write` was killed half-way, meta.json in a finished folder. Without either, files of
-    the usual names count in a folder of data/, which is made for them, and beside a damaged meta.json and nothing else.
+    the usual names count in a folder of data/, which is parser for them, and beside a damaged meta.json and nothing else.
     Raises UserError for any other folder that is not empty.
     """
     if out_dir.exists() and not out_dir.is_dir():

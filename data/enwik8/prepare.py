@@ -79,14 +79,17 @@ def characters(data, at):
     return [UNKNOWN] + [chr(point) for point in known], splits
 
 
+def parse(argv):
+    parser = prepare.make_parser(__doc__, None, f"{BYTES:,} bytes")
+    parser.add_argument("--chars", action="store_true", help="decoded characters, into data/enwik8_chars")
+    args = parser.parse_args(argv)
+    args.name = "enwik8_chars" if args.chars else "enwik8"
+    args.out_dir = args.out_dir or HERE.parent / args.name
+    return args
+
+
 def main(argv):
-    def more(parser):
-        parser.add_argument("--chars", action="store_true", help="decoded characters, into data/enwik8_chars")
-
-    def folder(args):
-        return "enwik8_chars" if args.chars else "enwik8"
-
-    args = prepare.arguments(__doc__, argv, HERE, f"{BYTES:,} bytes", more, folder)
+    args = parse(argv)
     options = {"chars": args.chars}
     if prepare.finished(args, options):
         return
@@ -94,7 +97,7 @@ def main(argv):
     data = single(source, ("enwik8",), BYTES)
     partial = check_size(source, len(data), BYTES, args.partial)
     at = cuts(data, args.chars)
-    meta = {"name": folder(args), "kind": "lm", "tokenizer": "bytes", "vocab_size": 256, "mark": None, "lossless": True}
+    meta = {"name": args.name, "kind": "lm", "tokenizer": "bytes", "vocab_size": 256, "mark": None, "lossless": True}
     if args.chars:
         vocab, splits = characters(data, at)
         lossless = not any(split["unknown"] for split in splits.values())

@@ -169,17 +169,20 @@ def options_of(args):
     return {"tokenizer": args.tokenizer, "vocab_size": size}
 
 
+def parse(argv):
+    parser = prepare.make_parser(__doc__, None, "12,500 (unsup: 50,000) reviews a folder")
+    parser.add_argument("--tokenizer", choices=("words", "bytes", "bpe", "gpt2"), default="words")
+    parser.add_argument("--vocab_size", type=int, metavar="N",
+                        help="words: the N most frequent, besides <s> and <unk> (default 10000); "
+                             "bpe: N tokens in all (default 8192)")
+    args = parser.parse_args(argv)
+    args.name = "imdb" if args.tokenizer == "words" else f"imdb_{args.tokenizer}"
+    args.out_dir = args.out_dir or HERE.parent / args.name
+    return args
+
+
 def main(argv):
-    def more(parser):
-        parser.add_argument("--tokenizer", choices=("words", "bytes", "bpe", "gpt2"), default="words")
-        parser.add_argument("--vocab_size", type=int, metavar="N",
-                            help="words: the N most frequent, besides <s> and <unk> (default 10000); "
-                                 "bpe: N tokens in all (default 8192)")
-
-    def folder(args):
-        return "imdb" if args.tokenizer == "words" else f"imdb_{args.tokenizer}"
-
-    args = prepare.arguments(__doc__, argv, HERE, "12,500 (unsup: 50,000) reviews a folder", more, folder)
+    args = parse(argv)
     options = options_of(args)
     if prepare.finished(args, options):
         return
@@ -205,7 +208,7 @@ def main(argv):
             splits[split]["positive"] = sum(splits[split]["labels"])
     splits["unsup"]["held_out_documents"] = held_out
     prepare.write(args.out_dir, {
-        "name": folder(args), "kind": "classify", "tokenizer": args.tokenizer, **entries,
+        "name": args.name, "kind": "classify", "tokenizer": args.tokenizer, **entries,
         "classes": ["negative", "positive"], "lossless": args.tokenizer != "words", "partial": partial,
         "options": options, "source": identity(source),
         "split_rule": "test is the official one; val is a tenth of the official train, held out by movie; in unsup the "

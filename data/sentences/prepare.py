@@ -77,7 +77,7 @@ def sentences():
 
 
 def main(argv):
-    args = prepare.arguments(__doc__, argv, HERE)
+    args = prepare.make_parser(__doc__, HERE).parse_args(argv)
     if args.source is not None:
         raise UserError("data/sentences is made of this script's own words and takes no --source; for your own reviews "
                         "see data/imdb")

@@ -25,7 +25,7 @@ DIGEST = "sha256:86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565e
 
 
 def main(argv):
-    args = prepare.arguments(__doc__, argv, HERE, f"{SIZE:,} bytes")
+    args = prepare.make_parser(__doc__, HERE, f"{SIZE:,} bytes").parse_args(argv)
     if prepare.finished(args, {}):
         return
     source = args.source or download(URL, HERE / "input.txt", SIZE, DIGEST)

@@ -42,7 +42,7 @@ def split_of(start, total):
 
 
 def main(argv):
-    args = prepare.arguments(__doc__, argv, HERE)
+    args = prepare.make_parser(__doc__, HERE).parse_args(argv)
     own = {"file": f"standard library of Python {platform.python_version()}", "python": platform.python_version()}
     if prepare.finished(args, {}, own if args.source is None else None):
         return

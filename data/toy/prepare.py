@@ -29,7 +29,7 @@ models learn patterns
 
 
 def main(argv):
-    args = prepare.arguments(__doc__, argv, HERE)
+    args = prepare.make_parser(__doc__, HERE).parse_args(argv)
     built_in = {"file": "prepare.py", "bytes": len(TEXT), "sha256": hashlib.sha256(TEXT.encode()).hexdigest()}
     if prepare.finished(args, {}, built_in if args.source is None else None):
         return

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core import prepare as shared
 from core.download import Progress
 from core.tokenizer import Tokenizer
 from helpers import ROOT
@@ -119,9 +118,5 @@ def test_enwik8_cuts_are_whole_characters(step, monkeypatch):
 
 def test_folders_of_enwik8_are_two(tmp_path):
     """--chars is another folder by default, so neither overwrites the other."""
-    seen = []
-    for argv in ([], ["--chars"], ["--out_dir", "x", "--chars"]):
-        args = shared.arguments("", argv, enwik8.HERE, more=lambda p: p.add_argument("--chars", action="store_true"),
-                                name=lambda args: "enwik8_chars" if args.chars else "enwik8")
-        seen.append(args.out_dir)
+    seen = [enwik8.parse(argv).out_dir for argv in ([], ["--chars"], ["--out_dir", "x", "--chars"])]
     assert seen == [ROOT / "data/enwik8", ROOT / "data/enwik8_chars", Path("x")]
