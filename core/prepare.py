@@ -45,7 +45,7 @@ def path_argument(text):
 
 
 def make_parser(doc, out_dir, partial=""):
-    """The argparse parser of a script, to which it may add options: --source (Path or None), --out_dir (Path), --partial.
+    """The argparse parser of a script, with --source (Path or None), --out_dir (Path) and --partial; it may add options.
 
     doc: the script's docstring, for --help; out_dir: the default, or None for one that depends on other options.
     partial: the published size, for the help of --partial; empty: no such option.
@@ -69,7 +69,7 @@ def token_dtype(vocab_size):
 
 
 def finished(args, options, source=None):
-    """Whether args.out_dir is complete and was parser with these options from this source; if so, its counts are printed.
+    """Whether args.out_dir is complete and was made with these options from this source; if so, its counts are printed.
 
     options: the dict that will be in meta.json. source: the identity to compare with; the default is that of
     args.source, and without one any source will do. Raises UserError, before any long work, for a folder that `write`
@@ -109,7 +109,7 @@ def replaceable(out_dir):
     """The names of the files in out_dir that `write` wrote, a set: it may replace and remove them, and no others.
 
     The list MOVING names them if `write` was killed half-way, meta.json in a finished folder. Without either, files of
-    the usual names count in a folder of data/, which is parser for them, and beside a damaged meta.json and nothing else.
+    the usual names count in a folder of data/, which is made for them, and beside a damaged meta.json and nothing else.
     Raises UserError for any other folder that is not empty.
     """
     if out_dir.exists() and not out_dir.is_dir():
