@@ -45,7 +45,7 @@ def path_argument(text):
 
 
 def make_parser(doc, out_dir, partial=""):
-    """The argparse parser of a script, with --source (Path or None), --out_dir (Path) and --partial; it may add options.
+    """The argparse parser of a script, with --source, --out_dir (Paths or None) and --partial; it may add others.
 
     doc: the script's docstring, for --help; out_dir: the default, or None for one that depends on other options.
     partial: the published size, for the help of --partial; empty: no such option.
