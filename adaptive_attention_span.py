@@ -20,7 +20,7 @@ import torch.nn as nn
 import attention
 from core import blocks
 from core.blocks import Block
-from core.config import UserError, check_choice, shown
+from core.config import UserError, check_choice, short_repr
 
 softness_span_mask = 32  # R, positions in which the mask falls from 1 to 0: so that a span has a gradient
 span_reg = 2e-6  # loss for each position of the mean span, as in the paper: little, for spans that help
@@ -156,4 +156,4 @@ def check_options(layer):
                         f"{o.ratio_init_triangle_wave_masking}")
     check_choice("triangle_wave_harmonics", str(o.triangle_wave_harmonics), ("0", "1", "3", "5"))
     if not all(type(z) in (int, float) and 1e-7 < z / layer.longest < 1 - 1e-7 for z in o.span_init):  # of float32
-        raise UserError(f"span_init: expected spans above 0 and below {layer.longest} (max_span), got {shown(o.span_init)}")
+        raise UserError(f"span_init: expected spans above 0 and below {layer.longest} (max_span), got {short_repr(o.span_init)}")

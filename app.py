@@ -8,7 +8,7 @@ Training  losses and health of the runs below the working folder, also while the
 What visitors type is shown as text: never as HTML, nor as Markdown, which may name pictures to fetch.
 """
 
-from core import openmp  # first: torch reads its settings when it is loaded
+from core import startup  # first: torch reads its settings when it is loaded
 
 import contextlib
 import html
@@ -24,7 +24,7 @@ import bench
 import plot
 import sample
 from core import demo, figures, hardware, heat, inference, readers
-from core.config import Text, UserError, typed
+from core.config import Text, UserError, convert
 from core.mechanisms import mechanism, mechanisms
 from core.pattern import draw_pattern, patterns
 from core.runs import say, format_stats
@@ -299,7 +299,7 @@ def options_of(name, given):
             chosen[key] = place[n % 3].toggle(key, given.get(key, default), **look)
         else:
             said = place[n % 3].text_input(key, str(given.get(key, default)), **look)
-            chosen[key] = typed(key, Text(said), default, name)
+            chosen[key] = convert(key, Text(said), default, name)
     return chosen
 
 

@@ -14,7 +14,7 @@ calls that alternate with all others, and every rate stands beside the machine's
 matrix product, measured in the same run.
 """
 
-from core import openmp  # first: torch reads its settings when it is loaded
+from core import startup  # first: torch reads its settings when it is loaded
 
 import contextlib
 import importlib.util
@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 
 from core import dist, hardware
-from core.config import Text, UserError, check_choice, configure, run, typed
+from core.config import Text, UserError, check_choice, configure, run_main, convert
 from core.mechanisms import mechanism
 from core.ops import split_heads
 from model import GPT, GPTConfig
@@ -113,7 +113,7 @@ def parse(text):
     for setting in settings:
         key, value = setting.split("=", 1)
         check_choice(f"option of {name}", key, defaults)
-        options[key] = typed(key, Text(value), defaults[key], f"mechanisms, {name}")
+        options[key] = convert(key, Text(value), defaults[key], f"mechanisms, {name}")
     return Row(text, name, options.pop("kernel"), options)
 
 
@@ -476,4 +476,4 @@ def measure(bench, mode, rows, places):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

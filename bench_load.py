@@ -7,7 +7,7 @@ busy process, so that what else the machine does falls on all settings. The tabl
 are of the idle speed of the first setting, which should be "": libgomp's own spin count. Needs a CPU that nothing else uses.
 """
 
-from core import openmp  # first: torch reads its settings when it is loaded
+from core import startup  # first: torch reads its settings when it is loaded
 
 import contextlib
 import itertools
@@ -24,7 +24,7 @@ import torch
 
 import bench
 from core import hardware
-from core.config import UserError, check_choice, configure, run
+from core.config import UserError, check_choice, configure, run_main
 from model import GPT, GPTConfig
 from train import batch_size, block_size, n_embd, n_head, n_layer
 
@@ -180,7 +180,7 @@ def main(arguments):
     dtype = hardware.pick_dtype(dtype, "cpu")
     machine = hardware.describe()
     print(f"{machine['processor']}, {hardware.THREADS} threads, torch {machine['torch']}, {dtype}; the scripts' spin count is "
-          f"{openmp.SPIN_COUNT:,}\n")
+          f"{startup.SPIN_COUNT:,}\n")
     measured = measure_all([*arguments, f"--dtype={dtype}"])
     rows = table(measured)
     bench.show(rows)
@@ -192,4 +192,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":  # a worker of `python bench.py load`
-    run(worker)
+    run_main(worker)

@@ -11,7 +11,7 @@ All variants read the same data and are scored on the same split. A config file 
 length, seed, warm-up, evaluations and out_dir are replaced by those of the comparison. Other files in out_dir stay.
 """
 
-from core import openmp  # first: torch reads its settings when it is loaded
+from core import startup  # first: torch reads its settings when it is loaded
 
 import json
 import math
@@ -27,11 +27,12 @@ import torch
 import train
 from core import charts, hardware
 from core.checkpoint import PREVIOUS
-from core.config import UserError, check_choice, configure, plain_values, run
-from core.dataset import Dataset, batches, difference
+from core.config import UserError, check_choice, configure, plain_values, run_main
+from core.dataset import Dataset, batches
 from core.dist import leave_if_asked
 from core.heat import read_reviews
 from core.inference import encode, predict
+from core.meta import difference
 from core.readers import read_log, read_predictions
 from core.runs import Stop, asked, check_folder, clock, locked, write_text
 from core.stats import LEVEL, chance, holm, interval, mcnemar, standard_error
@@ -538,4 +539,4 @@ def run_all(chosen):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import attention
 from core import checkpoint, contract, kvcache
-from core.config import UserError, check_choice, nearest
+from core.config import UserError, check_choice, did_you_mean
 from core.inference import sample_next_token
 from core.mechanisms import mechanism
 from core.ops import accumulate_dtype, drop, rotations
@@ -162,7 +162,7 @@ class Model(nn.Module):
         config.check()
         defaults = config.default_options()
         for name in config.options.keys() - defaults.keys():
-            raise UserError(f"{config.attention} has no option {name}{nearest(name, defaults)}")
+            raise UserError(f"{config.attention} has no option {name}{did_you_mean(name, defaults)}")
         config.options = {**defaults, **config.options}
         self.config = config
 

@@ -15,7 +15,7 @@ FILE      what compare.py wrote (FILE.png, FILE_hard.png), or `bench.py attentio
 A mechanism's pattern is drawn by python attention.py NAME. Pictures need matplotlib.
 """
 
-from core import openmp  # first: torch reads its settings when it is loaded
+from core import startup  # first: torch reads its settings when it is loaded
 
 import math
 import sys
@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from core import figures, readers
-from core.config import UserError, configure, run
+from core.config import UserError, configure, run_main
 from core.readers import read_log
 
 out = ""  # the folder for pictures; default: that of the first run, or of the JSON file
@@ -314,4 +314,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -7,7 +7,7 @@ Past the block size, rotary positions go on counting and every token sees the la
 and sinusoidal positions end there, and generation restarts from the last block_size / 2 tokens.
 """
 
-from core import openmp  # first: torch reads its settings when it is loaded
+from core import startup  # first: torch reads its settings when it is loaded
 
 import os
 import sys
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from core import hardware
-from core.config import UserError, configure, run
+from core.config import UserError, configure, run_main
 from core.inference import Printer, encode, predict
 from core.tokenizer import Tokenizer
 from model import load
@@ -109,4 +109,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -6,7 +6,7 @@ A run is a folder: config.json, log.jsonl (one object a line), ckpt.pt (the last
 --init_from=resume goes on), ckpt-previous.pt (the one before), best.pt (the weights that did best on validation).
 """
 
-from core import openmp  # first: torch reads its settings when it is loaded
+from core import startup  # first: torch reads its settings when it is loaded
 
 import contextlib
 import json
@@ -24,9 +24,10 @@ import torch
 
 from core import dist, evaluation, hardware
 from core.checkpoint import PREVIOUS, have_best, restore, save_all
-from core.config import UserError, check_choice, configure, run
-from core.dataset import DataChanged, Dataset, batches, difference
+from core.config import UserError, check_choice, configure, run_main
+from core.dataset import DataChanged, Dataset, batches
 from core.evaluation import health
+from core.meta import difference
 from core.runs import (Log, SaveError, Stop, asked, check_folder, clock, format_stats, install_signal_handlers, locked, mend_log,
                        prepare_folder, say, start_wandb, write_text, write_whole)
 from core.stopwatch import Stopwatch
@@ -445,4 +446,4 @@ def finish(data, folder, log, state, began):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

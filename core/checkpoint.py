@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from core import dist, hardware
-from core.config import UserError, check_choice, typed
+from core.config import UserError, check_choice, convert
 from core.meta import check_meta
-from core.readers import COUNT, check_regular, expect, flag, listing, mapping, number, plain, record, text, those_there
+from core.readers import COUNT, check_regular, expect, flag, listing, mapping, number, plain, record, text, optional_record
 from core.runs import SaveError, digest, write_whole
 
 PREVIOUS = "ckpt-previous.pt"  # the save before the last one
@@ -90,8 +90,8 @@ def beside(path):
 # ---- what a checkpoint holds ------------------------------------------------------------------
 
 FIELD = {bool: flag, int: number(0, 2**31, whole=True), float: number(), str: text(), dict: mapping(plain, 1000)}
-FACTS = those_there({"settings": mapping(plain, 1000), "device": text(), "dtype": text()})
-STATE = those_there({"step": COUNT, "evaluated": number(-1, 1e15, whole=True), "best": number(-math.inf, math.inf),
+FACTS = optional_record({"settings": mapping(plain, 1000), "device": text(), "dtype": text()})
+STATE = optional_record({"step": COUNT, "evaluated": number(-1, 1e15, whole=True), "best": number(-math.inf, math.inf),
                      "best_step": COUNT, "worse": COUNT, "seconds": number(0), "work": number(0)})
 
 
@@ -120,7 +120,7 @@ def check_sizes(config, shapes):
 def checked_config(path, checkpoint, config_class):
     """(its config, {name: shape} of the weights) of a checkpoint. Raises ValueError or UserError unless the types and ranges
     of model_config, meta, settings and weights are right and their sizes fit one another."""
-    kinds = those_there({f.name: FIELD[f.type] for f in fields(config_class)})
+    kinds = optional_record({f.name: FIELD[f.type] for f in fields(config_class)})
     record({"model_config": kinds})(checkpoint, "the checkpoint")
     FACTS(checkpoint, "the checkpoint")
     config = config_class(**checkpoint["model_config"])
@@ -128,7 +128,7 @@ def checked_config(path, checkpoint, config_class):
     defaults = config.default_options()
     for key in config.options:
         check_choice(f"option of {config.attention}", key, defaults)
-        typed(key, config.options[key], defaults[key], "options")
+        convert(key, config.options[key], defaults[key], "options")
     if "shards" in checkpoint:
         check_shards(path, checkpoint["shards"])
         entries = read_metadata(path.parent / Path(checkpoint["shards"]["folder"]).name).state_dict_metadata

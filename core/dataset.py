@@ -1,30 +1,29 @@
 """A prepared folder of `data/` as batches, the same for training, evaluation and benchmarks.
 
-What batch a step sees depends on the seed and the batch's number alone, so that a resumed run sees
-what an unbroken one sees.
+A training batch depends on the seed and its number alone, so that a resumed run sees the same data as an unbroken one.
 
 Letters: B batch, T time, N texts.
 """
 
-import contextlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from core import ROOT
-from core.config import UserError, nearest, shown
-from core.meta import PARTS, files_of, read_meta
-from core.runs import digest
+from core.config import UserError, did_you_mean
+from core.meta import digest_of, files_of, read_meta
 from core.tokenizer import Tokenizer
+
+MEND = "run its prepare.py again"
 
 
 class DataChanged(UserError):
-    """A file of the data is no longer what it was when it was opened."""
+    """A file of the data was changed after meta.json was written, or while in use."""
 
 
 def stamp(path):
-    """What tells that a file was touched: (bytes, time, number on its disk); None where it is gone."""
+    """(bytes, modification time, inode) of a file, which change when it is rewritten; None if it is missing."""
     try:
         info = path.stat()
         return info.st_size, info.st_mtime_ns, info.st_ino
@@ -35,201 +34,186 @@ def stamp(path):
 class Dataset:
     """One folder with meta.json and a flat file of tokens for each split.
 
-    folder: a path, or the NAME of data/NAME. task: 'lm' reads reviews as running text; '' is what
-    the folder is for. Raises UserError where something is missing or not as meta.json says.
+    folder: a path, or the NAME of data/NAME. task: 'lm' reads reviews as running text; '' is the kind in meta.json.
+    Raises UserError if a file is missing or does not match meta.json.
     """
 
     def __init__(self, folder, task=""):
-        self.folder, self.opened = find(folder), {}  # {path: its stamp}
+        self.folder, self.opened = find(folder), {}  # opened: {path: its stamp}
         self.meta = read_meta(self.folder)
         self.vocab_size, self.kind, self.lossless = (self.meta[key] for key in ("vocab_size", "kind", "lossless"))
-        self.splits, self.source, self.classes = self.meta["splits"], self.meta["source"], self.meta.get("classes", [])
+        self.splits, self.source = self.meta["splits"], self.meta["source"]
         self.dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
         self.digests = {name: digest for name, (_, digest) in files_of(self.meta).items()}
         try:
             self.tokenizer = Tokenizer(self.meta)
         except ValueError as error:  # byte pairs that tiktoken refuses
-            raise UserError(f"{self.folder / 'meta.json'} is damaged ({error}); run its prepare.py again")
+            raise UserError(f"{self.folder / 'meta.json'} is damaged ({error}); {MEND}")
         if task not in ("", "lm", self.kind):
             raise UserError(f"{self.folder} holds {self.kind} data; task expects 'lm' or '{self.kind}', got {task!r}")
         self.kind = task or self.kind
-        self.classes = self.classes if self.kind == "classify" else []
+        self.classes = self.meta.get("classes", []) if self.kind == "classify" else []
 
-    def array(self, name, dtype, count):
-        """A file of the folder as a read-only array, refused unless it holds `count` values."""
-        path, size = self.folder / name, count * np.dtype(dtype).itemsize
-        now = stamp(path)
-        self.opened.setdefault(path, now)
-        found = now[0] if now else 0
-        if found != size:
-            raise DataChanged(f"{path}: expected {size:,} bytes, found {found:,}; run its prepare.py again")
-        return np.memmap(path, dtype, "r") if found else np.empty(0, dtype)
+    def array(self, name, dtype, length):
+        """A file of the folder as a read-only array. Raises DataChanged unless it holds `length` values."""
+        path, expected = self.folder / name, length * np.dtype(dtype).itemsize
+        current = stamp(path)
+        self.opened.setdefault(path, current)
+        size = current[0] if current else 0
+        if size != expected:
+            raise DataChanged(f"{path}: expected {expected:,} bytes, found {size:,}; {MEND}")
+        return np.memmap(path, dtype, "r") if size else np.empty(0, dtype)
 
-    def number(self, split, key):
+    def count(self, split, key):
         """A count that meta.json gives for a split."""
         if split not in self.splits:
             raise UserError(f"{self.folder} has no split {split!r}; it has {', '.join(self.splits)}")
         return self.splits[split][key]
 
     def check_digest(self, path):
-        """Raise DataChanged where a file is not the one that meta.json gives the sha256 of."""
+        """Raise DataChanged unless a file has the sha256 that meta.json gives, if it gives one."""
         expected = self.digests.get(path.name)
-        if expected and path.exists():
-            with open(path, "rb") as file:
-                if (found := digest(file)) != expected:
-                    raise DataChanged(f"{path}: expected sha256 {expected}, as its meta.json says, found {found}; it is damaged "
-                                      "or of other data: run its prepare.py again")
+        if expected and path.exists() and (actual := digest_of(path)) != expected:
+            raise DataChanged(f"{path}: expected sha256 {expected}, as its meta.json says, found {actual}; "
+                              f"it is damaged or of other data: {MEND}")
 
     def check_files(self):
-        """Raise UserError where a file that is in use is damaged: its digest, and every token of it."""
-        for path, before in list(self.opened.items()):
+        """Raise UserError if a file in use is damaged: has another digest, or a token beyond the vocabulary."""
+        for path in list(self.opened):
             self.check_digest(path)
-            name = path.name.removesuffix(".bin")
-            if name in self.splits and before and np.iinfo(self.dtype).max >= self.vocab_size:
-                for piece in cut(self.tokens(name), 1 << 24):
+            if (split := path.name.removesuffix(".bin")) in self.splits:
+                for piece in cut(self.tokens(split), 1 << 24):
                     check_ids(piece, self)
 
     def check_unchanged(self):
-        """Raise DataChanged where a file that is in use was cut, replaced or taken away; one rewritten as it was may stay."""
+        """Raise DataChanged if a file in use was cut, replaced or removed; rewriting the same bytes is accepted."""
         for path, before in self.opened.items():
-            if (now := stamp(path)) != before:
-                if not (now and before) or now[0] != before[0] or not self.digests.get(path.name):
-                    found = f"{now[0]:,} others" if now else "no file"
-                    raise DataChanged(f"{path} was changed while in use: expected {(before or (0,))[0]:,} bytes as they were, "
-                                      f"found {found}; put it back or run its prepare.py again")
-                self.check_digest(path)
-                self.opened[path] = now
-
-    @contextlib.contextmanager
-    def unchanged(self):
-        """Within, the files that are in use are as they were when they were opened; else DataChanged is raised.
-
-        (A file that is cut in the very moment of reading ends the process with SIGBUS, as mapped files do.)
-        """
-        self.check_unchanged()
-        yield
-        self.check_unchanged()
+            current = stamp(path)
+            if current == before:
+                continue
+            if not (current and before) or current[0] != before[0] or not self.digests.get(path.name):
+                size, found = before[0] if before else 0, f"{current[0]:,} others" if current else "no file"
+                raise DataChanged(f"{path} was changed while in use: expected {size:,} bytes as they were, "
+                                  f"found {found}; put it back or {MEND}")
+            self.check_digest(path)
+            self.opened[path] = current
 
     def tokens(self, split):
-        """The tokens of a split, in the file's type."""
-        return self.array(f"{split}.bin", self.dtype, self.number(split, "tokens"))
+        """(tokens,): the tokens of a split, in the file's dtype."""
+        return self.array(f"{split}.bin", self.dtype, self.count(split, "tokens"))
 
     def offsets(self, split):
-        """(documents + 1,): document n of a split is tokens[offsets[n]:offsets[n + 1]]."""
-        tokens, documents = self.number(split, "tokens"), self.number(split, "documents")
+        """(documents + 1,) int64: document n of a split is tokens[offsets[n]:offsets[n + 1]]."""
+        tokens, documents = self.count(split, "tokens"), self.count(split, "documents")
         offsets = self.array(f"{split}.offsets.bin", "<i8", documents + 1)
         if offsets[0] != 0 or offsets[-1] != tokens or (np.diff(offsets) < 1).any():
             raise UserError(f"{self.folder / split}.offsets.bin is damaged (expected to rise from 0 to {tokens:,}); "
-                            "run its prepare.py again")
+                            f"{MEND}")
         return offsets
 
     def texts(self, split):
-        """(tokens, offsets, labels) of a split of reviews."""
-        labels = self.array(f"{split}.labels.bin", np.uint8, self.number(split, "documents"))
+        """(tokens, offsets, labels (documents,) uint8) of a split of reviews."""
+        labels = self.array(f"{split}.labels.bin", np.uint8, self.count(split, "documents"))
         if len(labels) and labels.max() >= len(self.classes):
             raise UserError(f"{self.folder / split}.labels.bin is damaged (expected labels below {len(self.classes)}, "
-                            f"found {labels.max()}); run its prepare.py again")
+                            f"found {labels.max()}); {MEND}")
         return self.tokens(split), self.offsets(split), labels
 
-    def running(self, split):
-        """The arrays of tokens that a language model reads as `split`. With reviews as running text,
-        training takes the unlabelled ones too, but none about a film of the validation split."""
+    def token_arrays(self, split):
+        """The arrays of tokens that a language model reads as `split`. With reviews as running text, train also has the
+        unlabelled ones, except those of the validation split's movies."""
         arrays = [self.tokens(split)]
-        if split == "train" and "unsup" in self.splits:  # the reviews held out stand at its end
-            kept = self.number("unsup", "documents") - self.number("unsup", "held_out_documents")
+        if split == "train" and "unsup" in self.splits:  # the reviews held out are the last ones
+            kept = self.count("unsup", "documents") - self.count("unsup", "held_out_documents")
             arrays.append(self.tokens("unsup")[: self.offsets("unsup")[kept]])
         return arrays
 
     def bytes_per_token(self, split):
-        """How many bytes of text a token of the split stands for; None where decoding loses some."""
-        return self.number(split, "bytes") / self.number(split, "tokens") if self.lossless else None
-
-
-IDENTITY = ("source", "kind", "tokenizer", "vocab_size", "mark", "classes", "vocab", "pattern", "ranks")  # of meta.json
-
-
-def difference(before, now):
-    """The first thing in which two meta.json are of different data, in words, or '': what was and what is."""
-    pairs = [(key, before.get(key), now.get(key)) for key in IDENTITY]
-    for split in ("train", "val", "unsup"):
-        was, is_now = (meta.get("splits", {}).get(split, {}) for meta in (before, now))
-        keys = ["tokens", "documents", "sha256", *(key for _, key in PARTS.values() if key in was)]  # once they had one digest
-        pairs += [(f"{key} of {split}", was.get(key), is_now.get(key)) for key in keys]
-    return next((f"{key}: expected {shown(a)}, found {shown(b)}" for key, a, b in pairs if a != b), "")
+        """Bytes of text per token of the split; None if decoding does not restore the text."""
+        return self.count(split, "bytes") / self.count(split, "tokens") if self.lossless else None
 
 
 def find(folder):
-    """The path of a prepared folder: `folder` itself, or data/NAME. UserError where neither is."""
+    """The path of a prepared folder: `folder` from the working directory, data/NAME, or `folder` from the repository's
+    root. Raises UserError if none is prepared."""
     data, name = ROOT / "data", Path(folder).name
-    for path in (Path(folder), data / folder):
+    for path in (Path(folder), data / folder, ROOT / folder):
         if (path / "meta.json").exists():
             return path
-    for script in (name, name.split("_")[0]):  # imdb_bytes is made by imdb's
+    for script in (name, name.split("_")[0]):  # data/imdb_bytes is made by data/imdb/prepare.py
         if (data / script / "prepare.py").exists():
             options = "" if script == name else " (with an option, see its --help)"
             raise UserError(f"{folder} is not prepared; make it: python data/{script}/prepare.py{options}")
-    made = [path.parent.name for path in data.glob("*/prepare.py")]
-    raise UserError(f"no dataset {str(folder)!r}, neither as a folder nor in data/{nearest(name, made)}")
+    names = [path.parent.name for path in data.glob("*/prepare.py")]
+    raise UserError(f"no dataset {str(folder)!r}, neither as a folder nor in data/{did_you_mean(name, names)}")
 
 
 def check_ids(ids, data):
-    """Raise UserError for token ids, an array of integers, of which one is beyond the vocabulary of `data`, a Dataset."""
+    """Raise UserError if an array of token ids has one beyond the vocabulary of `data`, a Dataset."""
     if ids.size and (top := ids.max()) >= data.vocab_size:
         raise UserError(f"{data.folder} holds the token {top}, expected ids below {data.vocab_size}, its vocabulary; "
-                        "it is damaged: run its prepare.py again")
+                        f"it is damaged: {MEND}")
 
 
 class Batches:
-    """What batches of running text and of reviews share. A kind says which `rows` training's batch `number` has, how a
-    `stack` of rows becomes tensors, what `targets` rows hold, and the `groups` of rows of the whole split in order."""
+    """What batches of running text and of reviews share. Subclasses define the `rows` of a training batch, `all_rows`
+    of the split in order, how `stack` makes tensors of rows, and the number of `targets` in rows."""
+
+    def __init__(self, data, batch_size, block_size, seed):
+        self.data, self.batch_size, self.block_size, self.seed = data, batch_size, block_size, seed
 
     def read(self, rows):
-        """(x, y, lengths) of some rows."""
-        with self.data.unchanged():
-            return self.stack(rows)
+        """(x, y, lengths) of rows. Raises DataChanged if a file in use was changed.
+
+        (A file that is cut in the moment of reading ends the process with SIGBUS, as mapped files do.)
+        """
+        self.data.check_unchanged()
+        batch = self.stack(rows)
+        self.data.check_unchanged()
+        return batch
 
     def batch(self, number, part=0, parts=1):
-        """Training batch `number` = 0, 1, ..., or of it the `part` of so many parts, which together are the whole."""
+        """Training batch `number` = 0, 1, ..., or the `part` of it out of `parts`, which together are the whole."""
         rows = self.rows(number)
-        mine = rows[part::parts]
-        return self.read(mine if len(mine) else rows[:1])
+        own_rows = rows[part::parts]
+        return self.read(own_rows if len(own_rows) else rows[:1])
 
     def share(self, number, part=0, parts=1):
-        """The share of a batch's targets that lies in a part of it."""
+        """The share of a batch's targets that is in a part of it."""
         rows = self.rows(number)
         return self.targets(rows[part::parts]) / self.targets(rows) if parts > 1 else 1.0
 
+    def groups(self, count=0):
+        """The rows of each batch of the whole split, all of them once; with `count`, of that many batches spread
+        over it."""
+        return spread(cut(self.all_rows(), self.batch_size), count)
+
     def in_order(self, count=0):
-        """The batches of the whole split, everything once; with `count`, that many spread over it."""
+        """Yield the batches of `groups`."""
         for group in self.groups(count):
             yield self.read(group)
 
 
 class TextBatches(Batches):
-    """Windows of running text: x, y (B, T) int64, y the tokens that follow x's."""
+    """Windows of running text: x, y (B, T) int64, y the tokens that follow x's. A row is (array, start)."""
 
     def __init__(self, data, split, batch_size, block_size, seed=0):
-        self.data = data
-        self.arrays = [array for array in data.running(split) if len(array) > 1]
-        self.batch_size, self.block_size, self.seed = batch_size, block_size, seed
+        super().__init__(data, batch_size, block_size, seed)
+        self.arrays = [array for array in data.token_arrays(split) if len(array) > 1]
         self.count = sum(len(array) - 1 for array in self.arrays)  # tokens to predict
         if self.count < 1:
             raise UserError(f"the {split} split of {data.folder} holds no two tokens")
-        # windows that fit each array, numbered through; a text shorter than a window has one
+        # Cumulative numbers of windows in each array; a text shorter than a window has one.
         self.ends = np.cumsum([max(1, len(array) - block_size) for array in self.arrays])
 
-    def window(self, array, start):
-        """x, y (T,) from `start`; past the end of the text y is -1, which counts for nothing."""
-        piece = np.full(self.block_size + 1, -1, np.int64)
-        found = array[start : start + self.block_size + 1]
-        piece[: len(found)] = found
-        return np.maximum(piece[:-1], 0), piece[1:]
-
     def stack(self, rows):
-        """(x, y, None): texts of one length, nothing is padding."""
-        x, y = map(np.stack, zip(*(self.window(array, start) for array, start in rows)))
-        check_ids(x, self.data)
-        check_ids(y, self.data)
+        """(x, y, None): past the end of a text y is -1, which has no loss."""
+        windows = np.full((len(rows), self.block_size + 1), -1, np.int64)
+        for window, (array, start) in zip(windows, rows):
+            tokens = array[start : start + self.block_size + 1]
+            window[: len(tokens)] = tokens
+        check_ids(windows, self.data)
+        x, y = np.maximum(windows[:, :-1], 0), windows[:, 1:].copy()
         return torch.from_numpy(x), torch.from_numpy(y), None
 
     def targets(self, rows):
@@ -238,26 +222,24 @@ class TextBatches(Batches):
     def rows(self, number):
         """Windows from anywhere in the text."""
         starts = np.random.default_rng([self.seed, number]).integers(0, self.ends[-1], self.batch_size)
-        which = np.searchsorted(self.ends, starts, side="right")
+        indices = np.searchsorted(self.ends, starts, side="right")
         firsts = np.concatenate([[0], self.ends[:-1]])
-        return [(self.arrays[n], start - firsts[n]) for n, start in zip(which, starts)]
+        return [(self.arrays[n], start - firsts[n]) for n, start in zip(indices, starts)]
 
-    def groups(self, count=0):
-        """Windows side by side: every token predicted once."""
-        starts = [(array, start) for array in self.arrays for start in range(0, len(array) - 1, self.block_size)]
-        return spread(cut(starts, self.batch_size), count)
+    def all_rows(self):
+        """Adjacent windows: every token is predicted once."""
+        return [(array, start) for array in self.arrays for start in range(0, len(array) - 1, self.block_size)]
 
 
 class ReviewBatches(Batches):
-    """Labelled texts of like length: x (B, T) padded with 0, y (B,) labels, lengths (B,), all int64.
+    """Labelled texts of similar length: x (B, T) padded with 0, y (B,) labels, lengths (B,), all int64.
 
-    A text is cut to its first `block_size` tokens.
+    A text is cut to its first `block_size` tokens. A row is the number of a text.
     """
 
     def __init__(self, data, split, batch_size, block_size, seed=0):
-        self.data = data
+        super().__init__(data, batch_size, block_size, seed)
         self.tokens, self.offsets, self.labels = data.texts(split)
-        self.batch_size, self.block_size, self.seed = batch_size, block_size, seed
         self.lengths = np.minimum(np.diff(self.offsets), block_size)
         self.by_length = np.argsort(self.lengths, kind="stable")  # shortest first
         self.count = len(self.labels)
@@ -266,9 +248,8 @@ class ReviewBatches(Batches):
         self.epoch, self.order = None, []  # the epoch that `order` is of
 
     def stack(self, rows):
-        """(x, y, lengths) of the texts numbered `rows`."""
         lengths = self.lengths[rows]
-        width = min(self.block_size, -(-lengths.max() // 32) * 32)  # multiples of 32: few widths, few shapes
+        width = min(self.block_size, -(-lengths.max() // 32) * 32)  # multiples of 32: few different shapes
         x = np.zeros((len(rows), width), np.int64)
         for n, row in enumerate(rows):
             x[n, : lengths[n]] = self.tokens[self.offsets[row] : self.offsets[row] + lengths[n]]
@@ -279,10 +260,9 @@ class ReviewBatches(Batches):
         return len(rows)
 
     def rows(self, number):
-        """Texts of like length; each epoch sees every text once, in a new order.
+        """Texts of similar length; each epoch reads every text once, in a new order.
 
-        They are sorted within pools of 50 batches drawn at random: little padding, and yet other
-        neighbours each epoch.
+        Texts are sorted by length within random pools of 50 batches: little padding, and other neighbours each epoch.
         """
         epoch, number = divmod(number, -(-self.count // self.batch_size))
         if self.epoch != epoch:
@@ -293,13 +273,13 @@ class ReviewBatches(Batches):
             self.epoch, self.order = epoch, [groups[n] for n in random.permutation(len(groups))]
         return self.order[number]
 
-    def groups(self, count=0):
-        """Shortest text first."""
-        return spread(cut(self.by_length, self.batch_size), count)
+    def all_rows(self):
+        """Texts by length, shortest first."""
+        return self.by_length
 
 
 def cut(items, size):
-    """`items` in pieces of `size`, the last one shorter where it does not divide."""
+    """`items` in pieces of `size`; the last one may be shorter."""
     return [items[n : n + size] for n in range(0, len(items), size)]
 
 
@@ -311,5 +291,5 @@ def spread(items, count=0):
 
 
 def batches(data, split, batch_size, block_size, seed=0):
-    """The batches of a split, as running text or as labelled texts by what `data` is read for."""
+    """The batches of a split: running text or labelled texts, by the dataset's kind."""
     return (ReviewBatches if data.kind == "classify" else TextBatches)(data, split, batch_size, block_size, seed)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from core import contract, figures
-from core.config import UserError, configure, run
+from core.config import UserError, configure, run_main
 from core.mechanisms import mechanism
 
 SHADES = ".:+*#"  # dropped, three steps of a soft mask, kept; ASCII, since not every terminal has blocks
@@ -194,4 +194,4 @@ def show_pattern():
     """`python attention.py [NAME] [--T=64] [--key=value ...]`: the mechanism of NAME.py (default: dense)."""
     named = len(sys.argv) > 1 and not sys.argv[1].startswith("-")
     name = sys.argv[1].removesuffix(".py") if named else "dense"
-    run(lambda: pattern(name, {}, sys.argv[1 + named :]))
+    run_main(lambda: pattern(name, {}, sys.argv[1 + named :]))

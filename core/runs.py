@@ -10,7 +10,7 @@ import signal
 import sys
 from collections import deque
 
-from core.config import UserError, shown
+from core.config import UserError, short_repr
 
 try:
     import fcntl
@@ -62,7 +62,7 @@ def check_folder(folder):
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     for name in names:
         if name not in ("lock", EARLIER) and not RUN_FILE.fullmatch(name):
-            raise UserError(f"{folder} holds {shown(name)}, which is no file of a run of train.py: give another --out_dir, or "
+            raise UserError(f"{folder} holds {short_repr(name)}, which is no file of a run of train.py: give another --out_dir, or "
                             "move it away")
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from core import hardware, runs
-from core.config import run
+from core.config import run_main
 from data.toy import prepare as toy_prepare
 from helpers import ROOT, call, review, write_bytes, write_reviews
 
@@ -62,7 +62,7 @@ def refused(capsys, monkeypatch):
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py"])
         with pytest.raises(SystemExit) as left:
-            run(lambda: call(module, *arguments))
+            run_main(lambda: call(module, *arguments))
         line = capsys.readouterr().err
         assert left.value.code == 2 and line.count("\n") == 1 and line.endswith("\n"), line
         return line.strip()

@@ -25,7 +25,7 @@ import torch
 
 import model
 import train
-from core import checkpoint, config, dist, hardware, prepare
+from core import checkpoint, config, dist, download as download_file, hardware
 
 MANY = "FAULTS" in os.environ  # `make test-faults`
 COUNTS = {}  # {row of the table: {"injected", "resumed", "refused", "lost"}}
@@ -97,12 +97,12 @@ def script(name, arguments, said, faults=()):
     hardware.matmul_rate = lambda *machine: 1e9  # not measured
     for fault, details in faults:
         globals()[fault](*details)
-    config.run(importlib.import_module(name).main)
+    config.run_main(importlib.import_module(name).main)
 
 
 def download(url, path, size, digest, said):
     sys.stderr = open(said, "a")
-    config.run(lambda: prepare.download(url, Path(path), size, digest) and None)
+    config.run_main(lambda: download_file.download(url, Path(path), size, digest) and None)
 
 
 def as_rank(rank, world, port, kept=False):

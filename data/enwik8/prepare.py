@@ -1,5 +1,5 @@
 """
-enwik8: the first 10^8 bytes of an English Wikipedia dump, the measure of byte-level language models.
+enwik8: the first 10^8 bytes of an English Wikipedia dump, a benchmark of byte-level language models.
 
     python data/enwik8/prepare.py                              # downloads 35 MB
     python data/enwik8/prepare.py --source enwik8.zip          # the zip, or enwik8 itself, plain or compressed
@@ -8,19 +8,22 @@ enwik8: the first 10^8 bytes of an English Wikipedia dump, the measure of byte-l
 writes data/enwik8: train 90,000,000, val 5,000,000, test 5,000,000 bytes, the split of the published figures.
 A shorter file (--partial) is cut in the same proportions, and no figure on it compares with a published one.
 
---chars keeps the characters that the training bytes hold and `<unk>` for all others, and cuts at the same places, moved
-to the next whole character. Its losses are per character: only meta.json's counts of bytes turn them into bits per
-byte, and where `<unk>` stands for a lost character meta.json says that the tokens are not lossless.
+--chars keeps the characters of the training bytes and has `<unk>` for all others. It cuts at the same places, moved to
+the next whole character. Its losses are per character: the counts of bytes in meta.json turn them into bits per byte.
+If `<unk>` replaces a character, meta.json says that the tokens are not lossless.
 """
 
 import sys
 from pathlib import Path
 
-import numpy as np
-
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from core import prepare
+from core import prepare  # first: it handles a missing package
+
+import numpy as np
+
+from core.archive import check_size, decode_utf8, identity, single
+from core.download import Progress, download
 from core.tokenizer import UNKNOWN
 
 URL = "http://mattmahoney.net/dc/enwik8.zip"
@@ -35,12 +38,9 @@ def cuts(data, chars):
     if chars:
         for n in (1, 2):
             at[n] = next_character(data, at[n])
-        # a file cut anywhere may end inside a character: leave out its first bytes
-        end = len(data) - 1
-        while end > 0 and data[end] & 0xC0 == 0x80:
-            end -= 1
-        length = 1 if data[end] < 0x80 else 2 if data[end] < 0xE0 else 3 if data[end] < 0xF0 else 4
-        at[3] = len(data) if end + length == len(data) else end
+        # A file that was cut may end inside a character: its first bytes are left out.
+        last = next_character(data, max(0, len(data) - 8))
+        at[3] = last + len(data[last:].decode("utf-8", "ignore").encode())
     return at
 
 
@@ -55,23 +55,23 @@ def code_points(data, start, end, progress):
     """Yields the code points (uint32 arrays) of data[start:end], a few megabytes at a time."""
     while start < end:
         stop = min(next_character(data, start + STEP), end)
-        yield np.frombuffer(prepare.utf8(data[start:stop], "enwik8").encode("utf-32-le"), "<u4")
+        yield np.frombuffer(decode_utf8(data[start:stop], "enwik8").encode("utf-32-le"), "<u4")
         progress.add(stop - start)
         start = stop
 
 
 def characters(data, at):
     """(vocab, splits) of the decoded text: a list with `<unk>` first, then the characters of train, and its ids."""
-    with prepare.Progress("counting characters", at[1]) as progress:
+    with Progress("counting characters", at[1]) as progress:
         seen = np.zeros(0x110000, bool)
         for points in code_points(data, 0, at[1], progress):
             seen[points] = True
     known = np.flatnonzero(seen)
     table = np.zeros(0x110000, np.uint32)
     table[known] = np.arange(1, len(known) + 1)
-    table = table.astype(prepare.little(len(known) + 1))
+    table = table.astype(prepare.token_dtype(len(known) + 1))
     splits = {}
-    with prepare.Progress("encoding characters", at[3]) as progress:
+    with Progress("encoding characters", at[3]) as progress:
         for name, start, end in zip(("train", "val", "test"), at, at[1:]):
             parts = [table[points] for points in code_points(data, start, end, progress)]
             tokens = np.concatenate(parts) if parts else np.zeros(0, table.dtype)
@@ -79,22 +79,25 @@ def characters(data, at):
     return [UNKNOWN] + [chr(point) for point in known], splits
 
 
+def parse(argv):
+    parser = prepare.make_parser(__doc__, None, f"{BYTES:,} bytes")
+    parser.add_argument("--chars", action="store_true", help="decoded characters, into data/enwik8_chars")
+    args = parser.parse_args(argv)
+    args.name = "enwik8_chars" if args.chars else "enwik8"
+    args.out_dir = args.out_dir or HERE.parent / args.name
+    return args
+
+
 def main(argv):
-    def more(parser):
-        parser.add_argument("--chars", action="store_true", help="decoded characters, into data/enwik8_chars")
-
-    def folder(args):
-        return "enwik8_chars" if args.chars else "enwik8"
-
-    args = prepare.arguments(__doc__, argv, HERE, f"{BYTES:,} bytes", more, folder)
+    args = parse(argv)
     options = {"chars": args.chars}
     if prepare.finished(args, options):
         return
-    source = args.source or prepare.download(URL, HERE / "enwik8.zip", SIZE, DIGEST)
-    data = prepare.single(source, ("enwik8",), BYTES)
-    partial = prepare.check_size(source, len(data), BYTES, args.partial)
+    source = args.source or download(URL, HERE / "enwik8.zip", SIZE, DIGEST)
+    data = single(source, ("enwik8",), BYTES)
+    partial = check_size(source, len(data), BYTES, args.partial)
     at = cuts(data, args.chars)
-    meta = {"name": folder(args), "kind": "lm", "tokenizer": "bytes", "vocab_size": 256, "mark": None, "lossless": True}
+    meta = {"name": args.name, "kind": "lm", "tokenizer": "bytes", "vocab_size": 256, "mark": None, "lossless": True}
     if args.chars:
         vocab, splits = characters(data, at)
         lossless = not any(split["unknown"] for split in splits.values())
@@ -103,7 +106,7 @@ def main(argv):
         tokens = np.frombuffer(data, np.uint8)
         splits = {n: {"tokens": tokens[a:b], "bytes": b - a} for n, a, b in zip(("train", "val", "test"), at, at[1:])}
     meta.update(
-        partial=partial, options=options, source={**prepare.identity(source), "content_bytes": len(data)},
+        partial=partial, options=options, source={**identity(source), "content_bytes": len(data)},
         split_rule="train is the first 90 % of the bytes, val the next 5 %, test the last 5 %"
                    + (", each cut moved to the next whole character" if args.chars else ""),
     )
@@ -113,4 +116,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    prepare.run(main)
+    prepare.run_script(main)

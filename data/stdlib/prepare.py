@@ -14,13 +14,15 @@ import platform
 import re
 import sys
 import sysconfig
-from pathlib import Path, PurePosixPath
-
-import numpy as np
+from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from core import prepare
+from core import prepare  # first: it handles a missing package
+
+import numpy as np
+
+from core.archive import identity, members
 from core.config import UserError
 
 # Tests, what others installed, and what the build generated for this machine.
@@ -30,10 +32,8 @@ GENERATED = re.compile(r"_sysconfigdata|config-|sitecustomize|usercustomize")
 
 def wanted(name):
     """Whether the file of this relative posix name belongs to the text."""
-    parts = PurePosixPath(name).parts
-    if not name.endswith(".py") or LEFT_OUT.intersection(parts):
-        return False
-    return not any(GENERATED.match(part) for part in parts)
+    parts = name.split("/")
+    return name.endswith(".py") and not LEFT_OUT.intersection(parts) and not any(map(GENERATED.match, parts))
 
 
 def split_of(start, total):
@@ -42,13 +42,13 @@ def split_of(start, total):
 
 
 def main(argv):
-    args = prepare.arguments(__doc__, argv, HERE)
+    args = prepare.make_parser(__doc__, HERE).parse_args(argv)
     own = {"file": f"standard library of Python {platform.python_version()}", "python": platform.python_version()}
     if prepare.finished(args, {}, own if args.source is None else None):
         return
     folder = args.source or Path(sysconfig.get_paths()["stdlib"])
-    source = own if args.source is None else prepare.identity(folder)
-    files = {name: data for name, data in prepare.members(folder, wanted) if data}
+    source = own if args.source is None else identity(folder)
+    files = {name: data for name, data in members(folder, wanted) if data}
     # An archive's top folder is no part of a name: the same files are split the same way, packed or not.
     top = os.path.commonpath([os.path.dirname(name) for name in files]) if files else ""
     named = ((name[len(top) + 1 :] if top else name, data) for name, data in files.items())
@@ -61,8 +61,8 @@ def main(argv):
         splits[split_of(start, total)].append(document)
         start += len(document)
     if not all(splits.values()):
-        raise UserError(f"{folder.name}: expected Python files enough for three splits, found {len(documents)}: "
-                               "give the folder Lib of a Python with --source")
+        raise UserError(f"{folder.name}: expected enough Python files for three splits, found {len(documents)}: "
+                        "give the folder Lib of a Python with --source")
     texts = {name: b"".join(parts) for name, parts in splits.items()}
     splits = {
         name: {"tokens": np.frombuffer(text, np.uint8), "bytes": len(text), "documents": len(splits[name])}
@@ -78,4 +78,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    prepare.run(main)
+    prepare.run_script(main)

@@ -14,6 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 from core import prepare
+from core.archive import decode_utf8, identity, single
 from core.config import UserError
 from core.tokenizer import Tokenizer, words
 
@@ -28,14 +29,14 @@ models learn patterns
 
 
 def main(argv):
-    args = prepare.arguments(__doc__, argv, HERE)
+    args = prepare.make_parser(__doc__, HERE).parse_args(argv)
     built_in = {"file": "prepare.py", "bytes": len(TEXT), "sha256": hashlib.sha256(TEXT.encode()).hexdigest()}
     if prepare.finished(args, {}, built_in if args.source is None else None):
         return
     text, source = TEXT, built_in
     if args.source is not None:
-        text = prepare.utf8(prepare.single(args.source, ("toy.txt",), 1 << 20), args.source.name)
-        source = prepare.identity(args.source)
+        text = decode_utf8(single(args.source, ("toy.txt",), 1 << 20), args.source.name)
+        source = identity(args.source)
     sentences = [line.strip() for line in text.splitlines() if line.strip()]
     if not sentences:
         raise UserError(f"{args.source.name}: expected a sentence on each line, found none")
@@ -51,4 +52,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    prepare.run(main)
+    prepare.run_script(main)

@@ -1,6 +1,5 @@
 """The reader of prepared folders: batches that are right, repeatable and complete; scores; damaged folders."""
 
-import contextlib
 import json
 import shutil
 
@@ -10,8 +9,9 @@ import torch
 from hypothesis import given, settings, strategies
 
 from core.config import UserError
-from core.dataset import DataChanged, Dataset, ReviewBatches, TextBatches, batches, difference, spread
+from core.dataset import DataChanged, Dataset, ReviewBatches, TextBatches, batches, spread
 from core.evaluation import scores
+from core.meta import difference
 from helpers import review, tokens_of, write_bytes, write_reviews
 
 
@@ -23,11 +23,11 @@ class Given:
     def __init__(self, *arrays):
         self.arrays = [np.array(array, np.uint16) for array in arrays]
 
-    def running(self, split):
+    def token_arrays(self, split):
         return self.arrays
 
-    def unchanged(self):
-        return contextlib.nullcontext()
+    def check_unchanged(self):
+        pass
 
 
 def same(a, b):
@@ -111,8 +111,8 @@ def test_reviews_as_running_text(tmp_path):
     folder = write_reviews(tmp_path / "r", held_out=2, train=[("good", 1), ("bad", 0)], val=[("fine", 1), ("", 0)],
                            unsup=[("one", None), ("two", None), ("held", None), ("out", None)])
     data = Dataset(folder, "lm")
-    assert data.kind == "lm" and data.classes == [] and len(data.running("val")) == 1
-    assert [bytes(array) for array in data.running("train")] == [b"\0good\0bad", b"\0one\0two"]
+    assert data.kind == "lm" and data.classes == [] and len(data.token_arrays("val")) == 1
+    assert [bytes(array) for array in data.token_arrays("train")] == [b"\0good\0bad", b"\0one\0two"]
     assert data.bytes_per_token("train") == 1
     seen = batches(data, "train", 64, 4).batch(0)[0]
     assert isinstance(seen, torch.Tensor) and not (seen == ord("h")).any()
@@ -204,22 +204,34 @@ def test_a_folder_by_path_and_by_name(toy, monkeypatch, tmp_path):
     assert data.bytes_per_token("val") == data.meta["splits"]["val"]["bytes"] / 28
 
 
+def test_a_folder_from_any_working_directory(toy, monkeypatch, tmp_path):
+    """data/NAME on the command line is found from elsewhere too; a folder of the working directory comes first."""
+    for place, split in (("repository", "ab"), ("elsewhere", "abc")):
+        write_bytes(tmp_path / place / "data" / "letters", train=split)
+    monkeypatch.setattr("core.dataset.ROOT", tmp_path / "repository")
+    monkeypatch.chdir(tmp_path)
+    for name in ("letters", "data/letters", "data/letters/"):
+        assert len(Dataset(name).tokens("train")) == 2
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert len(Dataset("data/letters").tokens("train")) == 3 and len(Dataset("letters").tokens("train")) == 2
+
+
 def test_a_lossy_tokenizer_has_no_bytes_per_token(text, tmp_path):
     folder = damaged(text, tmp_path, lambda meta: meta.update(lossless=False))
     assert Dataset(text).bytes_per_token("val") == 1 and Dataset(folder).bytes_per_token("val") is None
 
 
-@pytest.mark.parametrize("name, said", [
+@pytest.mark.parametrize("name, message", [
     ("stdlb", "no dataset 'stdlb', neither as a folder nor in data/; did you mean stdlib?"),
     ("xyz", "no dataset 'xyz', neither as a folder nor in data/; there are enwik8, imdb, "),
     ("nowhere/toy", "nowhere/toy is not prepared; make it: python data/toy/prepare.py"),
     ("nowhere/imdb_xyz/", "is not prepared; make it: python data/imdb/prepare.py (with an option, see its --help)"),
     ("", "no dataset ''"), ("\0", "no dataset"),
 ])
-def test_no_such_dataset(name, said):
+def test_no_such_dataset(name, message):
     with pytest.raises(UserError) as error:
         Dataset(name)
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_task(reviews, toy):
@@ -263,7 +275,7 @@ def test_a_damaged_meta(reviews, tmp_path, change):
 @pytest.mark.parametrize("value", [None, "many", -1, 2.5])
 def test_a_damaged_count(reviews, tmp_path, value):
     folder = damaged(reviews, tmp_path, lambda meta: meta["splits"]["train"].update(tokens=value))
-    with pytest.raises(UserError, match=r"is damaged \(expected a number as tokens of train, found"):
+    with pytest.raises(UserError, match=r"is damaged \(expected a number as tokens of train, got"):
         batches(Dataset(folder), "train", 2, 8)
 
 
@@ -274,10 +286,10 @@ def test_a_file_of_another_size(reviews, tmp_path, name, how):
     file = tmp_path / "r" / name
     whole = file.read_bytes()
     file.unlink() if how == "missing" else file.write_bytes(whole[:-1] if how == "cut" else whole + b"x")
-    found = {"cut": len(whole) - 1, "long": len(whole) + 1, "missing": 0}[how]
+    size = {"cut": len(whole) - 1, "long": len(whole) + 1, "missing": 0}[how]
     with pytest.raises(UserError) as error:
         batches(Dataset(tmp_path / "r"), "train", 2, 8)
-    assert f"{name}: expected {len(whole):,} bytes, found {found:,}; run its prepare.py again" in str(error.value)
+    assert f"{name}: expected {len(whole):,} bytes, found {size:,}; run its prepare.py again" in str(error.value)
 
 
 def test_damaged_offsets_and_labels(reviews, tmp_path):
@@ -305,7 +317,7 @@ def test_tokens_are_as_wide_as_meta_says(tmp_path):
 @pytest.mark.parametrize("dtype", ["object", "bool", "float64", "S4", "U2", "complex128", "datetime64", None])
 def test_a_forged_dtype(text, tmp_path, dtype):
     folder = damaged(text, tmp_path, lambda meta: meta.update(dtype=dtype))
-    with pytest.raises(UserError, match="is damaged .expected uint8, uint16, uint32 as dtype, found"):
+    with pytest.raises(UserError, match="is damaged .expected uint8, uint16, uint32 as dtype, got"):
         Dataset(folder)
 
 
@@ -354,7 +366,8 @@ def test_folders_prepared_before_are_read(reviews, tmp_path):
 
 def test_other_labels_are_other_data(reviews, tmp_path):
     rows = [review(n) for n in range(23)]
-    copy = write_reviews(tmp_path / "r", train=[(text, 1 - label) for text, label in rows], val=[review(n) for n in range(30, 39)])
+    copy = write_reviews(tmp_path / "r", train=[(text, 1 - label) for text, label in rows],
+                         val=[review(n) for n in range(30, 39)])
     assert "labels_sha256 of train: expected" in difference(Dataset(reviews).meta, Dataset(copy).meta)
 
 
@@ -375,7 +388,7 @@ def test_tokens_beyond_the_vocabulary(kind, tmp_path, request):
 
 def test_scores_by_hand():
     got = scores([0.9, 0.8, 0.4, 0.3, 0.6, 0.2], [1, 1, 1, 0, 0, 0])
-    # said 1: the first, the second, the fifth; pairs in order: 3 + 3 + 2 of 9
+    # predicted 1: the first, the second, the fifth; pairs in order: 3 + 3 + 2 of 9
     want = {"accuracy": 4 / 6, "f1": 2 / 3, "precision": 2 / 3, "recall": 2 / 3, "auc": 8 / 9}
     assert got == pytest.approx(want) and all(type(value) is float for value in got.values())
     assert scores([0.5], [0])["accuracy"] == 1  # as argmax: a tie is class 0
@@ -389,9 +402,9 @@ def test_scores_against_counting(rows):
     got = scores(torch.tensor(p), torch.tensor(labels))
     pairs = [(a > b) + (a == b) / 2 for a, i in rows if i for b, j in rows if not j]
     assert got["auc"] == pytest.approx(sum(pairs) / len(pairs) if pairs else 0.5)
-    hits, said = sum(a > 0.5 and i for a, i in rows), sum(a > 0.5 for a in p)
+    hits, predicted = sum(a > 0.5 and i for a, i in rows), sum(a > 0.5 for a in p)
     assert got["accuracy"] == pytest.approx(sum((a > 0.5) == i for a, i in rows) / len(rows))
-    assert got["precision"] == pytest.approx(hits / said if said else 0)
+    assert got["precision"] == pytest.approx(hits / predicted if predicted else 0)
     assert got["recall"] == pytest.approx(hits / sum(labels) if sum(labels) else 0)
     both = got["precision"] + got["recall"]
     assert got["f1"] == pytest.approx(2 * got["precision"] * got["recall"] / both if both else 0)

@@ -6,16 +6,16 @@ from core.config import UserError
 from core.dataset import Dataset, batches
 from data.sentences import prepare
 
-POLARITY = {word: sign for sign, names in ((-1, (prepare.ADJECTIVES[0], prepare.VERBS[0], "hate dislike regret despise")),
-                                           (1, (prepare.ADJECTIVES[1], prepare.VERBS[1], "love like enjoy adore")))
-            for name in names for word in name.split()}
+NEGATIVE = prepare.ADJECTIVES[0], prepare.VERBS[0], "hate dislike regret despise"
+POSITIVE = prepare.ADJECTIVES[1], prepare.VERBS[1], "love like enjoy adore"
+POLARITY = {word: sign for sign, lists in ((-1, NEGATIVE), (1, POSITIVE)) for words in lists for word in words.split()}
 
 
 def polarity(clause):
     """1 or -1: what the one word of opinion says, turned round by not or never."""
-    found = [word.strip(".,!") for word in clause.split()]
-    sign, = (POLARITY[word] for word in found if word in POLARITY)
-    return -sign if {"not", "never"} & set(found) else sign
+    words = [word.strip(".,!") for word in clause.split()]
+    sign, = (POLARITY[word] for word in words if word in POLARITY)
+    return -sign if {"not", "never"} & set(words) else sign
 
 
 def test_labels_follow_from_the_words():
@@ -45,7 +45,8 @@ def test_folder(tmp_path, capsys):
     assert x.shape == (8, 32) and lengths.max() <= 32 and set(y.tolist()) <= {0, 1}
     before = (tmp_path / "sentences" / "train.bin").stat().st_mtime_ns
     prepare.main(["--out_dir", str(tmp_path / "sentences")])
-    assert "nothing to do" in capsys.readouterr().out and (tmp_path / "sentences" / "train.bin").stat().st_mtime_ns == before
+    assert "nothing to do" in capsys.readouterr().out
+    assert (tmp_path / "sentences" / "train.bin").stat().st_mtime_ns == before
 
 
 def test_source_is_refused(tmp_path):

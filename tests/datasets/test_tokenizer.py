@@ -139,15 +139,15 @@ def test_printable():
     assert Tokenizer(WORDS).token(2) == "it's"
     for meta in EVERY:
         t = Tokenizer(meta)
-        shown = [t.token(i) for i in range(t.vocab_size)]
-        assert all(len(s) and len(s.splitlines()) == 1 for s in shown)
+        labels = [t.token(i) for i in range(t.vocab_size)]
+        assert all(len(s) and len(s.splitlines()) == 1 for s in labels)
 
 
 def test_gpt2(monkeypatch):
     import tiktoken
 
-    own = tokenizer.bpe_encoding(PATTERN, BPE["ranks"], BPE["mark"])
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: own if name == "gpt2" else None)
+    encoding = tokenizer.bpe_encoding(PATTERN, BPE["ranks"], BPE["mark"])
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding if name == "gpt2" else None)
     t = Tokenizer({**BPE, "tokenizer": "gpt2"})
     assert t.encode("ab abc<|endoftext|>")[:3] == [256, 257, 99]
     assert t.decode(t.encode("ab é\n")) == "ab é\n"

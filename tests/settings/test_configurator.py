@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings, strategies
 
-from core.config import UserError, check_choice, configure, run
+from core.config import UserError, check_choice, configure, run_main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,9 +27,9 @@ def options_of(settings):
 def settle(*line, **more):
     """(all settings, options) after a command line."""
     names = script()
-    own, options = configure(names, list(line), options_of)
-    assert all(names[key] == value for key, value in own.items())
-    return own, options
+    values, options = configure(names, list(line), options_of)
+    assert all(names[key] == value for key, value in values.items())
+    return values, options
 
 
 def refusal(*line):
@@ -53,8 +53,8 @@ def config(tmp_path):
 
 
 def test_defaults_and_what_is_a_key():
-    own, options = settle()
-    assert own == {"batch_size": 16, "learning_rate": 1e-3, "compile": False, "out_dir": "out", "attention": "dense",
+    values, options = settle()
+    assert values == {"batch_size": 16, "learning_rate": 1e-3, "compile": False, "out_dir": "out", "attention": "dense",
                    "layers": [1, 2]}
     assert options == {}
 
@@ -84,8 +84,8 @@ def _twice(x):
     return 2 * x + 0 * batch_size
 learning_rate = _twice(sqrt(4.0))
 """)
-    own, _ = settle("--batch_size=10", file)
-    assert (own["batch_size"], own["layers"], own["learning_rate"]) == (5, [5, 6], 4.0)
+    values, _ = settle("--batch_size=10", file)
+    assert (values["batch_size"], values["layers"], values["learning_rate"]) == (5, [5, 6], 4.0)
 
 
 @pytest.mark.parametrize("argument, key, value", [
@@ -101,7 +101,7 @@ def test_values(argument, key, value):
     assert got == value and type(got) is type(value)
 
 
-@pytest.mark.parametrize("argument, said", [
+@pytest.mark.parametrize("argument, message", [
     ("--batch_size=1.5", "--batch_size: batch_size expects int (like 16), got float 1.5"),
     ("--batch_size=many", "--batch_size: batch_size expects int (like 16), got str 'many'"),
     ("--batch_size=True", "--batch_size: batch_size expects int (like 16), got bool True"),
@@ -113,17 +113,18 @@ def test_values(argument, key, value):
     ("--layers=(1, 2)", "--layers: layers expects list (like [1, 2]), got tuple (1, 2)"),
     ("--batch_siz=3", "--batch_siz: unknown key 'batch_siz'; did you mean batch_size?"),
     ("--batch-size=3", "--batch-size: unknown key 'batch-size'; did you mean batch_size?"),
-    ("--zzz=3", "--zzz: unknown key 'zzz'; there are attention, batch_size, compile, layers, learning_rate, out_dir, use_"),
+    ("--zzz=3",
+     "--zzz: unknown key 'zzz'; there are attention, batch_size, compile, layers, learning_rate, out_dir, use_"),
     ("--LIMIT=3", "--LIMIT: unknown key 'LIMIT'"), ("--_own=3", "--_own: unknown key '_own'"),
     ("--nothing=3", "--nothing: unknown key 'nothing'"),
     ("--batch_size", "expected --key=value or a config file, got '--batch_size'"),
     ("-b=3", "expected --key=value or a config file, got '-b=3'"),
 ])
-def test_refused(argument, said):
-    assert refusal(argument).startswith(said)
+def test_refused(argument, message):
+    assert refusal(argument).startswith(message)
 
 
-@pytest.mark.parametrize("text, said", [
+@pytest.mark.parametrize("text, message", [
     ("batch_siz = 3", "x.py: unknown key 'batch_siz'; did you mean batch_size?"),
     ("batch_size = 2.5", "x.py: batch_size expects int (like 16), got float 2.5"),
     ("batch_size = None", "x.py: batch_size expects int (like 16), got NoneType None"),
@@ -136,9 +137,9 @@ def test_refused(argument, said):
     ("raise KeyError", "x.py, line 1: KeyError"),
     ("x = '\0'", "x.py, line 1: "),
 ])
-def test_refused_files(config, text, said):
+def test_refused_files(config, text, message):
     file = config(text)
-    assert said in refusal(file) and refusal(file).startswith(file)
+    assert message in refusal(file) and refusal(file).startswith(file)
 
 
 def test_missing_files(tmp_path):
@@ -164,36 +165,42 @@ def test_options_of_the_mechanism(config):
 @pytest.mark.parametrize("option, value", [("window", 8), ("soft", 0.5), ("pattern", "a,b"), ("spread", [1, 2.5])])
 def test_an_option_in_a_file_is_the_option_on_the_line(config, option, value):
     on_the_line = f"--{option}={value}"
-    for file in (config(f"attention = 'sparse'\n{option} = {value!r}"), config(f"{option} = {value!r}\nattention = 'sparse'")):
+    lines = "attention = 'sparse'", f"{option} = {value!r}"
+    for file in (config("\n".join(lines)), config("\n".join(lines[::-1]))):
         assert settle(file)[1] == settle("--attention=sparse", on_the_line)[1] != settle("--attention=sparse")[1]
 
 
 def test_a_list_serves_where_a_text_with_commas_is_expected(config):
     assert settle(config("attention = 'sparse'\npattern = ['local', 'dense']"))[1]["pattern"] == "local,dense"
     assert settle(config("out_dir = ['a']"))[0]["out_dir"] == "a"
-    assert settle("--attention=sparse", "--pattern=['local']")[1]["pattern"] == "['local']"  # on the line it is text already
+    # On the command line it is a text already.
+    assert settle("--attention=sparse", "--pattern=['local']")[1]["pattern"] == "['local']"
     assert "out_dir expects str (like 'out'), got list ['a', 1]" in refusal(config("out_dir = ['a', 1]"))
     assert "layers expects list (like [1, 2]), got str 'a,b'" in refusal("--layers=a,b")
 
 
 def test_an_option_without_its_mechanism(config, tmp_path, monkeypatch):
     """Is refused with the mechanisms whose files have it. The files are read, not imported: none of these could be."""
-    for name, text in {"sparse": "window = 3\n\nclass Attention(Base):\n", "wide": "window = 3\nclass Attention(Base):\n",
-                       "span": "length = 3\nclass Attention(Base):\n    window = 3\n", "other": "window = 3\n"}.items():
+    files = {"sparse": "window = 3\n\nclass Attention(Base):\n", "wide": "window = 3\nclass Attention(Base):\n",
+             "span": "length = 3\nclass Attention(Base):\n    window = 3\n", "other": "window = 3\n"}
+    for name, text in files.items():
         (tmp_path / f"{name}.py").write_text('"""A file."""\n' + text)
     (tmp_path / "latin.py").write_bytes(b"# caf\xe9\nlength = 3\nclass Attention(Base):\n")
     monkeypatch.setattr("core.config.ROOT", tmp_path)
-    belongs, file = "unknown key 'window'; it belongs to --attention=sparse or wide", config("attention = 'sparse'\nwindow = 64")
-    assert refusal("--window=8") == f"--window: {belongs}" and refusal(file, "--attention=dense") == f"{file}: {belongs}"
+    belongs = "unknown key 'window'; it belongs to --attention=sparse or wide"
+    file = config("attention = 'sparse'\nwindow = 64")
+    assert refusal("--window=8") == f"--window: {belongs}"
+    assert refusal(file, "--attention=dense") == f"{file}: {belongs}"
     assert refusal("--length=8") == "--length: unknown key 'length'; it belongs to --attention=latin or span"
     for key in ("windo", "class", '"""A', "", "*"):
         assert "belongs" not in refusal(f"--{key}=8")
-    with pytest.raises(UserError, match="unknown key 'window'; there are"):  # a script that takes no mechanism's options
+    with pytest.raises(UserError, match="unknown key 'window'; there are"):  # without `more`
         configure(script(), ["--window=8"])
 
 
 @pytest.mark.parametrize("keys, chosen", [
-    ([True], "adaptive_attention_span"), ([False], "dense"), (["sparse", False], "sparse"), ([False, "sparse"], "sparse"),
+    ([True], "adaptive_attention_span"), ([False], "dense"), (["sparse", False], "sparse"),
+    ([False, "sparse"], "sparse"),
     (["sparse", True], "adaptive_attention_span"), ([True, "sparse"], "sparse"), ([True, False], "dense"),
     ([False, True], "adaptive_attention_span"), ([True, "sparse", False], "sparse"),
 ])
@@ -202,8 +209,8 @@ def test_use_adaptive_attention(config, keys, chosen):
     pairs = [("use_adaptive_attention" if type(key) is bool else "attention", key) for key in keys]
     files = [config(f"{key} = {value!r}", f"{n}.py") for n, (key, value) in enumerate(pairs)]
     for arguments in ([f"--{key}={value}" for key, value in pairs], files):
-        own, options = settle(*arguments)
-        assert own["attention"] == chosen and own.keys() == settle()[0].keys() and options == options_of(own)
+        values, options = settle(*arguments)
+        assert values["attention"] == chosen and values.keys() == settle()[0].keys() and options == options_of(values)
 
 
 def test_use_adaptive_attention_brings_its_options(config):
@@ -213,12 +220,13 @@ def test_use_adaptive_attention_brings_its_options(config):
         "out-adaptive_attention_span"  # a file sees it as chosen
 
 
-@pytest.mark.parametrize("value, came", [("1", "int 1"), ("yes", "str 'yes'"), ("", "str ''"), ("None", "NoneType None")])
+@pytest.mark.parametrize("value, came", [
+    ("1", "int 1"), ("yes", "str 'yes'"), ("", "str ''"), ("None", "NoneType None")])
 def test_use_adaptive_attention_is_true_or_false(config, value, came):
-    said = f"use_adaptive_attention expects bool (like False), got {came}"
-    assert refusal(f"--use_adaptive_attention={value}") == f"--use_adaptive_attention: {said}"
+    message = f"use_adaptive_attention expects bool (like False), got {came}"
+    assert refusal(f"--use_adaptive_attention={value}") == f"--use_adaptive_attention: {message}"
     file = config(f"use_adaptive_attention = {value if value in ('1', 'None') else repr(value)}")
-    assert refusal(file) == f"{file}: {said}"
+    assert refusal(file) == f"{file}: {message}"
 
 
 def test_use_adaptive_attention_where_there_is_no_attention(capsys):
@@ -235,14 +243,16 @@ def test_use_adaptive_attention_where_there_is_no_attention(capsys):
 def test_help(capsys):
     with pytest.raises(SystemExit) as left:
         settle("--help")
-    shown = capsys.readouterr().out
-    assert not left.value.code and "A script." in shown and "  learning_rate = 0.001" in shown and "_own" not in shown
-    assert shown.endswith("  use_adaptive_attention=True means attention=adaptive_attention_span\n")
+    printed = capsys.readouterr().out
+    assert not left.value.code and "A script." in printed and "  learning_rate = 0.001" in printed
+    assert "_own" not in printed
+    assert printed.endswith("  use_adaptive_attention=True means attention=adaptive_attention_span\n")
 
 
 @given(strategies.lists(
     strategies.text() | strategies.text().map("--batch_size={}".format) | strategies.text().map("--layers={}".format)
-    | strategies.tuples(strategies.sampled_from(list(script())), strategies.text("0123456789.e-_[]{}(),:'\"xj", max_size=12))
+    | strategies.tuples(strategies.sampled_from(list(script())),
+                        strategies.text("0123456789.e-_[]{}(),:'\"xj", max_size=12))
     .map("--{0[0]}={0[1]}".format).filter(lambda argument: not argument.startswith("--attention")), max_size=3))
 @settings(max_examples=300, deadline=None)
 @example(["--layers={[]: 1}"])
@@ -265,37 +275,39 @@ def test_choose():
         check_choice("pos", "x", ("rope", "learned"))
 
 
-@pytest.mark.parametrize("raised, code, said", [
+@pytest.mark.parametrize("raised, code, message", [
     (UserError("expected this, got that"), 2, "x.py: expected this, got that\n"),
     (PermissionError(13, "Permission denied", "out"), 2, "x.py: [Errno 13] Permission denied: 'out'\n"),
-    (ModuleNotFoundError("No module", name="wandb"), 2, "x.py: wandb is not installed: pip install wandb\n"),
+    (ModuleNotFoundError("No module", name="wandb"), 2,
+     f"x.py: wandb is not installed: {sys.executable} -m pip install wandb\n"),
     (KeyboardInterrupt(), 130, "x.py: stopped\n"),
 ])
-def test_run(raised, code, said, monkeypatch, capsys):
+def test_run(raised, code, message, monkeypatch, capsys):
     def main():
         raise raised
 
     monkeypatch.setattr(sys, "argv", ["/a/b/x.py"])
     with pytest.raises(SystemExit) as left:
-        run(main)
-    assert left.value.code == code and capsys.readouterr().err == said
+        run_main(main)
+    assert left.value.code == code and capsys.readouterr().err == message
 
 
 def test_run_leaves_with_what_main_returns():
     for returned, code in ((None, None), (0, 0), (130, 130)):
         with pytest.raises(SystemExit) as left:
-            run(lambda: returned)
+            run_main(lambda: returned)
         assert left.value.code == code
 
 
 def test_run_does_not_hide_a_mistake_of_ours():
     with pytest.raises(ZeroDivisionError):
-        run(lambda: 1 / 0)
+        run_main(lambda: 1 / 0)
 
 
 @pytest.mark.parametrize("lines", [1, 10**5], ids=["at-the-end", "midway"])
 def test_run_when_the_reader_goes(lines):
-    program = f"from core.config import run\nrun(lambda: (input(), [print('x' * 80) for _ in range({lines})])[0])"
+    program = ("from core.config import run_main\n"
+               f"run_main(lambda: (input(), [print('x' * 80) for _ in range({lines})])[0])")
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, **pipes)
     process.stdout.close()

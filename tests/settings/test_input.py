@@ -13,7 +13,7 @@ import plot
 import sample
 import train
 from core import heat, readers
-from core.config import UserError, plain_values, run
+from core.config import UserError, plain_values, run_main
 from core.dataset import Dataset, batches
 from core.mechanisms import mechanisms
 from core.tokenizer import UNKNOWN
@@ -21,8 +21,8 @@ from helpers import call
 from model import options_of
 
 pytestmark = pytest.mark.usefixtures("quick")
-BASE = ("--max_iters=0", "--block_size=8", "--n_layer=1", "--n_head=2", "--n_embd=8", "--batch_size=2", "--eval_iters=1",
-        "--device=cpu", "--dtype=float32")
+BASE = ("--max_iters=0", "--block_size=8", "--n_layer=1", "--n_head=2", "--n_embd=8", "--batch_size=2",
+        "--eval_iters=1", "--device=cpu", "--dtype=float32")
 
 
 def tried(few, many):
@@ -39,11 +39,11 @@ def fair(monkeypatch, capsys):
     def check(module, *arguments):
         capsys.readouterr()
         with pytest.raises(SystemExit) as left:
-            run(lambda: call(module, *arguments))
-        said = capsys.readouterr().err
-        assert left.value.code in (None, 0, 2), said
+            run_main(lambda: call(module, *arguments))
+        line = capsys.readouterr().err
+        assert left.value.code in (None, 0, 2), line
         if left.value.code == 2:
-            assert said.startswith("script.py: ") and said.count("\n") == 1 and len(said) < 1000, said
+            assert line.startswith("script.py: ") and line.count("\n") == 1 and len(line) < 1000, line
         return left.value.code
 
     return check
@@ -112,7 +112,8 @@ def test_prompts(fair, tmp_path):
     @example(outs[4], "<br />" * 20, True)
     def check(out, prompt, file):
         if file or isinstance(prompt, bytes) or prompt == "-":
-            (tmp_path / "prompt").write_bytes(prompt if isinstance(prompt, bytes) else prompt.encode("utf-8", "surrogatepass"))
+            content = prompt if isinstance(prompt, bytes) else prompt.encode("utf-8", "surrogatepass")
+            (tmp_path / "prompt").write_bytes(content)
             prompt = f"FILE:{tmp_path / 'prompt'}"
         fair(sample, f"--out_dir={out}", f"--start={prompt}", "--max_new_tokens=2", "--num_samples=1", "--device=cpu",
              "--dtype=float32")
@@ -203,8 +204,8 @@ LAYER = st.fixed_dictionaries({}, optional={
 RECORD = st.fixed_dictionaries(
     {"step": st.integers(0, 50) | JSON, "split": st.sampled_from(["train", "val", "test"]) | JSON,
      "loss": st.floats(0, 9) | JSON},
-    optional={"accuracy": st.floats(0, 1) | JSON, "bits_per_byte": JSON, "whole": st.just(True) | JSON, "train_loss": JSON,
-              "stats": st.lists(LAYER, max_size=3) | JSON})
+    optional={"accuracy": st.floats(0, 1) | JSON, "bits_per_byte": JSON, "whole": st.just(True) | JSON,
+              "train_loss": JSON, "stats": st.lists(LAYER, max_size=3) | JSON})
 
 
 def test_log(fair, tmp_path):

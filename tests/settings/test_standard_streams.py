@@ -12,7 +12,7 @@ from helpers import ROOT
 SCRIPT = """
 import os, sys
 sys.path.insert(0, {root!r})
-from core.config import run
+from core.config import run_main
 
 def main():
     with open("made", "wb", buffering=0) as file:  # gets no number of a standard stream, which others may write to
@@ -22,7 +22,7 @@ def main():
         os.write(1, b"by a library")
         assert sys.stdin.read() == "" and not sys.stdout.isatty()
 
-run(main)
+run_main(main)
 """
 
 
@@ -41,15 +41,15 @@ def test_closed(tmp_path, closed):
     assert done.stdout == ("" if ">&-" in closed.replace("2>&-", "") else "said\nby a library")
 
 
-@pytest.mark.parametrize("target, said", [("> /dev/full", "No space left"), ("1< /dev/null", "Bad file descriptor")])
-def test_not_writable(tmp_path, target, said):
+@pytest.mark.parametrize("target, message", [("> /dev/full", "No space left"), ("1< /dev/null", "Bad file descriptor")])
+def test_not_writable(tmp_path, target, message):
     """One sentence and exit code 2, also where only the last flush fails."""
     for line in ("print('said')", "print('said', flush=True)", "print('x' * 100000)"):
-        (tmp_path / "script.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom core.config import run\n"
-                                            f"run(lambda: {line})\n")
+        (tmp_path / "script.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+                                            f"from core.config import run_main\nrun_main(lambda: {line})\n")
         done = shell(f"{sys.executable} script.py {target}", tmp_path)
         assert done.returncode == 2 and done.stderr.startswith("script.py: ") and done.stderr.count("\n") == 1, done
-        assert said in done.stderr
+        assert message in done.stderr
 
 
 def test_sampling_into_nothing(tmp_path):

@@ -18,7 +18,7 @@ import sample
 import train
 from core import checkpoint as checkpoint_file
 from core import hardware, runs
-from core.config import UserError, run
+from core.config import UserError, run_main
 from core.dataset import Dataset, TextBatches, batches
 from core.evaluation import scores
 from core.inference import sample_next_token
@@ -136,7 +136,7 @@ def killing(*arguments):
     source.batch = lambda n, *part: os.kill(os.getpid(), 9) if n == 17 else ask(n, *part)
     return source
 train.batches = killing
-train.run(train.main)
+train.run_main(train.main)
 """
     line = [f"--out_dir={tmp_path / 'cut'}", f"--dataset={text}", *SMALL, *HARD]
     done = subprocess.run([sys.executable, "-c", program, *line], capture_output=True, text=True)
@@ -231,7 +231,7 @@ def test_ctrl_c_in_the_last_evaluation(text, tmp_path, monkeypatch):
     finish = train.finish
     monkeypatch.setattr(train, "finish", lambda *arguments: (os.kill(os.getpid(), signal.SIGINT), finish(*arguments)))
     with pytest.raises(SystemExit) as left:
-        run(lambda: fit(tmp_path / "cut", text, "--max_iters=3"))
+        run_main(lambda: fit(tmp_path / "cut", text, "--max_iters=3"))
     assert left.value.code == 130
     monkeypatch.setattr(train, "finish", finish)
     assert not fit(tmp_path / "cut", text, "--max_iters=3", "--init_from=resume")
@@ -250,7 +250,7 @@ def test_ctrl_c_in_the_last_save(text, tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint_file, "save", interrupted)
     with pytest.raises(SystemExit) as left:
-        run(lambda: fit(tmp_path, text, "--max_iters=3"))
+        run_main(lambda: fit(tmp_path, text, "--max_iters=3"))
     assert left.value.code == 130 and load(tmp_path / "ckpt.pt")[1]["state"]["step"] == 3
 
 
