@@ -334,7 +334,7 @@ def bench_sample(rows, context):
         model.for_sampling(hardware.DTYPES[dtype])
         caches = model.new_caches()
         model.new_caches = lambda caches=caches: caches  # so that they can be weighed
-        stream = model.stream(prompt, 10**9, temperature=0.8, top_k=200)
+        stream = model.generate_stream(prompt, 10**9, temperature=0.8, top_k=200)
         next(stream)  # the prompt
         calls.append(lambda stream=stream: [next(stream) for _ in range(tokens)])
         known.append((row.label, tokens, caches, read))

@@ -68,7 +68,7 @@ def worker():
                                       vocab_size=vocab_size)) for _ in range(2))
     x, y = torch.randint(vocab_size, (2, batch_size, block_size))
     optimizer = torch.optim.AdamW(trained.parameter_groups(0.1), lr=1e-3, betas=(0.9, 0.99), fused=True)
-    stream = sampled.for_sampling(hardware.DTYPES[dtype]).stream(x[:1], 10**9, temperature=0.8, top_k=200)
+    stream = sampled.for_sampling(hardware.DTYPES[dtype]).generate_stream(x[:1], 10**9, temperature=0.8, top_k=200)
     sampling = map(lambda token: 1, stream)
 
     def training():

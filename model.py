@@ -307,7 +307,7 @@ class GPT(Model):
     # ---- sampling --------------------------------------------------------------------------
 
     def for_sampling(self, dtype):
-        """Convert the model in place for `stream` (irreversible) and return it: weights in `dtype`; those of linear layers are
+        """Convert the model in place for `generate_stream` (irreversible) and return it: weights in `dtype`; those of linear layers are
         packed in bfloat16 on a CPU, if the processor supports it."""
         masks = [p for layer in self.layers for p in layer.attention.mask_parameters()]
         exact = [p.data for p in masks]
@@ -325,7 +325,7 @@ class GPT(Model):
         return [kvcache.Cache(layer.attention.max_distance() + 1) for layer in self.layers]
 
     @torch.inference_mode()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    def generate_stream(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         """Yield max_new_tokens times the next token of each text, (B,), drawn from the model.
 
         idx: (B, T) prompt, T >= 1. temperature 0 takes the likeliest; top_k > 0 and top_p < 1 keep
@@ -348,8 +348,8 @@ class GPT(Model):
             yield feed[:, 0]
 
     def generate(self, idx, max_new_tokens, **how):
-        """idx (B, T) and max_new_tokens more, (B, T + max_new_tokens); see `stream`."""
-        return torch.cat([idx, *(token[:, None] for token in self.stream(idx, max_new_tokens, **how))], 1)
+        """idx (B, T) and max_new_tokens more, (B, T + max_new_tokens); see `generate_stream`."""
+        return torch.cat([idx, *(token[:, None] for token in self.generate_stream(idx, max_new_tokens, **how))], 1)
 
 
 def new_model(config):

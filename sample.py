@@ -66,7 +66,7 @@ def write_text(model, tokenizer, text):
         began, printer = time.perf_counter(), Printer(tokenizer, text[-1:])
         generator = torch.Generator(device).manual_seed(seed + n)
         print(text, end="", flush=True)
-        tokens = model.stream(idx, max_new_tokens, temperature, top_k, top_p, generator)
+        tokens = model.generate_stream(idx, max_new_tokens, temperature, top_k, top_p, generator)
         for token in tokens if threads else hardware.adapt_threads(tokens, device):  # (1,)
             print(printer([int(token)]), end="", flush=True)
         print(printer([], final=True) + "\n" + "-" * 40, flush=True)

@@ -190,7 +190,7 @@ class Fixed:
     def for_sampling(self, dtype):
         return self
 
-    def stream(self, idx, max_new_tokens, *how):
+    def generate_stream(self, idx, max_new_tokens, *how):
         for token in self.ids:
             yield torch.tensor([token])
 
