@@ -18,7 +18,7 @@ import torch
 
 from core import hardware
 from core.config import UserError, configure, run
-from core.inference import Printer, encode, predict
+from core.inference import Printer, convert_for_inference, encode, predict
 from core.tokenizer import Tokenizer
 from model import load
 
@@ -60,7 +60,6 @@ def write_text(model, tokenizer, text):
     ids = encode(tokenizer, text)
     if not ids:  # no prompt, and no document mark either: begin after a line's end, or any token
         ids = [i for i in range(tokenizer.vocab_size) if tokenizer.decode_bytes([i]) == b"\n"][:1] or [0]
-    model = model.for_sampling(hardware.DTYPES[dtype])
     idx = torch.tensor([ids], device=device)  # (1, T)
     for n in range(num_samples):
         began, printer = time.perf_counter(), Printer(tokenizer, text[-1:])
@@ -102,7 +101,7 @@ def main():
     model, tokenizer, classes = read_run(folder / name, device)
     dtype = hardware.pick_dtype(dtype, device)
     if model.config.causal:
-        write_text(model, tokenizer, text)
+        write_text(convert_for_inference(model, hardware.DTYPES[dtype]), tokenizer, text)
     else:
         one = not (start == "-" or start.startswith("FILE:"))
         classify(model, tokenizer, classes, [text] if one else text.split("\n"))  # other line ends are text

@@ -1,6 +1,6 @@
-"""Fast elementwise pieces that several files share: rotary positions, dropout, precisions of sums and masks.
+"""Elementwise operations with hand-written fast paths: RMS normalisation, dropout, rotary positions.
 
-Letters: B batch, T time, H heads, D head size.
+Letters: B batch, T time, C channels, H heads, D head size.
 """
 
 import torch
@@ -14,9 +14,45 @@ def accumulate_dtype(x):
 
 
 def mask_value(dtype):
-    """A finite score that stands for -inf: exp() of it is exactly 0 beside any real score, a row of nothing else stays
-    finite, and a fourth of the range is left for adding a score or a second mask to it."""
+    """A finite score that stands for -inf.
+
+    exp() of it is exactly 0 beside any real score, a row of such scores stays finite, and adding a score or a second
+    mask does not overflow.
+    """
     return torch.finfo(dtype).min / 4
+
+
+# ---- normalisation -------------------------------------------------------------------------
+
+EPSILON = 1e-6  # added to the mean square
+
+
+def rms_norm(x):
+    """x / rms(x) over the last dimension (Zhang and Sennrich 2019), without a gain. Same shape and dtype as x."""
+    return RMSNormFunction.apply(x) if torch.is_grad_enabled() else scale_to_unit_rms(x)[0]
+
+
+def scale_to_unit_rms(x):
+    """(x / rms(x), 1 / rms(x)) over the last dimension, in fewer operations than F.rms_norm."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=accumulate_dtype(x))
+    scale = (norm.square_() / x.size(-1)).add_(EPSILON).rsqrt_()
+    return (x * scale).to(x.dtype), scale
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """RMS normalisation with a hand-written gradient: that of F.rms_norm takes three times as long on a CPU, 7 % of a step."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y, scale = scale_to_unit_rms(x)
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, scale = ctx.saved_tensors
+        along = torch.linalg.vecdot(grad, y)[..., None]
+        return (torch.addcmul(grad, y, along, value=-1 / y.size(-1)) * scale).to(grad.dtype)
 
 
 # ---- dropout -------------------------------------------------------------------------------
@@ -25,8 +61,8 @@ def mask_value(dtype):
 def dropout_mask(x, p, generator=None):
     """0 with probability p, else 1 / (1 - p), in the shape and dtype of x.
 
-    It uses 16 random bits per element: PyTorch draws 32, one element at a time, which on a CPU takes several times as
-    long as the attention that it is for.
+    It uses 16 random bits per element. PyTorch draws 32, one element at a time, which on a CPU takes several times as
+    long as attention itself.
     """
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None, generator=generator)
     dropped = round(p * 2**16)
@@ -35,7 +71,7 @@ def dropout_mask(x, p, generator=None):
 
 
 def drop(x, p):
-    """x with elements dropped at rate p."""
+    """x with elements dropped at rate p, the rest scaled by 1 / (1 - p)."""
     if p == 0:
         return x
     return x * dropout_mask(x, p) if x.device.type == "cpu" else F.dropout(x, p)
@@ -47,8 +83,8 @@ def drop(x, p):
 def rotations(positions, head_size, base=10000.0):
     """Cosines and sines of rotary positions (Su et al. 2021, section 3.2.2).
 
-    positions: (T,) LongTensor. Returns (2, T, D / 2) in float64, for angles position * base^(-2 d / D): float32 angles
-    would be wrong in the third digit at position 1e5.
+    positions: (T,) LongTensor. Returns (2, T, D / 2) in float64 for angles position * base^(-2 d / D). At position 1e5
+    float32 angles would be wrong in the third digit.
     """
     d = torch.arange(0, head_size, 2, dtype=torch.float64)
     angles = torch.outer(positions.double(), base ** (-d / head_size))
@@ -56,10 +92,10 @@ def rotations(positions, head_size, base=10000.0):
 
 
 class Rotate(torch.autograd.Function):
-    """Rotary positions on q and k, and the engine's memory order, in two passes.
+    """Rotary positions on q and k, and a contiguous copy in the order the engine needs, in two passes.
 
-    qkv (3, B, H, T, D) with any strides -> the same, contiguous, with dimensions d and d + D / 2 of q and k rotated by
-    the angle. The backward pass is written by hand because autograd would keep and pad every half.
+    qkv: (3, B, H, T, D) with any strides. Returns the same shape, contiguous; dimensions d and d + D / 2 of q and k are
+    rotated by the angle. The backward pass is written by hand because autograd would keep and pad every half.
     """
 
     @staticmethod
@@ -85,7 +121,10 @@ class Rotate(torch.autograd.Function):
 
 
 def split_heads(qkv, rotation=None):
-    """q, k, v, each (B, H, T, D) and contiguous, from a (3, B, H, T, D) view; q and k rotated."""
+    """q, k, v, each (B, H, T, D) and contiguous, from a (3, B, H, T, D) view.
+
+    rotation: from `rotations`, (2, T, D / 2), applied to q and k; None: no rotation.
+    """
     if rotation is None:
         return qkv.contiguous().unbind(0)
     cos, sin = rotation.to(qkv.dtype).unbind(0)

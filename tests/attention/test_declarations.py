@@ -7,7 +7,7 @@ import torch
 
 import model as model_file
 from attention import Attention
-from core import blocks, contract
+from core import blocks, contract, mechanisms
 from core.blocks import Block
 from core.config import UserError
 from model import GPT, GPTConfig
@@ -136,7 +136,8 @@ class Unguarded(Attention):
 ])
 def test_refused(monkeypatch, kind, says):
     """By a whole model, with the mechanism's name first."""
-    monkeypatch.setattr(model_file, "mechanism", lambda name: (kind, {}))
+    for module in (mechanisms, model_file):
+        monkeypatch.setattr(module, "mechanism", lambda name: (kind, {}))
     config = GPTConfig(n_layer=1, n_head=3, n_embd=24, block_size=600, attention="mine", options={})
     with pytest.raises(UserError, match=f"^mine: .*({says})"):
         GPT(config)

@@ -144,7 +144,7 @@ def test_in_bfloat16_every_mechanism_keeps_its_mask(tmp_path, shown, attention, 
     model, _ = load(out / "best.pt")
     j = torch.arange(1024)
     before = [layer.attention.bias_at(j[-1:], j) for layer in model.layers]
-    model.for_sampling(torch.bfloat16)
+    inference.convert_for_inference(model, torch.bfloat16)
     for layer, bias in zip(model.layers, before):
         torch.testing.assert_close(layer.attention.bias_at(j[-1:], j), bias, rtol=0, atol=0)
     common = (f"--out_dir={out}", "--start=" + "abc" * 340, "--num_samples=1", "--max_new_tokens=20", "--dtype=bfloat16")
@@ -186,9 +186,6 @@ class Fixed:
 
     def __init__(self, ids):
         self.ids = ids
-
-    def for_sampling(self, dtype):
-        return self
 
     def generate_stream(self, idx, max_new_tokens, *how):
         for token in self.ids:
