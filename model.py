@@ -14,11 +14,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import attention
 from core import checkpoint, kvcache
 from core.base_model import Model
 from core.config import UserError, check_choice
 from core.inference import sample_next_token
+from core.kernels import KERNELS
 from core.mechanisms import mechanism, new_model, options_of
 from core.ops import drop, rms_norm, rotations
 
@@ -39,7 +39,7 @@ class GPTConfig:
     model: str = "gpt"  # or 'bilstm'
     pool: str = "mean"  # of a classifier's outputs over a text: 'mean', 'max' or 'first'
     attention: str = "dense"  # or the name of a mechanism's file without .py
-    kernel: str = "auto"  # how attention is computed: see attention.KERNELS
+    kernel: str = "auto"  # how attention is computed: see core/kernels.py
     options: dict = field(default_factory=dict)  # of the mechanism and the model, by name
 
     @property
@@ -55,7 +55,7 @@ class GPTConfig:
         check_choice("pos", self.pos, ("rope", "learned", "sinusoidal"))
         check_choice("norm", self.norm, ("rmsnorm", "layernorm"))
         check_choice("pool", self.pool, ("mean", "max", "first"))
-        check_choice("kernel", self.kernel, attention.KERNELS)
+        check_choice("kernel", self.kernel, KERNELS)
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -173,7 +173,7 @@ def kernels(layer, lengths=None):
     """{name: a function of q, k, v (B, H, T, D) that returns the outputs}, without dropout."""
     return {
         "reference": lambda q, k, v: layer.weights(q, k, lengths=lengths) @ v,
-        "engine": lambda q, k, v: engine.engine(layer, q, k, v, lengths),
+        "engine": lambda q, k, v: engine.attend(layer, q, k, v, lengths),
         "flex": lambda q, k, v: flex.attend(layer, q, k, v, lengths),
     }
 

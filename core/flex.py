@@ -16,6 +16,7 @@ from torch.nn.attention import flex_attention as torch_flex
 
 from core import blocks
 from core.config import UserError
+from core.ops import matrix_variation
 
 BLOCK = 128  # queries and keys of a block of the mask: FlexAttention's default
 FACTOR_FLOOR = 1e-30  # a factor of 0 would be a score of -inf, and a row of nothing else has no gradient
@@ -109,7 +110,7 @@ def with_factor(layer, score, total, call, lengths):
         keys = torch.exp(call(lambda s, b, h, i, j: torch.zeros_like(s))[1]).round().clamp(min=1)
         variation = squares * keys - 1
         if layer.scope == "matrix":
-            variation = layer.matrix_variation(squares[..., None], lengths)[..., 0].expand_as(keys)
+            variation = matrix_variation(squares[..., None], lengths)[..., 0].expand_as(keys)
 
     def scaled(s, b, h, i, j):
         s = score(s, b, h, i, j)

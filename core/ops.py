@@ -4,8 +4,11 @@ Letters: B batch, T time, C channels, H heads, D head size.
 """
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 
 def accumulate_dtype(x):
@@ -20,6 +23,31 @@ def mask_value(dtype):
     mask does not overflow.
     """
     return torch.finfo(dtype).min / 4
+
+
+class ParameterReads(TorchFunctionMode):
+    """Within this context, `ids` collects the id() of each parameter that an operation reads, also without a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.ids = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        self.ids.update(id(x) for x in tree_leaves((args, kwargs)) if isinstance(x, nn.Parameter))
+        return function(*args, **kwargs)
+
+
+def matrix_variation(squares, lengths=None):
+    """(sigma / mu)^2 of all softmax weights of each head and example, (B, H, 1, 1).
+
+    squares: (B, H, T, 1), each row's sum of squared weights. L rows of L weights that each sum to 1 have the mean 1 / L.
+    lengths: (B,), or None: L = T.
+    """
+    if lengths is not None:
+        rows = torch.arange(squares.size(2), device=squares.device) < lengths[:, None]
+        squares = squares.where(rows[:, None, :, None], 0)
+    return squares.sum(2, keepdim=True) - 1
 
 
 # ---- normalisation -------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import atrt
 from core import engine
 from core.config import UserError
 from core.mechanisms import mechanism
+from core.ops import matrix_variation
 from helpers import LargestTensor
 from model import GPTConfig
 
@@ -232,7 +233,7 @@ def test_scopes_differ():
 def reweighed(layer, p, keys):
     """`reweigh` of whole matrices p (B, H, T, T) as the reference calls it; as many queries as keys are not padding."""
     squares, lengths = p.detach().square().sum(-1, keepdim=True), keys[:, 0, 0, 0].long()
-    return layer.reweigh(p, keys, layer.matrix_variation(squares, lengths) if layer.scope == "matrix" else None)
+    return layer.reweigh(p, keys, matrix_variation(squares, lengths) if layer.scope == "matrix" else None)
 
 
 @pytest.mark.parametrize("scope", ["row", "matrix"])
@@ -328,7 +329,7 @@ def test_variation_of_a_matrix():
     """The engine's rows give the one number for each head of an example that matrix scope ranks by."""
     q, k = torch.randn(2, 2, 3, 30, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     layer, lengths = make(scope="matrix"), torch.tensor([30, 12])
-    found = layer.matrix_variation(engine.row_squares(layer, q, k, lengths), lengths)
+    found = matrix_variation(engine.row_squares(layer, q, k, lengths), lengths)
     assert found.shape == (2, 3, 1, 1)
     p = torch.softmax(q[1, 2, :12] @ k[1, 2, :12].T / math.sqrt(8), -1)
     assert found[1, 2].item() == pytest.approx((p.std(correction=0) / p.mean()).item() ** 2, rel=1e-12)

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from core import contract, engine
+from core import contract, engine, tiles
 from core.config import UserError
 from core.contract import outputs_and_gradients
 from core.kvcache import Cache
@@ -116,7 +116,7 @@ def test_flex_is_exact(case, T, padded):
 def test_exact_in_small_tiles(case, monkeypatch):
     """Tiles that hold some of a block's heads, examples and stacked blocks compute the same."""
     for size in (2**9, 2**12):
-        monkeypatch.setattr(engine, "TILE", size)
+        monkeypatch.setattr(tiles, "TILE", size)
         assert contract.error(case.layer(block_size=300), "engine", 150) < BOUND
 
 
