@@ -136,6 +136,31 @@ def relative_blocks(layer, T, bands_of):
     return [block for block in part if block.kv_ranges]
 
 
+def residue_blocks(layer, head, T, length, period, kept):
+    """Blocks of one head whose bias has a period of whole positions: only keys of kept residues are multiplied.
+
+    length: larger distances are dropped, this one too. kept: for each distance below min(period, T), whether the wave
+    keeps it. A short span becomes a plain window, which then multiplies fewer pairs.
+    """
+    before = min(T, ROUND * math.ceil((length - 1) / ROUND))
+    residues = [c for c, keeps in enumerate(kept) if c == 0 or keeps or kept[-c % len(kept)]]
+    heads, n = range(head, head + 1), queries_of(before, T)
+    if period > before or len(residues) * (n + before / period) >= n + before:
+        return [Block(heads, *pair) for pair in windows(range(T), n, before, 0 if layer.causal else before)]
+    before, part = math.ceil(before / period), []
+    after = 0 if layer.causal else before
+    for first in range(period):
+        queries = range(first, T, period)
+        for a in range(0, len(queries), n):
+            keys = []
+            for c in residues:
+                positions = range((first - c) % period, T, period)
+                nearest = a + (first - c - positions.start) // period  # index of the last key not after query a
+                keys.append(positions[max(0, nearest - before) : max(0, nearest + n + after)])
+            part.append(Block(heads, queries[a : a + n], tuple(keys)))
+    return part
+
+
 def queries_of(before, T):
     """The number of queries of a block whose window has `before` positions: fewer multiply fewer masked pairs."""
     if before >= T - 1:
