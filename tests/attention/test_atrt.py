@@ -1,6 +1,6 @@
 """ATRT beyond the laws of tests/test_contract.py: its zones, its statistics, its gradient.
 
-`formula` is the equation of the design, term by term; what `atrt.py` computes in fewer operations is held to it.
+`formula` is the equation of the design, term by term; what `core/ranking.py` computes in fewer operations is held to it.
 """
 
 import math
@@ -8,8 +8,7 @@ import math
 import pytest
 import torch
 
-import atrt
-from core import engine
+from core import engine, ranking
 from core.config import UserError
 from core.mechanisms import mechanism
 from core.ops import matrix_variation
@@ -270,7 +269,7 @@ def test_exact(task, renormalize, monkeypatch):
     """The few operations equal the formula in float64, in one piece and in many, strided or not."""
     layer = make(renormalize=renormalize, task=task)
     for piece in (2**19, 700, 1):
-        monkeypatch.setattr(atrt, "PIECE", piece)
+        monkeypatch.setattr(ranking, "PIECE", piece)
         for shape in ((1, 1), (3, 3), (1, 1, 1, 5), (2, 3, 17, 40), (7, 129), (2, 64, 300), (1, 2, 3, 1000)):
             for spread in (0.3, 1.5, 6):
                 p, keys = rows(*shape, spread=spread)
