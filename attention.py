@@ -124,7 +124,7 @@ class Attention(nn.Module):
         return bias.expand(bias.size(0) if bias.dim() == 3 else 1, len(i), len(j))
 
     def bias_by_offset(self, T, future=True):
-        """The bias of a relative mechanism by offset j - i from 1 - T to T - 1 (without `future`: 0): (H or 1, offsets)."""
+        """A relative mechanism's bias by offset j - i from 1 - T to T - 1, or 0 without `future`: (H or 1, offsets)."""
         j = torch.arange(2 * T - 1 if future else T, dtype=torch.int32, device=self.proj.weight.device)
         return self.bias_at(j[T - 1 : T], j)[:, 0]
 

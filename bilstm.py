@@ -52,12 +52,13 @@ class BiLSTM(Model):
             if getattr(config, name) != getattr(GPTConfig, name):
                 raise UserError(f"a BiLSTM has no {name}; leave it out, or use model=gpt")
         if config.causal:
-            raise UserError("a BiLSTM reads in both directions, so it also sees the tokens that a language model predicts: "
+            raise UserError("a BiLSTM reads in both directions, so it sees the tokens that a language model predicts: "
                             "train a classifier, or use model=gpt")
         width = config.options["hidden"]
         C = 2 * width
         if width < 1 or C % config.n_head:
-            raise UserError(f"hidden must be at least 1, and 2 hidden a multiple of n_head = {config.n_head}, got {width}")
+            raise UserError(f"hidden must be at least 1, and 2 hidden a multiple of n_head = {config.n_head}, "
+                            f"got {width}")
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         nn.init.normal_(self.embedding.weight, std=0.1)
         sizes = [config.n_embd] + [C] * (config.n_layer - 1)
@@ -75,8 +76,9 @@ class BiLSTM(Model):
     def read(self, idx, lengths):
         """The BiLSTM's outputs (B, T, C) for idx (B, T), lengths (B,). Outputs at padding are meaningless.
 
-        They equal those of `pack_padded_sequence`, whose backward pass takes ten times as long on a CPU because it slices
-        its input at each step. Here each text is reversed within its length, so padding comes last in both directions.
+        They equal those of `pack_padded_sequence`, whose backward pass takes ten times as long on a CPU because it
+        slices its input at each step. Here each text is reversed within its length, so padding comes last in both
+        directions.
         """
         x, p = self.embedding(idx), self.config.dropout if self.training else 0.0
         position = torch.arange(idx.size(1), device=idx.device)
@@ -96,7 +98,8 @@ class BiLSTM(Model):
     def forward(self, idx, targets=None, lengths=None):
         """Return (logits (B, n_class), loss) for token ids idx (B, T).
 
-        targets: (B,) labels; None: the loss is None. lengths: (B,) tokens of each text, the rest is padding; None: no padding.
+        targets: (B,) labels; None: the loss is None. lengths: (B,) tokens of each text, the rest is padding; None: no
+        padding.
         """
         lengths = whole(idx) if lengths is None else lengths
         x = self.read(idx, lengths)
@@ -109,7 +112,7 @@ class BiLSTM(Model):
 
     @torch.no_grad()
     def maps(self, idx, lengths=None):
-        """The attention weights: [(B, H, T, T)], or [(B, 1, 1, T)] of additive attention, or []. Evaluation mode only."""
+        """The attention weights, for pictures: [(B, H, T, T)], or [(B, 1, 1, T)] of additive attention, or []."""
         lengths = whole(idx) if lengths is None else lengths
         if self.config.attention == "none":
             return []

@@ -131,7 +131,7 @@ class GPT(Model):
                 nn.init.zeros_(module.bias)
 
     def position_table(self, end):
-        """Cosines and sines of positions below `end`: (2, end, D / 2), for absolute positions D = C. The table is cached."""
+        """Cosines and sines of positions below `end`, (2, end, D / 2); D = C for absolute positions. Cached."""
         if self.angles.numel() == 0 or self.angles.size(1) < end:
             size = self.config.n_embd // (self.config.n_head if self.config.pos == "rope" else 1)
             length = max(self.config.block_size, 2 * end if end > self.config.block_size else 0)

@@ -29,15 +29,15 @@ class PackedLinear(nn.Module):
 
     @staticmethod
     def is_supported():
-        """Whether oneDNN computes in bfloat16 on this processor (x86: avx512bw or avx_ne_convert); it packs nowhere else."""
+        """Whether oneDNN computes in bfloat16 on this processor (x86: avx512bw or avx_ne_convert)."""
         return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def convert_for_inference(model, dtype):
     """Convert a language model in place for inference (irreversible) and return it.
 
-    Weights become `dtype`, except the parameters of attention's bias: a span rounded to bfloat16 would be another mask. In
-    bfloat16 on a CPU that supports it, the weights of linear layers are packed.
+    Weights become `dtype`, except the parameters of attention's bias: a span rounded to bfloat16 would be another mask.
+    In bfloat16 on a CPU that supports it, the weights of linear layers are packed.
     """
     mask_parameters = [p for attn in model.attentions() for p in attn.mask_parameters()]
     exact = [p.data for p in mask_parameters]
@@ -53,7 +53,7 @@ def convert_for_inference(model, dtype):
 
 
 def encode(tokenizer, text):
-    """Token ids (list of int) of a text that begins a document. Raises UserError for characters outside the vocabulary."""
+    """Token ids (list of int) of a text that begins a document. Raises UserError for an unknown character."""
     try:
         ids = tokenizer.encode(text)
     except ValueError as error:
@@ -69,7 +69,7 @@ class Printer:
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def __call__(self, ids, final=False):
-        """The text (str) that `ids` complete. With `final`, bytes that are still incomplete become replacement characters."""
+        """The text (str) that `ids` complete. With `final`, incomplete bytes become replacement characters."""
         text = self.decoder.decode(self.tokenizer.decode_bytes(ids), final)
         # a word starts with a space, which is wrong at the beginning and after these characters
         if self.tokenizer.kind == "words" and text[:1] == " " and self.last in " \n([{":
@@ -89,7 +89,7 @@ def review_batch(model, tokenizer, texts, device):
 
 @torch.no_grad()
 def predict(model, tokenizer, texts, device, dtype):
-    """The probability of class 1 of each text, (N,). Raises UserError if a text has no tokens or logits are not finite."""
+    """The probability of class 1 of each text, (N,). Raises UserError for an empty text or non-finite logits."""
     probabilities = []
     for first in range(0, len(texts), 32):
         x, lengths = review_batch(model, tokenizer, texts[first : first + 32], device)

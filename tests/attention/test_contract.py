@@ -226,7 +226,7 @@ def test_decoding_reads_what_is_kept(causal_case):
             read = Cache(cache.size)
             read.__dict__.update(cache.__dict__)
             read.k, read.v = cache.k.clone(), cache.v.clone()
-            _, _, j = cache.held()
+            _, _, j = cache.filled()
             kept = (layer.bias_at(torch.tensor([t]), j) > -math.inf).expand(3, 1, len(j))[:, 0]
             if not layer.relative:  # the heads read the same slots
                 kept = kept.any(0).expand(3, -1)
