@@ -195,7 +195,7 @@ def shard(model, device):
 
 
 def whole_parameters(model):
-    """The parameters that `shard` leaves whole, in the same order on each rank: the masks', and scalars, which FSDP refuses."""
+    """The parameters that `shard` leaves whole, in the same order on each rank: the masks', and scalars (FSDP limit)."""
     masks = {id(p) for attention in model.attentions() for p in attention.mask_parameters()}
     return [p for p in model.parameters() if id(p) in masks or p.dim() == 0]
 
