@@ -89,7 +89,9 @@ def opened(folder, changed, kind):
     if model.config.causal != (kind == "lm"):
         raise UserError(f"{folder} holds a {'language model: see Text' if kind == 'classify' else 'classifier: see Reviews'}")
     device, dtype = machine()
-    return (model.to(device).for_sampling(hardware.DTYPES[dtype]) if kind == "lm" else model), tokenizer, classes
+    if kind == "lm":
+        inference.convert_for_inference(model.to(device), hardware.DTYPES[dtype])
+    return model, tokenizer, classes
 
 
 def open_run(folder, kind):

@@ -1,15 +1,15 @@
-"""Attention from one formula: what a mechanism states, and the layer that computes it.
+"""Multi-head attention defined by one elementwise formula.
 
-A mechanism is a subclass named `Attention` in a file of its own. It states its formula, elementwise:
+A mechanism is a subclass named `Attention` in a file beside this one. It defines
 
     bias(h, i, j)   added to the score of head h, query position i, key position j: 0 keeps the pair, -inf drops it,
-                    anything between is a soft mask
+                    a value between is a soft mask
 
-From it the class here derives a dense reference (`weights`), a blocked CPU kernel (engine.py), a FlexAttention kernel
-for CUDA (flex.py), cached decoding (kvcache.py) and pictures. `python attention.py NAME --T=64` draws a mechanism and
-checks that all of them agree. The class itself is dense attention.
+From this formula come the dense reference (`weights`), a blocked CPU kernel (core/engine.py), a FlexAttention kernel
+for CUDA (core/flex.py), cached decoding (core/kvcache.py) and pictures. `python attention.py NAME --T=64` draws a
+mechanism and checks that they all agree. The class itself is dense attention.
 
-Letters: B batch, T time, C channels, H heads, D head size; n queries and m keys.
+Letters: B batch, T time, C channels, H heads, D head size; n queries, m keys.
 """
 
 import math
@@ -18,28 +18,23 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
-from core import blocks, flex, kvcache
-from core.config import UserError
-from core.engine import engine
-from core.ops import accumulate_dtype, drop, mask_value, split_heads
-
-KERNELS = ("auto", "engine", "flex", "sdpa", "reference")
+from core import blocks, engine, flex, kernels, kvcache
+from core.ops import ParameterReads, accumulate_dtype, drop, mask_value, matrix_variation, split_heads
 
 
 class Attention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017, section 3.2).
 
-    Causal: a query sees itself and the `block_size - 1` positions before it, so a text of any length has a meaning.
-    Otherwise it sees every position. A query that keeps no key gives 0, with gradient 0.
+    If causal, a query sees itself and the `block_size - 1` positions before it, so texts may be longer than a block.
+    Otherwise it sees every position. A query without a kept key gives 0, with gradient 0.
 
     config: `GPTConfig` (n_embd, n_head, block_size, dropout, bias, causal, kernel, options).
     """
 
-    relative = False  # True: bias depends on i - j alone, so that blocks may share it
-    scope = "row"  # what `factor` ranks a weight among: its row, or 'matrix', all weights of a head of an example
-    renormalize = True  # whether the weights times `factor` are divided by their sum
+    relative = False  # True: bias depends on i - j only, so blocks may share it
+    scope = "row"  # the weights that `factor` ranks among: a query's, or 'matrix': all of one head of one example
+    renormalize = True  # whether weights times `factor` are divided by their sum
 
     def __init__(self, config, layer=0):
         super().__init__()
@@ -49,92 +44,101 @@ class Attention(nn.Module):
         self.options = SimpleNamespace(**config.options)
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        if type(self).bias is Attention.bias:  # 0 depends on nothing
+        if type(self).bias is Attention.bias:  # the constant 0
             self.relative = True
-        self.blocks_of = {}  # what was derived for a T: used again while nothing that it depends on changes
+        self.blocks_of = {}  # cache of core/blocks.py, core/engine.py and core/flex.py, by T
 
-    # ---- the mechanism: `bias` is its formula, each of the others has a default that is right ------------------
+    # ---- the mechanism: a subclass overrides `bias`, and the other methods only if their defaults do not fit ----
 
     def bias(self, h, i, j):
-        """What is added to the score of head h, query position i, key position j: a tensor or a number.
+        """What is added to the score of head h, query position i, key position j: a floating-point tensor, or a number.
 
-        h, i, j: integer tensors that broadcast against each other; written elementwise (`self.slopes[h]`, `i - j`), the
-        same line serves rows, blocks and single pairs. Differentiable in the mechanism's parameters. Causality and
-        `block_size` are applied by `total_bias`.
+        h, i, j: integer tensors that broadcast against each other. The formula must be elementwise (`self.slopes[h]`,
+        `i - j`): it is evaluated for rows, blocks and single pairs. It is differentiable in the mechanism's parameters.
+        `total_bias` adds causality and `block_size`.
         """
         return 0.0
 
     def blocks(self, T):
-        """Parts of `blocks.Block`s that cover every kept pair of a text of T tokens exactly once: where to multiply.
+        """Where to multiply for a text of T tokens: a list of parts, each a list of `blocks.Block`.
 
-        Derived from `bias`. To be written by hand only for patterns whose best shape that does not find: within a part a
-        query of a head stands in one block; several parts are joined by log-sum-exp.
+        Together the blocks cover each kept pair exactly once; in one part, a query of a head is in at most one block.
+        Parts are joined by log-sum-exp. The default is derived from `bias`; override it only for patterns whose best
+        shape is not found that way.
         """
         return blocks.derive(self, T)
 
     def factor(self, p, keys, variation):
-        """Elementwise factor on softmax weights, detached: y = p f / sum(p f), or p f without `renormalize`.
+        """Elementwise detached factor f on softmax weights p: y = p f / sum(p f), or p f without `renormalize`.
 
-        p: weights; keys: number of unmasked keys in the row of each; variation: (sigma / mu)^2 of the weights that it is
-        ranked among (`scope`). All broadcast. None: weights stay as they are.
+        keys: number of unmasked keys per row; variation: (sigma / mu)^2 of the weights among which p is ranked.
+        All three broadcast. The default None leaves weights unchanged.
         """
         return None
 
     def reweigh(self, p, keys, variation=None):
-        """Complete rows of softmax weights (..., n, m) times `factor`. Override it only to compute the same faster.
+        """Apply `factor` to complete rows of softmax weights p (..., n, m). Override it only for speed.
 
-        keys: (..., n, 1); variation: (..., n or 1, 1), or None: that of each row.
+        keys: (..., n, 1); variation: (..., n or 1, 1), or None: computed per row.
         """
         keys = keys.clamp(min=1)  # 0 in a row of padding
         x = p.detach().to(accumulate_dtype(p))
         if variation is None:
-            x = x / x.sum(-1, keepdim=True).clamp(min=0.1)  # but for rounding they sum to 1, or to 0
+            x = x / x.sum(-1, keepdim=True).clamp(min=0.1)  # the sum is 0, or 1 up to rounding
             variation = x.square().sum(-1, keepdim=True) * keys - 1
         y = p * self.factor(x, keys, variation).to(p.dtype)
         total = y.sum(-1, keepdim=True)
         return y / total.masked_fill(total == 0, 1) if self.renormalize else y
 
     def max_distance(self):
-        """The largest distance i - j of a kept pair: how long the cache must be."""
+        """The largest distance i - j of a kept pair, which determines the size of the cache."""
         if not self.relative:
             return self.block_size - 1
         kept = (self.bias_by_offset(self.block_size) > -math.inf).any(0).nonzero()
         return max(0, self.block_size - 1 - int(kept[0])) if len(kept) else 0
 
     def penalty(self):
-        """A term of the loss (a scalar tensor), or 0."""
+        """A term that training adds to the loss: a scalar tensor, or 0."""
         return 0.0
 
     def stats(self):
-        """Plain numbers, or lists of one for each head, for the log and the plots, by name."""
+        """Statistics by name for logs and plots: numbers, or lists of one number per head."""
         T = self.block_size
         return {"kept_share": self.kept_pairs(T) / (T * (T + 1) / 2 if self.causal else T * T)}
 
-    # ---- derived: a mechanism writes nothing below again ---------------------------------------------------------
+    # ---- derived from the above ----------------------------------------------------------------------------------
 
     def total_bias(self, h, i, j):
-        """`bias`, with -inf where causality or `block_size` drops the pair; its arguments broadcast likewise."""
+        """`bias`, and -inf where causality or `block_size` drops the pair. h, i, j: see `bias`."""
         bias, distance = self.bias(h, i, j), i - j
         if not self.causal:
             return bias if isinstance(bias, torch.Tensor) else 0.0 * distance + bias
         return torch.where((distance >= 0) & (distance < self.block_size), bias, -math.inf)
 
     def bias_at(self, i, j, heads=None):
-        """`total_bias` at positions i (n,) and j (m,), of `heads` (a range; None: all): (h, n, m), or (1, n, m) where the
-        formula does not use h."""
+        """`total_bias` at positions i (n,) and j (m,) for `heads` (a range; None: all): (h, n, m), or (1, n, m) if all
+        heads share it."""
         heads = range(self.n_head) if heads is None else heads
         h = torch.arange(heads.start, heads.stop, dtype=torch.int32, device=i.device)
-        bias = self.total_bias(h[:, None, None], i.int()[:, None], j.int())  # int32, as FlexAttention's: half the bytes
+        bias = self.total_bias(h[:, None, None], i.int()[:, None], j.int())  # int32 as in FlexAttention: half the bytes
         return bias.expand(bias.size(0) if bias.dim() == 3 else 1, len(i), len(j))
 
     def bias_by_offset(self, T, future=True):
-        """The bias of a relative mechanism by offset j - i from 1 - T to T - 1, or without the future to 0: (H or 1, offsets)."""
+        """A relative mechanism's bias by offset j - i from 1 - T to T - 1, or 0 without `future`: (H or 1, offsets)."""
         j = torch.arange(2 * T - 1 if future else T, dtype=torch.int32, device=self.proj.weight.device)
         return self.bias_at(j[T - 1 : T], j)[:, 0]
 
+    @cached_property
+    def mask_parameter_names(self):
+        """The names of the parameters that `bias` reads, also without a gradient, as a hard threshold does."""
+        i = torch.arange(2, device=self.proj.weight.device)
+        with ParameterReads() as reads:
+            self.bias_at(i, i)
+        return {name for name, p in self.named_parameters() if id(p) in reads.ids}
+
     def mask_parameters(self):
-        """The parameters that `bias` depends on: all but the projections'."""
-        return [p for name, p in self.named_parameters() if name.split(".")[0] not in ("qkv", "proj")]
+        """The parameters that `bias` depends on. Others, such as a gain on the output, do not change the mask."""
+        return [p for name, p in self.named_parameters() if name in self.mask_parameter_names]
 
     @property
     def derives_blocks(self):
@@ -146,28 +150,18 @@ class Attention(nn.Module):
 
     @cached_property
     def dense(self):
-        """Whether this is dense attention and nothing else, which `scaled_dot_product_attention` computes too."""
+        """Whether this is plain dense attention, which `scaled_dot_product_attention` computes."""
         if self.reweighs or not self.relative or self.mask_parameters():
             return False
         bias, T = self.bias_by_offset(self.block_size), self.block_size
         return not bias[:, : T if self.causal else None].any()
 
     def choose_kernel(self, device):
-        """'engine', 'flex', 'sdpa' or 'reference': the configured one; 'auto' chooses by the device.
-
-        Raises UserError where the configured kernel cannot compute the mechanism, or not on the device.
-        """
-        kind = torch.device(device).type
-        if self.kernel == "sdpa" and not self.dense:
-            raise UserError("kernel=sdpa computes dense attention only; for this mechanism use engine, flex or reference")
-        if self.kernel == "flex" and kind == "cpu":
-            raise UserError("kernel=flex needs CUDA (FlexAttention has no backward pass on a CPU); use engine or reference")
-        if self.kernel == "auto":
-            return "sdpa" if self.dense and kind != "cpu" else "flex" if kind == "cuda" else "engine"
-        return self.kernel
+        """The name of the kernel that computes this layer on a device: see `kernels.choose_kernel`."""
+        return kernels.choose_kernel(self, device)
 
     def weights(self, q, k, i=None, j=None, lengths=None):
-        """The reference: reweigh(softmax(q k^T / sqrt(D) + bias)), dense, slow, obvious.
+        """The dense reference: reweigh(softmax(q k^T / sqrt(D) + bias)).
 
         q: (B, H, n, D) at positions i, k: (B, H, m, D) at positions j (default 0, 1, ...).
         lengths: (B,) tokens of each example, the rest is padding; None: no padding.
@@ -186,34 +180,23 @@ class Attention(nn.Module):
         variation = None
         if self.scope == "matrix":
             exact = torch.softmax(scores.detach(), -1, dtype=accumulate_dtype(p)).masked_fill(~kept, 0)
-            variation = self.matrix_variation(exact.square().sum(-1, keepdim=True), lengths)
+            variation = matrix_variation(exact.square().sum(-1, keepdim=True), lengths)
         return self.reweigh(p, kept.sum(-1, keepdim=True), variation)
 
-    @staticmethod
-    def matrix_variation(squares, lengths=None):
-        """(sigma / mu)^2 of all weights of a head of an example, (B, H, 1, 1), from each row's sum of squares (B, H, T, 1):
-        of L^2 weights in L rows that sum to 1 the mean is 1 / L."""
-        if lengths is not None:
-            rows = torch.arange(squares.size(2), device=squares.device) < lengths[:, None]
-            squares = squares.where(rows[:, None, :, None], 0)
-        return squares.sum(2, keepdim=True) - 1
-
     def attend(self, q, k, v, lengths=None):
-        """Attention over whole texts: q, k, v (B, H, T, D) -> (B, H, T, D). Without the reference in O(T) memory."""
+        """Attention over whole texts: q, k, v (B, H, T, D) -> (B, H, T, D).
+
+        lengths: (B,), see `weights`. All kernels but the reference use O(T) memory.
+        """
         dropout = self.dropout if self.training else 0.0
         kernel = self.choose_kernel(q.device)
         if kernel == "reference":
             return drop(self.weights(q, k, lengths=lengths), dropout) @ v
         if kernel == "engine":
-            return engine(self, q, k, v, lengths, dropout)
+            return engine.attend(self, q, k, v, lengths, dropout)
         if kernel == "flex":
             return flex.attend(self, q, k, v, lengths, dropout)
-        mask = None
-        if lengths is not None:
-            mask = (torch.arange(q.size(2), device=q.device) < lengths[:, None])[:, None, None]
-        elif self.causal and q.size(2) > self.block_size:
-            mask = self.bias_at(*2 * [torch.arange(q.size(2), device=q.device)])[0].to(q.dtype)
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=self.causal and mask is None)
+        return kernels.sdpa(self, q, k, v, lengths, dropout)
 
     def project(self, x, rotation=None):
         """q, k, v, each (B, H, T, D), of x (B, T, C)."""
@@ -221,15 +204,15 @@ class Attention(nn.Module):
         return split_heads(qkv, rotation)
 
     def map(self, x, rotation=None, lengths=None):
-        """The weights (B, H, T, T) by which `forward` of x averages values."""
+        """The attention weights (B, H, T, T) of `forward` for x (B, T, C)."""
         q, k, _ = self.project(x, rotation)
         return self.weights(q, k, lengths=lengths)
 
     def forward(self, x, rotation=None, lengths=None, cache=None):
         """x (B, T, C) -> (B, T, C).
 
-        rotation: cosines and sines of the positions' angles (`ops.rotations`), or None.
-        lengths: (B,), see `weights`. cache: a `kvcache.Cache`; x then continues the text it holds.
+        rotation: cosines and sines (2, T, D / 2) of rotary positions (`ops.rotations`), or None.
+        lengths: (B,), see `weights`. cache: a `kvcache.Cache`; x then continues the cached text.
         """
         B, T, C = x.shape
         q, k, v = self.project(x, rotation)
@@ -243,21 +226,12 @@ class Attention(nn.Module):
         return drop(self.proj(y.transpose(1, 2).reshape(B, T, C)), self.dropout if self.training else 0.0)
 
     def multiplied_pairs(self, T):
-        """Query-key pairs per head that the blocks multiply for a text of T tokens."""
+        """Query-key pairs per head that the blocks compute for a text of T tokens."""
         return sum(block.pairs for part in blocks.find(self, T) for block in part) / self.n_head
 
-    @torch.no_grad()
     def kept_pairs(self, T):
         """Query-key pairs per head whose bias is not -inf, for a text of T tokens."""
-        if self.relative:
-            kept = self.bias_by_offset(T) > -math.inf
-            offset = torch.arange(1 - T, T, device=kept.device)
-            return (kept * (T - offset.abs())).sum().item() / kept.size(0)
-        total, j = 0, torch.arange(T, device=self.proj.weight.device)
-        for i in j.split(256):
-            bias = self.bias_at(i, j)
-            total += (bias > -math.inf).sum().item() / bias.size(0)
-        return total
+        return blocks.count_kept(self, T)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ import torch.nn.functional as F
 
 from core import dist, hardware
 from core.config import Text, UserError, check_choice, configure, run_main, convert
+from core.inference import convert_for_inference
 from core.mechanisms import mechanism
 from core.ops import split_heads
 from model import GPT, GPTConfig
@@ -220,7 +221,7 @@ def bench_layer(rows, B, H, T):
     x, g = torch.randn(2, B, T, H * head_size, device=device).unbind(0)
     x = x.clone().requires_grad_()
     models = [row.model("engine", n_layer=1, n_head=H, n_embd=H * head_size, block_size=T) for row in [*rows, parse(WAVE)]]
-    layers, rotation = [model.layers[0].attention for model in models], models[0].table(T)
+    layers, rotation = [model.layers[0].attention for model in models], models[0].position_table(T)
     calls = [(layer, layer, dtype) for layer in layers[:-1]]
     calls.append((lambda x, rotation: masked(layers[-1], x, rotation), layers[-1], "float32"))
 
@@ -331,10 +332,10 @@ def bench_sample(rows, context):
     for row in rows:
         model = ours(row, context)
         read = sum(keys_of_last(layer.attention, context) for layer in model.layers) / n_layer
-        model.for_sampling(hardware.DTYPES[dtype])
+        convert_for_inference(model, hardware.DTYPES[dtype])
         caches = model.new_caches()
         model.new_caches = lambda caches=caches: caches  # so that they can be weighed
-        stream = model.stream(prompt, 10**9, temperature=0.8, top_k=200)
+        stream = model.generate_stream(prompt, 10**9, temperature=0.8, top_k=200)
         next(stream)  # the prompt
         calls.append(lambda stream=stream: [next(stream) for _ in range(tokens)])
         known.append((row.label, tokens, caches, read))

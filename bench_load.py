@@ -25,6 +25,7 @@ import torch
 import bench
 from core import hardware
 from core.config import UserError, check_choice, configure, run_main
+from core.inference import convert_for_inference
 from model import GPT, GPTConfig
 from train import batch_size, block_size, n_embd, n_head, n_layer
 
@@ -68,7 +69,8 @@ def worker():
                                       vocab_size=vocab_size)) for _ in range(2))
     x, y = torch.randint(vocab_size, (2, batch_size, block_size))
     optimizer = torch.optim.AdamW(trained.parameter_groups(0.1), lr=1e-3, betas=(0.9, 0.99), fused=True)
-    stream = sampled.for_sampling(hardware.DTYPES[dtype]).stream(x[:1], 10**9, temperature=0.8, top_k=200)
+    sampled = convert_for_inference(sampled, hardware.DTYPES[dtype])
+    stream = sampled.generate_stream(x[:1], 10**9, temperature=0.8, top_k=200)
     sampling = map(lambda token: 1, stream)
 
     def training():

@@ -1,13 +1,12 @@
-"""A GPT and a classifier from the same blocks, with any attention mechanism in them.
+"""A GPT, and a classifier made of the same blocks, with any attention mechanism.
 
-With `n_class = 0` the model is a decoder: causal attention, the next token at every position.
-With classes it is an encoder: attention in both directions, pooled to one label per text.
-`Model` is what it shares with the baseline that is no transformer, `bilstm.py`.
+With `n_class = 0` the model is a decoder: attention is causal, and every position predicts the next token. With classes
+it is an encoder: attention is bidirectional, and the outputs are pooled to one label per text.
+`core/base_model.py` holds what GPT shares with the recurrent baseline in bilstm.py.
 
 Letters: B batch, T time, C channels, V vocabulary.
 """
 
-import importlib
 import math
 from dataclasses import dataclass, field
 
@@ -15,49 +14,48 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import attention
-from core import checkpoint, contract, kvcache
-from core.config import UserError, check_choice, did_you_mean
+from core import checkpoint, kvcache
+from core.base_model import Model
+from core.config import UserError, check_choice
 from core.inference import sample_next_token
-from core.mechanisms import mechanism
-from core.ops import accumulate_dtype, drop, rotations
-
-MODELS = ("gpt", "bilstm")
+from core.kernels import KERNELS
+from core.mechanisms import mechanism, new_model, options_of
+from core.ops import drop, rms_norm, rotations
 
 
 @dataclass
 class GPTConfig:
-    block_size: int = 256  # tokens a query may see; the longest training text
+    block_size: int = 256  # keys that a causal query sees; the longest training text
     vocab_size: int = 256
     n_layer: int = 6
     n_head: int = 6
     n_embd: int = 384
     dropout: float = 0.0
-    bias: bool = False  # in the linear layers and LayerNorm
+    bias: bool = False  # in linear layers and LayerNorm
     pos: str = "rope"  # 'rope', 'learned' or 'sinusoidal'
     norm: str = "rmsnorm"  # 'rmsnorm' or 'layernorm'
-    tie: bool = True  # the output layer is the token embedding
+    tie: bool = True  # a language model's head shares the token embedding's weight
     n_class: int = 0  # 0: a language model
-    model: str = "gpt"  # one of MODELS
-    pool: str = "mean"  # how a classifier sums up a text: 'mean', 'max' or 'first'
-    attention: str = "dense"  # 'dense', or a file beside this one without its .py
-    kernel: str = "auto"  # how attention is computed: see attention.KERNELS
-    options: dict = field(default_factory=dict)  # the mechanism's and the model's own, by name
+    model: str = "gpt"  # or 'bilstm'
+    pool: str = "mean"  # of a classifier's outputs over a text: 'mean', 'max' or 'first'
+    attention: str = "dense"  # or the name of a mechanism's file without .py
+    kernel: str = "auto"  # how attention is computed: see core/kernels.py
+    options: dict = field(default_factory=dict)  # of the mechanism and the model, by name
 
     @property
     def causal(self):
         return self.n_class == 0
 
     def default_options(self):
-        """The options of the mechanism and the model, by name. Raises UserError for an unknown one."""
+        """The default options of the mechanism and the model, by name. Raises UserError for an unknown name."""
         return options_of(self.model, self.attention)
 
     def check(self):
-        """Raise UserError where a value is none of those that exist, or two do not fit."""
+        """Raise UserError for a value that is unknown or out of range, or two values that do not fit."""
         check_choice("pos", self.pos, ("rope", "learned", "sinusoidal"))
         check_choice("norm", self.norm, ("rmsnorm", "layernorm"))
         check_choice("pool", self.pool, ("mean", "max", "first"))
-        check_choice("kernel", self.kernel, attention.KERNELS)
+        check_choice("kernel", self.kernel, KERNELS)
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -65,74 +63,24 @@ class GPTConfig:
             raise UserError(f"n_layer must be at most 10,000, got {self.n_layer:,}")
         step = 2 * self.n_head if self.pos == "rope" else self.n_head
         if self.model == "gpt" and self.n_embd % step:
-            raise UserError(f"n_embd must be a multiple of {step} (n_head = {self.n_head}, pos = {self.pos}), got {self.n_embd}")
+            raise UserError(f"n_embd must be a multiple of {step} (n_head = {self.n_head}, pos = {self.pos}), "
+                            f"got {self.n_embd}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout must be at least 0 and below 1, got {self.dropout}")
 
 
-def options_of(model, attention):
-    """The default options, by name, of a kind of model with a mechanism. Raises UserError for an unknown one."""
-    check_choice("model", model, MODELS)
-    return mechanism(attention)[1] if model == "gpt" else importlib.import_module(model).options_of(attention)
-
-
-EPSILON = 1e-6  # in RMSNorm: next to the mean square
-
-
-def normalize(x):
-    """(x / rms(x) over the last dimension, 1 / rms(x)): F.rms_norm without a gain, in fewer operations."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=accumulate_dtype(x))
-    scale = (length.square_() / x.size(-1)).add_(EPSILON).rsqrt_()
-    return (x * scale).to(x.dtype), scale
-
-
-class Normalize(torch.autograd.Function):
-    """`normalize` with its gradient by hand: that of F.rms_norm takes three times as long on a CPU,
-    7 % of a training step."""
-
-    @staticmethod
-    def forward(ctx, x):
-        y, scale = normalize(x)
-        ctx.save_for_backward(y, scale)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        y, scale = ctx.saved_tensors
-        along = torch.linalg.vecdot(grad, y)[..., None]
-        return (torch.addcmul(grad, y, along, value=-1 / y.size(-1)) * scale).to(grad.dtype)
-
-
 class RMSNorm(nn.Module):
-    """x / rms(x) (Zhang and Sennrich 2019), without a gain: the next linear layer holds it."""
+    """x / rms(x) (Zhang and Sennrich 2019). It has no gain: the next linear layer can learn it."""
 
     def forward(self, x):
-        return Normalize.apply(x) if torch.is_grad_enabled() else normalize(x)[0]
+        return rms_norm(x)
 
 
 def new_norm(config):
-    """A normalisation of the configured kind."""
     return RMSNorm() if config.norm == "rmsnorm" else nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
-class PackedLinear(nn.Module):
-    """A linear layer for inference in bfloat16 with its weight in oneDNN's own order, into which a plain one is
-    brought at every call: on one token that takes as long again as the product."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1), linear.bias
-
-    def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-    @staticmethod
-    def is_supported():
-        """Whether oneDNN computes in bfloat16 on this processor (x86: avx512bw or avx_ne_convert); it refuses to pack elsewhere."""
-        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-class Layer(nn.Module):
+class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config, layer, attention_class):
@@ -145,74 +93,17 @@ class Layer(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x, rotation=None, lengths=None, cache=None):
+        """rotation, lengths, cache: see `attention.Attention.forward`."""
         x = x + self.attention(self.norm1(x), rotation, lengths, cache)
         y = self.down(F.gelu(self.up(self.norm2(x))))
         return x + drop(y, self.dropout if self.training else 0.0)
 
 
-class Model(nn.Module):
-    """What all kinds of models share. A kind sets `layers`, whose `attention` is a mechanism, where it has some,
-    and defines `forward`, `estimate_flops` and `maps`.
-
-    Raises UserError for a configuration or an option that cannot be.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        config.check()
-        defaults = config.default_options()
-        for name in config.options.keys() - defaults.keys():
-            raise UserError(f"{config.attention} has no option {name}{did_you_mean(name, defaults)}")
-        config.options = {**defaults, **config.options}
-        self.config = config
-
-    def attentions(self):
-        """The attention mechanisms, one for each layer that has one."""
-        return [layer.attention for layer in self.layers]
-
-    def check_attention(self):
-        """Raise UserError where a mechanism's declarations do not hold: see contract.py."""
-        for each in self.attentions():
-            contract.check(each, self.config.attention)
-
-    def penalty(self):
-        """The mechanisms' term of the loss, summed over layers: a scalar tensor, or 0."""
-        return sum(each.penalty() for each in self.attentions())
-
-    def pool(self, x, lengths=None):
-        """(B, T, C) -> (B, C) over each text's own tokens."""
-        if self.config.pool == "first":
-            return x[:, 0]
-        if lengths is None:
-            return x.mean(1) if self.config.pool == "mean" else x.amax(1)
-        padded = (torch.arange(x.size(1), device=x.device) >= lengths[:, None])[..., None]
-        if self.config.pool == "max":
-            return x.masked_fill(padded, -math.inf).amax(1)
-        return x.masked_fill(padded, 0).sum(1) / lengths[:, None]
-
-    def word_weights(self, idx, lengths=None):
-        """How much a classifier looks at each token, (B, T): the attention that it receives in the last layer, the
-        mean over heads and a text's own tokens. Sums to 1 over these; padding has 0."""
-        T = idx.size(1)
-        lengths = torch.full((len(idx),), T, device=idx.device) if lengths is None else lengths
-        weights = self.maps(idx, lengths)[-1]
-        there = (torch.arange(T, device=idx.device) < lengths[:, None]).to(weights.dtype)
-        received = torch.einsum("bhij,bi->bj", weights, there) * there
-        return received / received.sum(1, keepdim=True)
-
-    def parameter_count(self):
-        return sum(p.numel() for p in self.parameters())
-
-    def parameter_groups(self, weight_decay):
-        """Groups for an optimizer: matrices decay, vectors do not. Sharded and whole tensors are in groups of their own."""
-        groups = {}
-        for p in self.parameters():
-            groups.setdefault((p.dim() >= 2, type(p)), []).append(p)
-        return [{"params": part, "weight_decay": weight_decay * matrices} for (matrices, _), part in groups.items()]
-
-
 class GPT(Model):
-    """Token embedding, positions, `n_layer` blocks, and a head over V tokens or n_class labels."""
+    """Token embedding, positions, `n_layer` blocks, and a head over V tokens or n_class labels.
+
+    Raises UserError for an invalid config, an unknown option, or a mechanism whose declarations do not hold.
+    """
 
     def __init__(self, config):
         super().__init__(config)
@@ -220,27 +111,27 @@ class GPT(Model):
         self.embedding = nn.Embedding(config.vocab_size, C)
         if config.pos == "learned":
             self.positions = nn.Embedding(config.block_size, C)
-        self.layers = nn.ModuleList(Layer(config, n, attention_class) for n in range(config.n_layer))
+        self.layers = nn.ModuleList(Block(config, n, attention_class) for n in range(config.n_layer))
         self.norm = new_norm(config)
         self.head = nn.Linear(C, config.n_class or config.vocab_size, bias=not config.causal)
         self.register_buffer("angles", torch.empty(0), persistent=False)
         self.check_attention()
-        self.apply(self.initialise)
-        for layer in self.layers:  # so that the residual stream starts with the same size at any depth
-            for weight in (layer.attention.proj.weight, layer.down.weight):
+        self.apply(self.init_weights)
+        for block in self.layers:  # the residual stream starts with the same size at any depth (GPT-2)
+            for weight in (block.attention.proj.weight, block.down.weight):
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.n_layer))
         if config.tie and config.causal:
             self.head.weight = self.embedding.weight
 
     @staticmethod
-    def initialise(module):
+    def init_weights(module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
 
-    def table(self, end):
-        """Cosines and sines of positions below `end`: (2, end, D / 2) for rope, D = C else; kept and grown."""
+    def position_table(self, end):
+        """Cosines and sines of positions below `end`, (2, end, D / 2); D = C for absolute positions. Cached."""
         if self.angles.numel() == 0 or self.angles.size(1) < end:
             size = self.config.n_embd // (self.config.n_head if self.config.pos == "rope" else 1)
             length = max(self.config.block_size, 2 * end if end > self.config.block_size else 0)
@@ -248,35 +139,36 @@ class GPT(Model):
         return self.angles[:, :end]
 
     def embed(self, idx, start=0):
-        """Tokens idx (B, T) at positions start, start + 1, ... -> (x (B, T, C), rotation or None).
+        """Embed tokens idx (B, T) at positions start, start + 1, ...: (x (B, T, C), rotation or None).
 
-        Raises UserError where a position lies past what an absolute kind of position knows.
+        Raises UserError for a position past the block size if positions are absolute.
         """
         end, pos = start + idx.size(1), self.config.pos
         x = self.embedding(idx)
         if pos == "rope":
-            return x, self.table(end)[:, start:]
+            return x, self.position_table(end)[:, start:]
         if end > self.config.block_size:
-            raise UserError(f"pos={pos} knows {self.config.block_size} positions (block_size); got a text of {end} tokens")
+            raise UserError(f"pos={pos} knows {self.config.block_size} positions (block_size); "
+                            f"got a text of {end} tokens")
         if pos == "learned":
             return x + self.positions.weight[start:end], None
-        # Vaswani et al. 2017, section 3.5, cosines first; 0.02 sqrt(2) gives them the embedding's size
-        sinusoids = self.table(end)[:, start:].permute(1, 0, 2).flatten(1)[:, : self.config.n_embd]
+        # Vaswani et al. 2017, section 3.5, cosines first; 0.02 sqrt(2) gives them the embedding's standard deviation
+        sinusoids = self.position_table(end)[:, start:].permute(1, 0, 2).flatten(1)[:, : self.config.n_embd]
         return x + 0.02 * math.sqrt(2) * sinusoids.to(x.dtype), None
 
     def forward(self, idx, targets=None, lengths=None, caches=None):
-        """Logits and loss.
+        """Return (logits, loss).
 
-        idx: (B, T) token ids. A language model gives logits (B, T, V) and the mean cross-entropy
-        to targets (B, T), where -1 counts for nothing; without targets logits (B, 1, V) of the last
-        position. A classifier gives logits (B, n_class) and the loss to targets (B,).
-        lengths: (B,) tokens of each text, the rest is padding. caches: from `new_caches`; idx then
-        continues the text they hold. The loss is None without targets, and never holds `penalty`.
+        idx: (B, T) token ids. A language model returns logits (B, T, V) and the mean cross-entropy to targets (B, T) in
+        nats, where target -1 is ignored; without targets it returns logits (B, 1, V) of the last position. A classifier
+        returns logits (B, n_class) and the loss to targets (B,).
+        lengths: (B,) tokens of each text, the rest is padding; None: no padding. caches: from `new_caches`; idx then
+        continues the cached text. The loss is None without targets, and never includes `penalty`.
         """
         x, rotation = self.embed(idx, caches[0].length if caches else 0)
         x = drop(x, self.config.dropout if self.training else 0.0)
-        for n, layer in enumerate(self.layers):
-            x = layer(x, rotation, lengths, caches[n] if caches else None)
+        for n, block in enumerate(self.layers):
+            x = block(x, rotation, lengths, caches[n] if caches else None)
         x = self.norm(x)
         if not self.config.causal:
             x = self.pool(x, lengths)
@@ -287,75 +179,63 @@ class GPT(Model):
             return logits, None
         return logits, F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), ignore_index=-1)
 
+    def parameter_groups(self, weight_decay):
+        """Parameter groups for an optimizer: weight_decay for matrices, 0 for vectors.
+
+        Whole tensors and those that FSDP shards (`type(p)`) are in separate groups: fused optimizers do not mix them.
+        """
+        groups = {}
+        for p in self.parameters():
+            groups.setdefault((p.dim() >= 2, type(p)), []).append(p)
+        return [{"params": group, "weight_decay": weight_decay * matrices} for (matrices, _), group in groups.items()]
+
     @torch.no_grad()
     def maps(self, idx, lengths=None):
-        """The softmax weights (B, H, T, T) of each layer, as it uses them: for pictures. Evaluation mode."""
-        (x, rotation), found = self.embed(idx), []
-        for layer in self.layers:
-            found.append(layer.attention.map(layer.norm1(x), rotation, lengths))
-            x = layer(x, rotation, lengths)
-        return found
+        """The attention weights (B, H, T, T) of each layer for idx (B, T), for pictures. Evaluation mode only."""
+        (x, rotation), maps = self.embed(idx), []
+        for block in self.layers:
+            maps.append(block.attention.map(block.norm1(x), rotation, lengths))
+            x = block(x, rotation, lengths)
+        return maps
 
     def estimate_flops(self, T):
-        """Floating-point operations to train on one token of a text of T: 2 per multiply and add,
-        three times the forward pass, attention counted from each layer's plan."""
+        """Floating-point operations to train on one token of a text of T tokens.
+
+        2 per multiply and add, three times the forward pass; attention is counted from each layer's blocks.
+        """
         C, layers = self.config.n_embd, self.config.n_layer
         linear = 12 * C * C * layers + (C * self.config.vocab_size if self.config.causal else 0)
-        pairs = sum(layer.attention.multiplied_pairs(T) for layer in self.layers)
+        pairs = sum(block.attention.multiplied_pairs(T) for block in self.layers)
         return 3 * 2 * (linear + 2 * C * pairs / T)
 
-    # ---- sampling --------------------------------------------------------------------------
-
-    def for_sampling(self, dtype):
-        """Convert the model in place for `stream` (irreversible) and return it: weights in `dtype`; those of linear layers are
-        packed in bfloat16 on a CPU, if the processor supports it."""
-        masks = [p for layer in self.layers for p in layer.attention.mask_parameters()]
-        exact = [p.data for p in masks]
-        self.to(dtype).eval().requires_grad_(False)
-        for p, data in zip(masks, exact):  # a span rounded to bfloat16 is another mask
-            p.data = data
-        if dtype == torch.bfloat16 and self.embedding.weight.device.type == "cpu" and PackedLinear.is_supported():
-            for parent in list(self.modules()):
-                for name, child in parent.named_children():
-                    if type(child) is nn.Linear:
-                        setattr(parent, name, PackedLinear(child))
-        return self
-
     def new_caches(self):
-        return [kvcache.Cache(layer.attention.max_distance() + 1) for layer in self.layers]
+        """An empty key-value cache for each layer."""
+        return [kvcache.Cache(block.attention.max_distance() + 1) for block in self.layers]
 
     @torch.inference_mode()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-        """Yield max_new_tokens times the next token of each text, (B,), drawn from the model.
+    def generate_stream(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+        """Sample max_new_tokens tokens after idx (B, T), T >= 1; yield each as a tensor (B,) when it is drawn.
 
-        idx: (B, T) prompt, T >= 1. temperature 0 takes the likeliest; top_k > 0 and top_p < 1 keep
-        the k likeliest, and the fewest that hold the share p.
-
-        Past the block size rotary positions go on counting and each token sees the `block_size`
-        before it. Absolute positions end there: the text starts again at position 0 with the
-        latest half block.
+        temperature, top_k, top_p: see `inference.sample_next_token`.
+        Past the block size rotary positions keep counting, and each token sees the `block_size` positions up to its
+        own. Absolute positions end at the block size: generation then restarts from the last block_size / 2 tokens.
         """
-        block, absolute = self.config.block_size, self.config.pos != "rope"
+        block_size, absolute = self.config.block_size, self.config.pos != "rope"
         caches, text = self.new_caches(), idx
-        feed = idx[:, -block:] if absolute else idx
+        new = idx[:, -block_size:] if absolute else idx  # tokens that are not in the caches yet
         for _ in range(max_new_tokens):
-            if absolute and caches[0].length == block:
-                caches, feed = self.new_caches(), text[:, -max(1, block // 2) :]
-            logits = self(feed, caches=caches)[0][:, -1].float()
-            feed = sample_next_token(logits, temperature, top_k, top_p, generator)[:, None]
+            if absolute and caches[0].length == block_size:
+                caches, new = self.new_caches(), text[:, -max(1, block_size // 2) :]
+            logits = self(new, caches=caches)[0][:, -1].float()
+            new = sample_next_token(logits, temperature, top_k, top_p, generator)[:, None]
             if absolute:
-                text = torch.cat([text[:, -block:], feed], 1)
-            yield feed[:, 0]
+                text = torch.cat([text[:, -block_size:], new], 1)
+            yield new[:, 0]
 
-    def generate(self, idx, max_new_tokens, **how):
-        """idx (B, T) and max_new_tokens more, (B, T + max_new_tokens); see `stream`."""
-        return torch.cat([idx, *(token[:, None] for token in self.stream(idx, max_new_tokens, **how))], 1)
-
-
-def new_model(config):
-    """The model that a GPTConfig describes. Raises UserError where it cannot be."""
-    check_choice("model", config.model, MODELS)
-    return GPT(config) if config.model == "gpt" else importlib.import_module(config.model).BiLSTM(config)
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+        """idx (B, T) followed by max_new_tokens sampled tokens, (B, T + max_new_tokens); see `generate_stream`."""
+        tokens = self.generate_stream(idx, max_new_tokens, temperature, top_k, top_p, generator)
+        return torch.cat([idx, *(token[:, None] for token in tokens)], 1)
 
 
 def load(path, device="cpu", options=None, **changes):

@@ -1,10 +1,10 @@
-"""Text from a trained model, or the label of a text: python sample.py --out_dir=out --start="..."
+"""Generate text from a trained model, or classify a text: python sample.py --out_dir=out --start="..."
 
-`--start=FILE:path` reads the prompt from a file and `--start=-` from standard input. A classifier
-prints the label and its probability; of a file or standard input, a line for each line.
+`--start=FILE:path` reads the prompt from a file, `--start=-` from standard input. A classifier prints the label and its
+probability; for a file or standard input, one line for each line.
 
-Past the block size, rotary positions go on counting and every token sees the latest block; learned
-and sinusoidal positions end there, and generation restarts from the last block_size / 2 tokens.
+Past the block size, rotary positions keep counting and each token sees the last block_size tokens; learned and
+sinusoidal positions end there, and generation restarts from the last block_size / 2 tokens.
 """
 
 from core import startup  # first: torch reads its settings when it is loaded
@@ -18,36 +18,39 @@ import torch
 
 from core import hardware
 from core.config import UserError, configure, run_main
-from core.inference import Printer, encode, predict
+from core.inference import Printer, convert_for_inference, encode, predict
 from core.tokenizer import Tokenizer
 from model import load
 
-out_dir = "out"
-checkpoint = ""  # a file in out_dir; default: best.pt, or ckpt.pt where there is none yet
-start = ""  # the prompt; nothing: the beginning of a document
+out_dir = ""  # the run's folder; default: out, or the newest run in this folder if out does not exist
+checkpoint = ""  # a file in out_dir; default: best.pt, or ckpt.pt if there is no best.pt yet
+start = ""  # the prompt; default: the beginning of a document
 num_samples = 3
 max_new_tokens = 500  # of each sample
-temperature = 0.8  # 0: always the likeliest token
-top_k = 200  # draw from the k likeliest only; 0: from all
-top_p = 1.0  # draw from the fewest that hold this share of the probability
+temperature = 0.8  # 0: always the most likely token
+top_k = 200  # sample from the k most likely tokens; 0: from all
+top_p = 1.0  # sample from the smallest set of most likely tokens with this share of the probability
 seed = 1337
 device = "auto"
 dtype = "auto"
-threads = 0  # of a CPU; 0: all, and each token with one or all, whichever is faster at the moment
+threads = 0  # on a CPU; 0: per token one thread or all, whichever is faster at the moment
 
 
 def read_prompt():
-    """The text that `start` names."""
+    """The prompt that `start` names. Raises UserError if it cannot be read."""
     try:
         if start.startswith("FILE:"):
             return Path(start[5:]).read_text("utf-8")
         return sys.stdin.read() if start == "-" else start
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or no name of a file at all
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or no valid path
         raise UserError(f"cannot read the prompt {start}: {error}; give a text, FILE:path of a UTF-8 file, or -")
 
 
 def read_run(path, device="cpu"):
-    """(model, tokenizer, class names) of a checkpoint. Raises UserError; ConnectionError where gpt2 cannot be loaded."""
+    """(model, tokenizer, class names) of a checkpoint.
+
+    Raises UserError for a checkpoint that cannot be used, ConnectionError if the gpt2 vocabulary cannot be downloaded.
+    """
     model, saved = load(path, device)
     try:
         return model, Tokenizer(saved["meta"]), saved["meta"].get("classes", [])
@@ -55,40 +58,56 @@ def read_run(path, device="cpu"):
         raise UserError(f"{path} has no tokenizer that is known here ({error!r}); train it again")
 
 
+def find_run():
+    """The folder to read: out_dir, by default out, or the newest run in this folder if out does not exist."""
+    if out_dir or Path("out").exists():
+        return Path(out_dir or "out")
+    checkpoints = [path for name in ("best.pt", "ckpt.pt") for path in Path().glob(f"*/{name}") if path.is_file()]
+    if not checkpoints:
+        return Path("out")
+    newest = max(checkpoints, key=lambda path: path.stat().st_mtime).parent
+    others = sorted({str(path.parent) for path in checkpoints} - {str(newest)})
+    print(f"out does not exist: using the newest run, {newest}; choose another with --out_dir"
+          + (f" ({', '.join(others)})" if others else ""), file=sys.stderr)
+    return newest
+
+
 def write_text(model, tokenizer, text):
-    """Print `num_samples` continuations of the text as they are drawn, and their speed on stderr."""
+    """Print `num_samples` continuations of the text while they are generated, and their speed on stderr."""
     ids = encode(tokenizer, text)
-    if not ids:  # no prompt, and no document mark either: begin after a line's end, or any token
+    if not ids:  # no prompt and no document mark: begin after a line end, or after any token
         ids = [i for i in range(tokenizer.vocab_size) if tokenizer.decode_bytes([i]) == b"\n"][:1] or [0]
-    model = model.for_sampling(hardware.DTYPES[dtype])
     idx = torch.tensor([ids], device=device)  # (1, T)
     for n in range(num_samples):
-        began, printer = time.perf_counter(), Printer(tokenizer, text[-1:])
+        started, printer = time.perf_counter(), Printer(tokenizer, text[-1:])
         generator = torch.Generator(device).manual_seed(seed + n)
         print(text, end="", flush=True)
-        tokens = model.stream(idx, max_new_tokens, temperature, top_k, top_p, generator)
+        tokens = model.generate_stream(idx, max_new_tokens, temperature, top_k, top_p, generator)
         for token in tokens if threads else hardware.adapt_threads(tokens, device):  # (1,)
             print(printer([int(token)]), end="", flush=True)
         print(printer([], final=True) + "\n" + "-" * 40, flush=True)
-        speed = max_new_tokens / (time.perf_counter() - began)
+        speed = max_new_tokens / (time.perf_counter() - started)
         print(f"{max_new_tokens} tokens, {speed:,.0f} tokens/s", file=sys.stderr)
 
 
 def classify(model, tokenizer, classes, texts):
-    """Print the label of each text with its probability and the text's beginning."""
+    """Print each text's label, its probability, and the first 80 characters of the text, as soon as they are known."""
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise UserError('expected a text to classify, got none; give --start="...", FILE:path or -')
-    for first in range(0, len(texts), 32):  # as they are done
+    for first in range(0, len(texts), 32):
         group = texts[first : first + 32]
         for text, p in zip(group, predict(model, tokenizer, group, device, dtype).tolist()):
-            print(f"{classes[p > 0.5]} {max(p, 1 - p):.3f}  {' '.join(text.split())[:80]}", flush=True)
+            line = " ".join(text.split())
+            line = line if len(line) <= 80 else f"{line[:77]}..."
+            print(f"{classes[p > 0.5]} {max(p, 1 - p):.3f}  {line}", flush=True)
 
 
 def main():
     global device, dtype
     configure(globals())
-    for key, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0), ("seed", 0), ("threads", 0)):
+    smallest = {"num_samples": 1, "max_new_tokens": 1, "temperature": 0, "top_k": 0, "seed": 0, "threads": 0}
+    for key, least in smallest.items():
         if not globals()[key] >= least:
             raise UserError(f"{key} must be at least {least}, got {globals()[key]}")
     if threads > os.cpu_count():
@@ -97,15 +116,15 @@ def main():
         raise UserError(f"top_p must be above 0 and at most 1, got {top_p}")
     torch.set_num_threads(threads or hardware.THREADS)
     device = hardware.pick_device(device)
-    folder, text = Path(out_dir), read_prompt()
+    folder, text = find_run(), read_prompt()
     name = checkpoint or ("best.pt" if (folder / "best.pt").exists() else "ckpt.pt")
     model, tokenizer, classes = read_run(folder / name, device)
     dtype = hardware.pick_dtype(dtype, device)
     if model.config.causal:
-        write_text(model, tokenizer, text)
+        write_text(convert_for_inference(model, hardware.DTYPES[dtype]), tokenizer, text)
     else:
-        one = not (start == "-" or start.startswith("FILE:"))
-        classify(model, tokenizer, classes, [text] if one else text.split("\n"))  # other line ends are text
+        by_line = start == "-" or start.startswith("FILE:")
+        classify(model, tokenizer, classes, text.split("\n") if by_line else [text])  # other line ends are text
 
 
 if __name__ == "__main__":

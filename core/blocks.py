@@ -1,39 +1,39 @@
-"""Where to multiply: blocks of heads, query and key positions, written by a mechanism or derived from its formula.
+"""Where to multiply: blocks of heads, queries and keys, written by a mechanism or derived from its formula.
 
-A part is a list of blocks in which a query of a head stands in one block at most. Blocks of one shape and one bias are
-stacked, so that a batched product serves many of them.
+A part is a list of blocks in which each query of a head occurs in at most one block. Blocks of equal shape and bias are
+stacked, so that one batched product computes many of them.
 
 Letters: T time, H heads, n queries, m keys.
 """
 
 import hashlib
 import math
-from typing import NamedTuple, Optional, Union
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-CELL = 64  # queries and keys of the cells in which a pattern that is not relative is looked for
-GAP = 256  # distances between two bands of kept ones from which it pays to leave them out; above n + 2 ROUND below
-ROUND = 32  # widths are multiples of it: products like round sizes, and while spans move the shapes stay few
+CELL = 64  # queries and keys of the cells that cover a pattern which is not relative
+GAP = 256  # shorter gaps between kept distances are multiplied too; must exceed n + 2 ROUND in `relative_blocks`
+ROUND = 32  # widths are multiples of it: products are faster at round sizes, and moving spans give few shapes
 
 
 class Block(NamedTuple):
-    """Every pair of `queries` x `keys`, multiplied densely for each of `heads`.
+    """All pairs of `queries` x `keys`, multiplied densely for each of `heads`.
 
-    heads: a range of neighbouring heads. queries: a range of positions. keys: a range, or a tuple of ranges that share no
-    position. distances: the range of |i - j| that the block answers for, where another part answers for the rest; None:
+    heads: a range of neighbouring heads. queries: a range of positions. keys: a range, or a tuple of disjoint ranges.
+    distances: the range of |i - j| that the block covers; other pairs are masked, since another part covers them. None:
     all.
     """
 
     heads: range
     queries: range
-    keys: Union[range, tuple]
-    distances: Optional[range] = None
+    keys: range | tuple
+    distances: range | None = None
 
     @property
     def kv_ranges(self):
-        """`keys` as a tuple of ranges, none of them empty."""
+        """`keys` as a tuple of non-empty ranges."""
         return tuple(keys for keys in (self.keys if isinstance(self.keys, tuple) else (self.keys,)) if keys)
 
     @property
@@ -41,14 +41,14 @@ class Block(NamedTuple):
         return len(self.heads) * len(self.queries) * sum(map(len, self.kv_ranges))
 
     def shape(self):
-        """What blocks of one stack have in common."""
+        """What blocks must have in common to be stacked."""
         keys = tuple((len(keys), keys.step) for keys in self.kv_ranges)
         return self.heads, len(self.queries), self.queries.step, keys, self.distances
 
 
 class Stack(NamedTuple):
-    """`count` blocks, the first of them `block`. Each lies `shift` positions after the one before, its key ranges
-    `kv_shifts`: `shift` as well, or 0 where all blocks share the same keys."""
+    """`count` blocks, of which `block` is the first. The queries of each lie `shift` positions after those of the one
+    before, and its key ranges `kv_shifts`: `shift` too, or 0 if all blocks share the same keys."""
 
     block: Block
     count: int
@@ -57,11 +57,10 @@ class Stack(NamedTuple):
 
 
 def windows(positions, n, before, after=0, edge=0):
-    """Yield (queries, keys): n of the `positions` (a range) at a time, with every key among them from `before` places
-    before to `after` places after each query.
+    """Yield (queries, keys) of a sliding window over `positions` (a range): n queries, and the keys among `positions`
+    from `before` places before the first query to `after` places after the last.
 
-    edge: how many at a time while the window is cut off at the start, where every block has a shape of its own
-    (0: n as well).
+    edge: queries per block while the start cuts the window off, where no two blocks have the same shape (0: n).
     """
     a = 0
     while a < len(positions):
@@ -75,20 +74,20 @@ def windows(positions, n, before, after=0, edge=0):
 
 @torch.no_grad()
 def derive(layer, T):
-    """Parts that cover every pair whose bias is above -inf, from the formula alone: one part."""
+    """One part that covers every pair whose bias is above -inf, derived from the formula: see `find`."""
     if layer.relative:
         kept, key = bands_of_heads(layer, T), (T, "bands")
         if layer.blocks_of.get(key, (None,))[0] != kept:
             layer.blocks_of[key] = kept, [relative_blocks(layer, T, kept)]
         return layer.blocks_of[key][1]
-    if layer.mask_parameters():  # which may move anywhere
+    if layer.mask_parameters():  # training may change which pairs are kept
         heads, before, after = range(layer.n_head), *((layer.block_size - 1, 0) if layer.causal else (T, T))
         return [[Block(heads, *pair) for pair in windows(range(T), CELL, before, after)]]
     return [cell_blocks(layer, T)]
 
 
 def find(layer, T):
-    """`layer.blocks(T)`; where no parameter can change them, as found at the first call for T."""
+    """`layer.blocks(T)`, cached by T if no parameter can change them."""
     if layer.mask_parameters():
         return layer.blocks(T)
     if T not in layer.blocks_of:
@@ -96,14 +95,28 @@ def find(layer, T):
     return layer.blocks_of[T]
 
 
+@torch.no_grad()
+def count_kept(layer, T):
+    """Query-key pairs per head whose bias is not -inf, for a text of T tokens (float: a mean over heads)."""
+    if layer.relative:
+        kept = layer.bias_by_offset(T) > -math.inf
+        offset = torch.arange(1 - T, T, device=kept.device)
+        return (kept * (T - offset.abs())).sum().item() / kept.size(0)
+    total, j = 0, torch.arange(T, device=layer.proj.weight.device)
+    for i in j.split(256):
+        bias = layer.bias_at(i, j)
+        total += (bias > -math.inf).sum().item() / bias.size(0)
+    return total
+
+
 def bands_of_heads(layer, T):
-    """For each head the `bands` of the offsets j - i that it keeps."""
+    """A list of each head's `bands` of kept offsets j - i."""
     kept = (layer.bias_by_offset(T, future=not layer.causal) > -math.inf).cpu().numpy()
     return [bands(row.nonzero()[0] + 1 - T) for row in kept] * (layer.n_head // len(kept))
 
 
 def relative_blocks(layer, T, bands_of):
-    """Windows of the bands of offsets; neighbouring heads with the same ones share blocks."""
+    """Blocks that cover each head's bands of offsets; neighbouring heads with equal bands share blocks."""
     part, first = [], 0
     while first < layer.n_head:
         last = next((h for h in range(first, layer.n_head) if bands_of[h] != bands_of[first]), layer.n_head)
@@ -112,7 +125,7 @@ def relative_blocks(layer, T, bands_of):
         if len(lows) == 1:
             before, after = max(0, -lows[0]), max(0, highs[0])
             n = queries_of(before, T)
-            # few heads make small tiles, where starting an operation costs more than what is multiplied in vain
+            # few heads make small tiles, where starting an operation costs more than multiplying masked pairs
             edge = n if len(heads) == layer.n_head else n * max(1, round(min(before, T) / n / 4))
             part += [Block(heads, *pair) for pair in windows(range(T), n, before, after, edge)]
         elif lows:
@@ -123,15 +136,40 @@ def relative_blocks(layer, T, bands_of):
     return [block for block in part if block.kv_ranges]
 
 
+def residue_blocks(layer, head, T, length, period, kept):
+    """Blocks of one head whose bias has a period of whole positions: only keys of kept residues are multiplied.
+
+    length: larger distances are dropped, this one too. kept: for each distance below min(period, T), whether the wave
+    keeps it. A short span becomes a plain window, which then multiplies fewer pairs.
+    """
+    before = min(T, ROUND * math.ceil((length - 1) / ROUND))
+    residues = [c for c, keeps in enumerate(kept) if c == 0 or keeps or kept[-c % len(kept)]]
+    heads, n = range(head, head + 1), queries_of(before, T)
+    if period > before or len(residues) * (n + before / period) >= n + before:
+        return [Block(heads, *pair) for pair in windows(range(T), n, before, 0 if layer.causal else before)]
+    before, part = math.ceil(before / period), []
+    after = 0 if layer.causal else before
+    for first in range(period):
+        queries = range(first, T, period)
+        for a in range(0, len(queries), n):
+            keys = []
+            for c in residues:
+                positions = range((first - c) % period, T, period)
+                nearest = a + (first - c - positions.start) // period  # index of the last key not after query a
+                keys.append(positions[max(0, nearest - before) : max(0, nearest + n + after)])
+            part.append(Block(heads, queries[a : a + n], tuple(keys)))
+    return part
+
+
 def queries_of(before, T):
-    """Queries of a block with a window of some positions: few enough that little is multiplied in vain."""
+    """The number of queries of a block whose window has `before` positions: fewer multiply fewer masked pairs."""
     if before >= T - 1:
         return 64 if T <= 256 else 128 if T <= 1024 else 256
     return 64 if before <= 128 else 96 if before <= 512 else 128
 
 
 def bands(offsets):
-    """[(low, high), ...] that hold all of some rising offsets, rounded outwards; gaps below GAP are filled."""
+    """[(low, high), ...] that contain all of the ascending `offsets`, rounded outwards; gaps below GAP are filled."""
     if not len(offsets):
         return []
     cuts = np.flatnonzero(np.diff(offsets) > GAP)
@@ -140,7 +178,7 @@ def bands(offsets):
 
 
 def cell_blocks(layer, T):
-    """The cells of CELL x CELL that hold a kept pair; neighbouring heads with the same cells share blocks."""
+    """The cells of CELL x CELL that contain a kept pair; neighbouring heads with equal cells share blocks."""
     device, starts = layer.proj.weight.device, range(0, T, CELL)
     j = torch.arange(T, device=device)
     rows = []
@@ -164,12 +202,12 @@ def cell_blocks(layer, T):
 
 
 def stack(layer, part):
-    """The blocks of a part in order, neighbours of one shape as one stack where their bias is the same."""
+    """The blocks of a part in order, where neighbours of equal shape and bias form one stack."""
     stacks, shape, bias = [], None, None
     for block in part:
-        alike, shape, before = shape == block.shape(), block.shape(), bias
+        same_shape, shape, previous = shape == block.shape(), block.shape(), bias
         bias = None if layer.relative else digest_of_bias(layer, block)
-        if alike and (layer.relative or bias is not None and bias == before):
+        if same_shape and (layer.relative or bias is not None and bias == previous):
             if joined := join(stacks[-1], block, layer.relative):
                 stacks[-1] = joined
                 continue
@@ -178,7 +216,7 @@ def stack(layer, part):
 
 
 def join(stack, block, relative):
-    """`stack` with one more block of its shape, or None where that lies elsewhere than the next one would."""
+    """`stack` extended by a block of its shape, or None if the block does not lie at the next shift."""
     first, count, *_ = stack
     ahead = block.queries.start - first.queries.start
     kv_ahead = tuple(b.start - a.start for a, b in zip(first.kv_ranges, block.kv_ranges))
@@ -187,7 +225,7 @@ def join(stack, block, relative):
     if not ahead == count * shift > 0 or kv_ahead != tuple(count * each for each in kv_shifts):
         return None
     for keys, each in zip(first.kv_ranges, kv_shifts):
-        # keys of different residues must not meet: `Tile.scatter_add` takes turns only where they are of one
+        # keys of different residues must not overlap: `Tile.scatter_add` takes turns only within one residue
         apart = each == 0 and not relative or each == shift and (shift % keys.step == 0 or ahead < keys.step)
         if not apart:
             return None
@@ -196,23 +234,24 @@ def join(stack, block, relative):
 
 @torch.no_grad()
 def digest_of_bias(layer, block):
-    """What tells two biases apart, of blocks of one shape; None where a parameter can make them differ."""
+    """A digest that is equal for blocks of equal shape and bias; None if a parameter can make their biases differ."""
     if layer.mask_parameters():
         return None
     return hashlib.sha256(block_bias(layer, block).contiguous().cpu().numpy().tobytes()).digest()
 
 
 def block_bias(layer, block):
-    """The bias of a block, (h or 1, n, m), -inf at distances that it does not answer for; differentiable."""
+    """The bias of a block, (h or 1, n, m), -inf at distances that it does not cover; differentiable."""
     device = layer.proj.weight.device
-    i, *j = (torch.arange(x.start, x.stop, x.step, dtype=torch.int32, device=device) for x in (block.queries, *block.kv_ranges))
+    i, *j = (torch.arange(x.start, x.stop, x.step, dtype=torch.int32, device=device)
+             for x in (block.queries, *block.kv_ranges))
     j = torch.cat(j)
     bias = layer.bias_at(i, j, block.heads)
-    return bias if block.distances is None else answered(bias, (j - i[:, None]).abs(), block.distances, -math.inf)
+    return bias if block.distances is None else mask_distances(bias, (j - i[:, None]).abs(), block.distances, -math.inf)
 
 
-def answered(bias, distance, distances, dropped):
-    """`bias` where the distance is one that a block answers for (None: all), else `dropped`."""
+def mask_distances(bias, distance, distances, dropped):
+    """`bias` where `distance` is in the range `distances` (None: all), else the value `dropped`."""
     if distances is None:
         return bias
     return bias.masked_fill((distance < distances.start) | (distance >= distances.stop), dropped)

@@ -1,7 +1,7 @@
-"""Whether a mechanism keeps its word: its declarations when a model is built, and the laws that every kernel must pass.
+"""Checks of a mechanism: its declarations when a model is built, and the agreement of all kernels with the reference.
 
-`check` takes milliseconds and refuses, with a pair of positions, what would make a result silently wrong. `errors`
-compares every kernel with the reference; tests/attention/test_contract.py and `python attention.py NAME` use it.
+`check` takes milliseconds and refuses a mechanism whose declarations would make a result silently wrong. `error`,
+`decoding_error` and `cells_missed` serve tests/attention/test_contract.py and `python attention.py NAME`.
 
 Letters: B batch, T time, H heads, D head size; n sampled queries.
 """
@@ -17,11 +17,14 @@ from core import engine, flex, kvcache
 from core.config import UserError
 from core.ops import rotations
 
-ROWS = 24  # queries that `check` looks at: the first, the last and some between
+ROWS = 24  # queries that `check` evaluates: the first, the middle, the last two and random ones
 
 
 def check(layer, name):
-    """Raise UserError where `bias`, `relative`, `blocks` or `max_distance` of a layer does not hold, naming a pair."""
+    """Raise UserError, which names a pair, if `bias`, `relative`, `blocks` or `max_distance` of a layer is wrong.
+
+    name: of the mechanism, for the message. The random state is not touched.
+    """
     T = layer.block_size
     inner = torch.randperm(T, generator=torch.Generator().manual_seed(0))[: ROWS - 4]
     i = torch.cat([inner, torch.tensor([0, T // 2, T - 2, T - 1]).clamp(min=0)]).unique().to(layer.proj.weight.device)
@@ -42,68 +45,72 @@ def pair(h, i, j):
 
 
 def first_of(mask):
-    """The first place where a mask, as (H, n, T), is true, or None."""
-    places = mask.nonzero()
-    return places[0].tolist() if len(places) else None
+    """The first index at which a mask, such as (H, n, T), is true, as a list; or None."""
+    indices = mask.nonzero()
+    return indices[0].tolist() if len(indices) else None
 
 
 def close(a, b):
-    """Where two biases agree but for rounding."""
+    """Whether two biases are equal up to rounding, elementwise."""
     return torch.isclose(a.double(), b.double(), rtol=1e-4, atol=1e-5)
 
 
 def check_elementwise(layer, name, i):
-    """The bias at rows i (n,) of a text of block_size, (H, n, T); refused unless it is the same a pair at a time."""
+    """The bias at queries i (n,) of a text of block_size, (H, n, T). Raises UserError if single pairs give another."""
     T, H = layer.block_size, layer.n_head
     j = torch.arange(T, device=i.device)
     try:
         bias = layer.bias_at(i, j).expand(H, len(i), T)
         generator = torch.Generator().manual_seed(1)
         h, row, key = (torch.randint(size, (200,), generator=generator).to(i.device) for size in (H, len(i), T))
-        key = torch.where(key % 2 == 0, key, (i[row] - key % 8).clamp(min=0))  # half of them near, where most are kept
+        key = torch.where(key % 2 == 0, key, (i[row] - key % 8).clamp(min=0))  # half of them near: most are kept there
         alone = layer.total_bias(h, i[row], key).expand(200)
         single = [layer.total_bias(h[n], i[row[n]], key[n]).reshape(()) for n in range(4)]
         formula = layer.bias(h, i[row], key)
     except (RuntimeError, IndexError, TypeError, ValueError) as error:
-        raise UserError(f"{name}: bias(h, i, j) must be elementwise over integer tensors that broadcast, rows and single pairs "
-                        f"alike; it raised {type(error).__name__}: {str(error).splitlines()[0]}")
+        raise UserError(f"{name}: bias(h, i, j) must be elementwise over integer tensors that broadcast, for rows and "
+                        f"single pairs; it raised {type(error).__name__}: {str(error).splitlines()[0]}")
     if isinstance(formula, torch.Tensor) and not formula.is_floating_point():
-        raise UserError(f"{name}: bias must be of floats, 0.0 to keep a pair and -math.inf to drop it; got {formula.dtype}: "
-                        "torch.where(kept, 0.0, -math.inf)")
-    if place := first_of(bias.isnan() | (bias == math.inf)):
-        raise UserError(f"{name}: bias must be a number below infinity; at {pair(place[0], i[place[1]], place[2])} it is "
-                        f"{bias[tuple(place)].item()}")
+        raise UserError(f"{name}: bias must be of floats, 0.0 to keep a pair and -math.inf to drop it; got "
+                        f"{formula.dtype}: write torch.where(kept, 0.0, -math.inf)")
+    if index := first_of(bias.isnan() | (bias == math.inf)):
+        raise UserError(f"{name}: bias must be a number below infinity; at {pair(index[0], i[index[1]], index[2])} "
+                        f"it is {bias[tuple(index)].item()}")
     together = bias[h, row, key]
     for value, n in ((alone, slice(None)), (torch.stack(single), slice(4))):
-        if place := first_of(~close(value, together[n])):
-            (n,) = place
-            raise UserError(f"{name}: bias is not elementwise: at {pair(h[n], i[row[n]], key[n])} it is {value[n].item():g} alone "
-                            f"and {together[n].item():g} among other pairs; write it with h, i and j of that pair only")
+        if index := first_of(~close(value, together[n])):
+            (n,) = index
+            raise UserError(f"{name}: bias is not elementwise: at {pair(h[n], i[row[n]], key[n])} it is "
+                            f"{value[n].item():g} alone and {together[n].item():g} among other pairs; write it with h, "
+                            "i and j of that pair only")
     return bias
 
 
 def check_relative(layer, name, i, bias):
+    """Raise UserError unless the bias (H, n, T) at queries i depends on the offset only."""
     T = layer.block_size
     row = layer.bias_by_offset(T).expand(layer.n_head, -1)
     expected = row[:, torch.arange(T, device=i.device) - i[:, None] + T - 1]
-    if place := first_of(~close(bias, expected)):
-        h, n, j = place
+    if index := first_of(~close(bias, expected)):
+        h, n, j = index
         raise UserError(f"{name}: relative = True, but bias depends on more than i - j: at {pair(h, i[n], j)} it is "
-                        f"{bias[h, n, j].item():g}, and {expected[h, n, j].item():g} at the same distance from query {T - 1}; "
-                        "leave relative out")
+                        f"{bias[h, n, j].item():g}, and {expected[h, n, j].item():g} at the same distance from query "
+                        f"{T - 1}; leave relative out")
 
 
 def check_distance(layer, name, i, bias):
+    """Raise UserError if the bias (H, n, T) at queries i keeps a pair beyond `max_distance`."""
     distance = i[:, None] - torch.arange(layer.block_size, device=i.device)
     most = layer.max_distance()
-    if place := first_of((bias > -math.inf) & (distance > most)):
-        h, n, j = place
-        raise UserError(f"{name}: max_distance() is {most}, but {pair(h, i[n], j)} is kept; return the largest kept distance")
+    if index := first_of((bias > -math.inf) & (distance > most)):
+        h, n, j = index
+        raise UserError(f"{name}: max_distance() is {most}, but {pair(h, i[n], j)} is kept; "
+                        "return the largest kept distance")
 
 
 def check_blocks(layer, name, T, i, bias):
-    """Refuse blocks that miss a kept pair of rows i, hold one twice, or lie outside a text of T tokens."""
-    parts, place_of = layer.blocks(T), {int(each): n for n, each in enumerate(i)}
+    """Raise UserError if `blocks` miss a kept pair of queries i, hold one twice, or lie outside a text of T tokens."""
+    parts, row_of = layer.blocks(T), {int(query): n for n, query in enumerate(i)}
     if layer.reweighs and len(parts) > 1:
         raise UserError(f"{name}: factor needs complete rows, but blocks({T}) has {len(parts)} parts; write one")
     covered = torch.zeros_like(bias, dtype=torch.uint8)
@@ -113,26 +120,29 @@ def check_blocks(layer, name, T, i, bias):
             for positions in (block.queries, *block.kv_ranges):
                 if positions and not 0 <= min(positions) <= max(positions) < T:
                     raise UserError(f"{name}: blocks({T}) names positions {positions}; expected them from 0 to {T - 1}")
-            rows = [place_of[n] for n in block.queries if n in place_of] if len(block.queries) < T else list(range(len(i)))
+            rows = [row_of[n] for n in block.queries if n in row_of]
             if not rows:
                 continue
             rows, heads = torch.tensor(rows, device=i.device), torch.as_tensor(block.heads, device=i.device)
             keys = torch.cat([torch.as_tensor(keys, device=i.device) for keys in block.kv_ranges])
-            answers = torch.ones(len(rows), len(keys), dtype=torch.uint8, device=i.device)
+            count = torch.ones(len(rows), len(keys), dtype=torch.uint8, device=i.device)
             if block.distances is not None:
                 distance = (i[rows, None] - keys).abs()
-                answers = ((distance >= block.distances.start) & (distance < block.distances.stop)).byte()
-            covered[heads[:, None, None], rows[:, None], keys] += answers
+                count = ((distance >= block.distances.start) & (distance < block.distances.stop)).byte()
+            covered[heads[:, None, None], rows[:, None], keys] += count
             seen[heads[:, None], rows] += 1
-        if place := first_of(seen[..., None] > 1):
-            raise UserError(f"{name}: blocks({T}) names query {int(i[place[1]])} of head {place[0]} twice in one part; a query "
-                            "of a head stands in one block of a part")
-    for wrong, what in (((covered == 0) & (bias > -math.inf), "misses the kept pair"), (covered > 1, "holds twice the pair")):
-        if place := first_of(wrong):
-            raise UserError(f"{name}: blocks({T}) {what} {pair(place[0], i[place[1]], place[2])}; leave blocks out, or mend them")
+        if index := first_of(seen[..., None] > 1):
+            raise UserError(f"{name}: blocks({T}) names query {int(i[index[1]])} of head {index[0]} twice in one part; "
+                            "a query of a head may be in one block of a part only")
+    missed = (covered == 0) & (bias > -math.inf)
+    for wrong, what in ((missed, "misses the kept pair"), (covered > 1, "holds twice the pair")):
+        if index := first_of(wrong):
+            raise UserError(f"{name}: blocks({T}) {what} {pair(index[0], i[index[1]], index[2])}; "
+                            "leave blocks out, or mend them")
 
 
 def check_gradient(layer, name):
+    """Raise UserError unless the gradients of the bias's parameters are finite."""
     parameters = [p for p in layer.mask_parameters() if p.requires_grad]
     T = min(layer.block_size, 48)
     i = torch.arange(T, device=layer.proj.weight.device)
@@ -142,45 +152,48 @@ def check_gradient(layer, name):
     kept = torch.where(bias > -math.inf, bias, 0)
     gradients = torch.autograd.grad(kept.sum(), parameters, allow_unused=True)
     if not all(g is None or g.isfinite().all() for g in gradients):
-        raise UserError(f"{name}: the gradient of bias is not finite, as that of a logarithm or a root at 0 where the pair is "
-                        "dropped; guard its argument: x.where(kept, 1).log()")
+        raise UserError(f"{name}: the gradient of bias is not finite, as that of a logarithm or a root at 0 where the "
+                        "pair is dropped; guard its argument: x.where(kept, 1).log()")
 
 
-# ---- the laws ------------------------------------------------------------------------------
+# ---- agreement of the kernels --------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def in_float64():
-    """Within, what a formula makes of integers is float64, so that its rounding hides no error."""
-    before = torch.get_default_dtype()
+    """Within this context, formulas convert integers to float64, so that rounding hides no error."""
+    previous = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
         yield
     finally:
-        torch.set_default_dtype(before)
+        torch.set_default_dtype(previous)
 
 
 @contextlib.contextmanager
 def flex_on_cpu():
-    """FlexAttention refuses gradients on a CPU; its uncompiled form computes them, exactly, with T x T scores."""
-    torch._dynamo.reset()  # that form counts as compiled variants, too
-    with mock.patch("torch.nn.attention.flex_attention._validate_device", lambda *inputs: None), warnings.catch_warnings():
+    """Within this context, FlexAttention computes gradients on a CPU, uncompiled and with T x T scores."""
+    torch._dynamo.reset()  # uncompiled calls count as compiled variants
+    accept = mock.patch("torch.nn.attention.flex_attention._validate_device", lambda *inputs: None)
+    with accept, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
         yield
 
 
 def kernels(layer, lengths=None):
-    """{name: a function of q, k, v (B, H, T, D) that returns the outputs}, without dropout."""
+    """{name of a kernel: function of q, k, v (B, H, T, D) that returns the outputs (B, H, T, D)}, without dropout."""
     return {
         "reference": lambda q, k, v: layer.weights(q, k, lengths=lengths) @ v,
-        "engine": lambda q, k, v: engine.engine(layer, q, k, v, lengths),
+        "engine": lambda q, k, v: engine.attend(layer, q, k, v, lengths),
         "flex": lambda q, k, v: flex.attend(layer, q, k, v, lengths),
     }
 
 
 def outputs_and_gradients(layer, attend, inputs, lengths=None):
-    """[outputs, gradients of q, k, v and of the mechanism's parameters], for one fixed upstream gradient; nothing comes
-    from padding."""
+    """[outputs, gradients of inputs q, k, v, gradients of the bias's parameters] for a fixed random upstream gradient.
+
+    Outputs at padding are 0 and get no gradient.
+    """
     y = attend(*inputs)
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype)
     if lengths is not None:
@@ -191,20 +204,24 @@ def outputs_and_gradients(layer, attend, inputs, lengths=None):
 
 
 def error(layer, kernel, T, lengths=None, D=8):
-    """The largest difference between a kernel's outputs and gradients and the reference's, in float64, at random inputs."""
+    """The largest difference of outputs and gradients between a kernel and the reference, for random float64 inputs."""
     generator = torch.Generator().manual_seed(T)
-    inputs = [torch.randn(2, layer.n_head, T, D, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(3)]
+    inputs = [torch.randn(2, layer.n_head, T, D, generator=generator, dtype=torch.float64).requires_grad_()
+              for _ in range(3)]
     attend = kernels(layer, lengths)
     with in_float64(), flex_on_cpu():
-        found, expected = (outputs_and_gradients(layer, attend[name], inputs, lengths) for name in (kernel, "reference"))
-    return max((a - b).abs().max().item() for a, b in zip(found, expected))
+        actual, expected = (outputs_and_gradients(layer, attend[name], inputs, lengths)
+                            for name in (kernel, "reference"))
+    return max((a - b).abs().max().item() for a, b in zip(actual, expected))
 
 
 @in_float64()
 @torch.no_grad()
 def decoding_error(layer, T, prompt, chunk):
-    """The largest difference between the outputs of a text read through the cache, `chunk` tokens at a time after a
-    prompt, and those of the full forward pass. layer: float64, causal."""
+    """The largest difference between outputs computed through the cache and those of the full forward pass.
+
+    layer: float64 and causal. prompt: tokens of the first call; chunk: tokens of each later call.
+    """
     rotation = rotations(torch.arange(T), layer.head_size)
     x = torch.randn(2, T, layer.proj.in_features, generator=torch.Generator().manual_seed(T), dtype=torch.float64)
     cache = kvcache.Cache(layer.max_distance() + 1)
@@ -216,7 +233,7 @@ def decoding_error(layer, T, prompt, chunk):
 
 @torch.no_grad()
 def cells_missed(layer, T):
-    """Kept pairs that the block mask of kernel=flex leaves out."""
+    """The number of kept pairs that the block mask of kernel=flex leaves out."""
     i = torch.arange(T)
     kept = (layer.bias_at(i, i) > -math.inf).expand(layer.n_head, T, T)
     cells = flex.cells_of(layer, T, "cpu").expand(layer.n_head, -1, -1)

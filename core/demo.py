@@ -137,7 +137,7 @@ def stream(model, tokenizer, device, prompt, seed, *how):
 
     def draw():
         before, printer = time.perf_counter(), inference.Printer(tokenizer, prompt[-1:])
-        for token in hardware.adapt_threads(model.stream(idx, *how, generator), device):
+        for token in hardware.adapt_threads(model.generate_stream(idx, *how, generator), device):
             state["text"] += printer([int(token)])
             state["tokens"] += 1
             state["seconds"] += time.perf_counter() - before

@@ -195,8 +195,9 @@ def shard(model, device):
 
 
 def whole_parameters(model):
-    """The parameters that `shard` leaves whole, in the same order on each rank."""
-    return [p for attention in model.attentions() for p in attention.mask_parameters()]
+    """The parameters that `shard` leaves whole, in the same order on each rank: the masks', and scalars (FSDP limit)."""
+    masks = {id(p) for attention in model.attentions() for p in attention.mask_parameters()}
+    return [p for p in model.parameters() if id(p) in masks or p.dim() == 0]
 
 
 def is_sharded(x):

@@ -1,10 +1,10 @@
 """The CUDA kernel: a mechanism's formula through FlexAttention (torch.nn.attention.flex_attention).
 
-The formula becomes score_mod(s, b, h, i, j) = s + bias(h, i, j) and mask_mod = bias > -inf; of a relative mechanism with
-parameters the bias is tabulated by offset first, so that the gradient of one tensor is collected. The block mask is built
-on the device, without a T x T mask and without waiting for the device.
+The formula becomes score_mod(s, b, h, i, j) = s + bias(h, i, j) and mask_mod = bias > -inf. For a relative mechanism
+with parameters the bias is first tabulated by offset, so that gradients accumulate in one tensor. The block mask is
+built on the device, without a T x T mask and without synchronising.
 
-Letters: B batch, T time, H heads, D head size; n = T / BLOCK blocks of queries, as many of keys.
+Letters: B batch, T time, H heads, D head size; n = T / BLOCK blocks of queries, and as many of keys.
 """
 
 import functools
@@ -16,17 +16,18 @@ from torch.nn.attention import flex_attention as torch_flex
 
 from core import blocks
 from core.config import UserError
+from core.ops import matrix_variation
 
-BLOCK = 128  # queries and keys of a block of the mask: FlexAttention's default
-FACTOR_FLOOR = 1e-30  # a factor of 0 would be a score of -inf, and a row of nothing else has no gradient
+BLOCK = 128  # queries and keys per block of the mask: FlexAttention's default
+FACTOR_FLOOR = 1e-30  # a factor of 0 would give a score of -inf, and a row of such scores has no gradient
 
 
 def attend(layer, q, k, v, lengths=None, dropout=0.0):
-    """Attention by `layer`'s bias; equals `layer.weights(q, k) @ v`, but for dropout, which is drawn otherwise.
+    """Attention by `layer`'s bias, equal to `layer.weights(q, k) @ v` except for dropout's random stream: (B, H, T, D).
 
-    q, k, v: (B, H, T, D). lengths: (B,) or None. Weights that `factor` changes take two more passes without gradient, for
-    the sums of a row and of its squares; FlexAttention has no dropout, so a pass with the dropped weights is scaled by
-    the sum of all.
+    q, k, v: (B, H, T, D). lengths: (B,) or None. A `factor` takes two more passes without gradient, for each row's sum
+    of exponentials and of their squares. FlexAttention has no dropout: the output of a pass that drops pairs is scaled
+    by the ratio of its sums to those of all pairs.
     """
     score, mask = score_and_mask(layer, q.size(2), lengths)
     call = functools.partial(run, q, k, v, block_mask=block_mask(layer, q.size(2), mask, q.device))
@@ -49,33 +50,34 @@ def attend(layer, q, k, v, lengths=None, dropout=0.0):
 def run(q, k, v, score_mod, block_mask):
     """(outputs (B, H, T, D), log-sum-exp of each row (B, H, T)) of FlexAttention.
 
-    Raises UserError where PyTorch has compiled too many variants: it would go on uncompiled, with T x T scores.
+    Raises UserError at PyTorch's limit of compiled variants: uncompiled, FlexAttention would need T x T scores.
     """
     try:
         y, aux = kernel(q.device.type)(q, k, v, score_mod=score_mod, block_mask=block_mask,
                                        return_aux=torch_flex.AuxRequest(lse=True))
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:
-        raise UserError("kernel=flex: FlexAttention was compiled for more shapes than torch._dynamo.config.recompile_limit "
-                        f"({torch._dynamo.config.recompile_limit}) allows; raise it, keep to one text length, or use "
-                        "kernel=engine") from error
+        limit = torch._dynamo.config.recompile_limit
+        raise UserError("kernel=flex: FlexAttention was compiled for more shapes than "
+                        f"torch._dynamo.config.recompile_limit ({limit}) allows; raise it, keep to one text length, or "
+                        "use kernel=engine") from error
     return y, aux.lse
 
 
 def kernel(device):
-    """FlexAttention for a kind of device: compiled on CUDA, elsewhere as it is: exact, with T x T scores, for tests."""
+    """FlexAttention for a kind of device: compiled on CUDA; uncompiled elsewhere, with T x T scores, for tests."""
     return compiled() if device == "cuda" else torch_flex.flex_attention
 
 
 @functools.cache
 def compiled():
-    """FlexAttention through torch.compile. fullgraph: past the limit of recompilations it raises instead of going dense."""
+    """FlexAttention through torch.compile. fullgraph makes it raise at the limit of recompilations: see `run`."""
     return torch.compile(torch_flex.flex_attention, fullgraph=True, dynamic=False)
 
 
 def score_and_mask(layer, T, lengths):
-    """(score_mod, mask_mod) of a layer for texts of T tokens, of which `lengths` (B,) are not padding.
+    """(score_mod, mask_mod) of a layer for texts of T tokens. lengths: (B,), or None: no padding.
 
-    A mask_mod may not depend on parameters: where the bias does and is not relative, score_mod alone drops the pairs.
+    A mask_mod may not depend on parameters. If the bias does and is not relative, only score_mod drops pairs.
     """
     bias = kept_bias = layer.total_bias
     if layer.mask_parameters():
@@ -103,13 +105,13 @@ def by_offset(table, T):
 
 
 def with_factor(layer, score, total, call, lengths):
-    """`score` plus the logarithm of the layer's detached factor. total: (B, H, T), log-sum-exp of the rows' scores."""
+    """`score` plus the log of the layer's detached factor. total: (B, H, T), the log-sum-exp of each row of scores."""
     with torch.no_grad():
         squares = torch.exp(call(lambda s, b, h, i, j: 2 * score(s, b, h, i, j))[1] - 2 * total).nan_to_num(0.0)
         keys = torch.exp(call(lambda s, b, h, i, j: torch.zeros_like(s))[1]).round().clamp(min=1)
         variation = squares * keys - 1
         if layer.scope == "matrix":
-            variation = layer.matrix_variation(squares[..., None], lengths)[..., 0].expand_as(keys)
+            variation = matrix_variation(squares[..., None], lengths)[..., 0].expand_as(keys)
 
     def scaled(s, b, h, i, j):
         s = score(s, b, h, i, j)
@@ -120,13 +122,14 @@ def with_factor(layer, score, total, call, lengths):
 
 
 def with_dropout(score, dropout, device):
-    """`score` with pairs dropped at a rate, by a hash of a seed and the pair: the same forward and backward."""
+    """`score` with pairs dropped at a rate by a hash of a seed and the pair, which is equal in forward and backward."""
     seed = torch.randint(2**31, (), device=device)
-    limit = torch.full((), int(dropout * 2**24), device=device)  # a tensor: dynamo makes a number symbolic, which FlexAttention refuses
+    # a tensor, since dynamo would make a number symbolic, which FlexAttention refuses
+    limit = torch.full((), int(dropout * 2**24), device=device)
 
     def scaled(s, b, h, i, j):
         x = seed
-        for index in (b, h, i, j):  # mixed after each: no two heads or texts share their bits at shifted positions
+        for index in (b, h, i, j):  # mixed after each, so that heads and texts do not share bits at shifted positions
             x = (x + index) & 0x7FFFFFFF
             for factor in (0x45D9F3B, 0x2C1B3C6D):
                 x = ((x ^ (x >> 16)) * factor) & 0x7FFFFFFF
@@ -139,23 +142,24 @@ def with_dropout(score, dropout, device):
 
 
 def block_mask(layer, T, mask, device):
-    """The BlockMask of a layer for T tokens: every block that holds a kept pair, filtered by `mask`."""
+    """The BlockMask of a layer for T tokens: all blocks that contain a kept pair, filtered by `mask` (a mask_mod)."""
     cells = cells_of(layer, T, device)[None]  # (1, H or 1, n, n)
     order = torch.argsort(cells.to(torch.int8), dim=-1, descending=True, stable=True)
-    return torch_flex.BlockMask.from_kv_blocks(cells.sum(-1, dtype=torch.int32), order.to(torch.int32), BLOCK_SIZE=BLOCK,
-                                               mask_mod=mask, seq_lengths=(T, T))
+    counts = cells.sum(-1, dtype=torch.int32)
+    return torch_flex.BlockMask.from_kv_blocks(counts, order.to(torch.int32), BLOCK_SIZE=BLOCK, mask_mod=mask,
+                                               seq_lengths=(T, T))
 
 
 @torch.no_grad()
 def cells_of(layer, T, device):
-    """Which blocks of BLOCK x BLOCK hold a pair that the layer may keep, (H or 1, n, n), on the device."""
+    """Which blocks of BLOCK x BLOCK contain a pair that the layer may keep: bool (H or 1, n, n) on the device."""
     n = -(-T // BLOCK)
     if layer.relative:
         kept = layer.bias_by_offset(T) > -math.inf  # offsets 1 - T to T - 1
         kept = F.pad(kept, (n * BLOCK - T, n * BLOCK - T + 1)).float()  # offsets -n BLOCK + 1 to n BLOCK
-        band = F.max_pool1d(kept, 2 * BLOCK - 1, BLOCK) > 0  # (H or 1, 2 n - 1): j's block minus i's, from 1 - n to n - 1
-        place = torch.arange(n, device=device)
-        return band[:, place - place[:, None] + n - 1]
+        band = F.max_pool1d(kept, 2 * BLOCK - 1, BLOCK) > 0  # (H or 1, 2 n - 1): block offsets 1 - n to n - 1
+        index = torch.arange(n, device=device)
+        return band[:, index - index[:, None] + n - 1]
     key = T, "cells", str(device)
     if key not in layer.blocks_of:
         cells = torch.zeros(layer.n_head, n, n, dtype=torch.bool)

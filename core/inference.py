@@ -1,4 +1,4 @@
-"""What a trained model is asked: texts as batches, the next token, the label of a text.
+"""Inference: conversion of a trained model, the next token, the label of a text, and text between tokens and terminal.
 
 Letters: B batch, T time, N texts, V vocabulary.
 """
@@ -8,13 +8,52 @@ import math
 import re
 
 import torch
+import torch.nn as nn
 
 from core import hardware
 from core.config import UserError
 
 
+class PackedLinear(nn.Module):
+    """A bfloat16 linear layer for inference whose weight is stored in oneDNN's blocked layout.
+
+    A plain weight is reordered at every call. For a single token that takes as long as the product.
+    """
+
+    def __init__(self, linear):
+        super().__init__()
+        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1), linear.bias
+
+    def forward(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+    @staticmethod
+    def is_supported():
+        """Whether oneDNN computes in bfloat16 on this processor (x86: avx512bw or avx_ne_convert)."""
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def convert_for_inference(model, dtype):
+    """Convert a language model in place for inference (irreversible) and return it.
+
+    Weights become `dtype`, except the parameters of attention's bias: a span rounded to bfloat16 would be another mask.
+    In bfloat16 on a CPU that supports it, the weights of linear layers are packed.
+    """
+    mask_parameters = [p for attn in model.attentions() for p in attn.mask_parameters()]
+    exact = [p.data for p in mask_parameters]
+    model.to(dtype).eval().requires_grad_(False)
+    for p, data in zip(mask_parameters, exact):
+        p.data = data
+    if dtype == torch.bfloat16 and model.embedding.weight.device.type == "cpu" and PackedLinear.is_supported():
+        for parent in list(model.modules()):
+            for name, child in parent.named_children():
+                if type(child) is nn.Linear:
+                    setattr(parent, name, PackedLinear(child))
+    return model
+
+
 def encode(tokenizer, text):
-    """Token ids (list of int) of a text that begins a document."""
+    """Token ids (list of int) of a text that begins a document. Raises UserError for an unknown character."""
     try:
         ids = tokenizer.encode(text)
     except ValueError as error:
@@ -23,16 +62,16 @@ def encode(tokenizer, text):
 
 
 class Printer:
-    """Turns tokens that come one by one into text, so that no character is ever shown half."""
+    """Incremental decoder of tokens into text: returns complete characters only."""
 
     def __init__(self, tokenizer, last=""):
-        self.tokenizer, self.last = tokenizer, last  # last: the character before, "" at the beginning
+        self.tokenizer, self.last = tokenizer, last  # last: the previous character, "" at the beginning
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def __call__(self, ids, final=False):
-        """The text (str) that `ids` complete; with `final` also what no token will complete any more."""
+        """The text (str) that `ids` complete. With `final`, incomplete bytes become replacement characters."""
         text = self.decoder.decode(self.tokenizer.decode_bytes(ids), final)
-        # A word brings its own space, which is one too many at the beginning, and after these.
+        # a word starts with a space, which is wrong at the beginning and after these characters
         if self.tokenizer.kind == "words" and text[:1] == " " and self.last in " \n([{":
             text = text[1:]
         self.last = text[-1:] or self.last
@@ -40,8 +79,8 @@ class Printer:
 
 
 def review_batch(model, tokenizer, texts, device):
-    """(x (B, T), lengths (B,)) of texts, each cut to the block size."""
-    # reviews on one line keep their line ends as HTML; data/imdb stores them as line ends
+    """Texts as a padded batch, each cut to the block size: x (B, T) token ids, lengths (B,)."""
+    # the raw reviews write line breaks as HTML; data/imdb stores newlines
     ids = [encode(tokenizer, re.sub(r"<br\s*/?>", "\n", text, flags=re.I)) for text in texts]
     ids = [torch.tensor(each[: model.config.block_size]) for each in ids]
     lengths = torch.tensor([len(each) for each in ids], device=device)
@@ -50,8 +89,8 @@ def review_batch(model, tokenizer, texts, device):
 
 @torch.no_grad()
 def predict(model, tokenizer, texts, device, dtype):
-    """The probability of class 1 of each text, (N,). Raises UserError where a text has no tokens, or scores are not finite."""
-    found = []
+    """The probability of class 1 of each text, (N,). Raises UserError for an empty text or non-finite logits."""
+    probabilities = []
     for first in range(0, len(texts), 32):
         x, lengths = review_batch(model, tokenizer, texts[first : first + 32], device)
         if lengths.min() < 1:
@@ -59,30 +98,34 @@ def predict(model, tokenizer, texts, device, dtype):
         with hardware.autocast(device, dtype):
             logits = model(x, lengths=lengths)[0].float()
         check_finite(logits)
-        found.append(torch.softmax(logits, -1)[:, 1])
-    return torch.cat(found)
+        probabilities.append(torch.softmax(logits, -1)[:, 1])
+    return torch.cat(probabilities)
 
 
 def check_finite(logits):
-    """Raise UserError where a model's output is not finite: what is drawn from it would be no answer of the model's."""
+    """Raise UserError unless all logits are finite."""
     if not logits.isfinite().all():
         raise UserError("the model's scores are not finite; try --dtype=float32, or another checkpoint")
 
 
 def sample_next_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """One token for each row of logits (B, V): (B,). Raises UserError where they are not finite."""
+    """Sample one token for each row of logits (B, V): (B,). Raises UserError if they are not finite.
+
+    temperature: 0 takes the most likely token. top_k: sample from the k most likely tokens (0: all). top_p: sample from
+    the smallest set of most likely tokens that holds this share of the probability.
+    """
     check_finite(logits)
     if temperature < torch.finfo(logits.dtype).tiny:
         return logits.argmax(-1)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # differences: the quotient may overflow, to -inf only
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # differences, which overflow to -inf only
     if 0 < top_k < logits.size(-1):
         smallest = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -math.inf)
     p = torch.softmax(logits, -1)
     if top_p < 1:
-        falling, order = p.sort(descending=True)
-        before = falling.cumsum(-1) - falling  # what the likelier tokens hold together
-        falling = falling.masked_fill(before >= top_p, 0)
-        falling[:, 0] = falling[:, 0].clamp(min=1e-30)  # the likeliest always stays
-        p = torch.zeros_like(p).scatter(-1, order, falling)
+        sorted_p, order = p.sort(descending=True)
+        cumulative = sorted_p.cumsum(-1) - sorted_p  # probability of all more likely tokens
+        sorted_p = sorted_p.masked_fill(cumulative >= top_p, 0)
+        sorted_p[:, 0] = sorted_p[:, 0].clamp(min=1e-30)  # the most likely token always stays
+        p = torch.zeros_like(p).scatter(-1, order, sorted_p)
     return torch.multinomial(p, 1, generator=generator)[:, 0]

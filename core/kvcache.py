@@ -1,6 +1,6 @@
-"""Cached decoding: the keys and values of a text so far, and attention of its newest tokens to them.
+"""Cached decoding: a ring of keys and values, and attention of new tokens to it.
 
-Letters: B batch, T time, H heads, D head size; m keys, S slots of the cache.
+Letters: B batch, T time, H heads, D head size; m keys.
 """
 
 import math
@@ -14,24 +14,23 @@ class Cache:
     """Keys and values of the last `size` positions of one layer, in a ring: (B, H, size, D)."""
 
     def __init__(self, size):
-        self.size, self.length = size, 0  # length: tokens seen so far, kept or not
-        self.kept = None  # `kept_by_distance`, once it is known
+        self.size, self.length = size, 0  # length: tokens of the text so far, cached or not
+        self.kept = None  # the result of `kept_by_distance`, computed once
 
     def extend(self, k, v):
         """Append k, v (B, H, T, D), from position `length` on.
 
-        Returns the keys and values that the new tokens may need, (B, H, m, D) in any order, and
-        their positions (m,).
+        Returns the keys and values that the new tokens may need, (B, H, m, D) in any order, and their positions (m,).
         """
         T, start = k.size(2), self.length
         new = torch.arange(start, start + T, device=k.device)
         if start == 0:
             self.k, self.v = (x.new_empty(*x.shape[:2], self.size, x.size(3)) for x in (k, v))
             self.positions = torch.empty(self.size, dtype=torch.long, device=k.device)
-        every = k, v, new
-        if T > 1 and start:  # joined before the ring is written: the first new token may need what the last displaces
-            every = [torch.cat([old, x], dim) for old, x, dim in zip(self.held(), every, (2, 2, 0))]
-        first = max(0, T - self.size)  # of the new ones, the first that stays
+        available = k, v, new
+        if T > 1 and start:  # joined before the ring is written: the last token may overwrite keys that the first needs
+            available = [torch.cat([old, x], dim) for old, x, dim in zip(self.filled(), available, (2, 2, 0))]
+        first = max(0, T - self.size)  # the first new token that is cached
         while first < T:
             slot = (start + first) % self.size
             last = min(T, first + self.size - slot)
@@ -40,17 +39,17 @@ class Cache:
             self.positions[slots] = new[first:last]
             first = last
         self.length += T
-        return every if T > 1 else self.held()
+        return available if T > 1 else self.filled()
 
-    def held(self):
-        """(keys, values, positions) of the slots that are filled."""
+    def filled(self):
+        """(keys (B, H, m, D), values, positions (m,)) of the filled slots."""
         if self.length >= self.size:
             return self.k, self.v, self.positions
         return self.k[:, :, : self.length], self.v[:, :, : self.length], self.positions[: self.length]
 
 
 def attend(layer, q, k, v, cache):
-    """Outputs (B, H, T, D) of new tokens q, k, v (B, H, T, D) that continue the text of a cache, which is extended."""
+    """Attention of new tokens q, k, v (B, H, T, D), which extend the cached text: (B, H, T, D)."""
     start, T = cache.length, q.size(2)
     keys, values, j = cache.extend(k, v)
     i = torch.arange(start, start + T, device=q.device)
@@ -65,10 +64,10 @@ def attend(layer, q, k, v, cache):
 
 
 def attend_by_distance(layer, q, cache, i, j):
-    """`attend` of one token where the bias depends on the distance alone: only kept slots are read."""
+    """`attend` for one token of a relative layer: only kept slots are read."""
     if cache.kept is None:
         cache.kept = kept_by_distance(layer, cache.size, q.dtype)
-    (k, v, _), (heads, distances, bias, keeps_itself) = cache.held(), cache.kept
+    (k, v, _), (heads, distances, bias, keeps_itself) = cache.filled(), cache.kept
     if distances is None:
         return average(layer, q, k, v, None if bias is None else bias[:, :, i - j], True)
     if cache.length < cache.size:
@@ -83,8 +82,11 @@ def attend_by_distance(layer, q, cache, i, j):
 
 
 def average(layer, q, k, v, bias, keeps_itself=False):
-    """reweigh(softmax(q k^T / sqrt(D) + bias)) v. bias: of the dtype of q, `mask_value` for dropped pairs; None: 0 for all.
-    keeps_itself: no row is without a kept key; else such a row gives 0."""
+    """reweigh(softmax(q k^T / sqrt(D) + bias)) v: (B, H, n, D).
+
+    bias: in the dtype of q, `mask_value` for dropped pairs; None: 0. keeps_itself: every row has a kept key; otherwise
+    rows without one give 0.
+    """
     scores = q @ k.mT / math.sqrt(q.size(3))
     p = torch.softmax(scores if bias is None else scores + bias, -1)
     dropped = None if bias is None or keeps_itself and not layer.reweighs else bias == mask_value(q.dtype)
@@ -97,12 +99,12 @@ def average(layer, q, k, v, bias, keeps_itself=False):
 
 
 def kept_by_distance(layer, size, dtype):
-    """What the newest query keeps of the `size` latest positions, of a relative layer: (heads, distances, bias, whether
+    """What a query of a relative layer keeps of the `size` positions up to its own: (heads, distances, bias, whether
     each head keeps the query's own key).
 
-    All of them: distances is None, bias (H or 1, 1, size) by distance, or None: 0. The same in each head:
-    distances (m,), bias (H or 1, 1, m), heads empty. Else all heads' distances in one row, heads (m,) naming the head
-    of each, and bias (H, 1, m) that drops every head's keys for the others.
+    If all are kept, distances is None, and bias is (H or 1, 1, size) by distance, or None: 0. If all heads keep the
+    same, distances is (m,), bias (H or 1, 1, m), and heads is empty. Else the distances of all heads are joined to
+    (m,), heads (m,) names the head of each, and bias (H, 1, m) drops each head's keys for the others.
     """
     bias = layer.bias_by_offset(size, future=False).flip(1)[:, None].to(dtype).clamp(min=mask_value(dtype))
     kept = bias[:, 0] > mask_value(dtype)

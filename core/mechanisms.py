@@ -1,8 +1,10 @@
-"""Attention mechanisms by name: --attention=NAME is the class `Attention` of NAME.py beside attention.py."""
+"""Models and attention mechanisms by name: --attention=NAME is the class `Attention` of NAME.py beside attention.py."""
 
 import importlib
 
 from core.config import check_choice, mechanism_files, plain_values
+
+MODELS = {"gpt": ("model", "GPT"), "bilstm": ("bilstm", "BiLSTM")}  # name: (module, class)
 
 
 def mechanisms():
@@ -11,11 +13,23 @@ def mechanisms():
 
 
 def mechanism(name):
-    """(class, default options) of the attention mechanism `name`: of `name`.py, or dense.
+    """(class, default options) of the attention mechanism `name`: of NAME.py, or of attention.py for dense.
 
-    The options are the plain lower-case values at the top of the file. Raises UserError for a
-    name that is none of the mechanisms beside attention.py.
+    The options are the plain lower-case values at the top of the file. Raises UserError for an unknown name.
     """
     check_choice("attention", name, mechanisms())
     module = importlib.import_module("attention" if name == "dense" else name)
     return module.Attention, plain_values(vars(module))
+
+
+def options_of(model, attention):
+    """The default options, by name, of a kind of model with a mechanism. Raises UserError for an unknown name."""
+    check_choice("model", model, MODELS)
+    return mechanism(attention)[1] if model == "gpt" else importlib.import_module(model).options_of(attention)
+
+
+def new_model(config):
+    """The model that a GPTConfig describes. Raises UserError for an invalid configuration."""
+    check_choice("model", config.model, MODELS)
+    module, name = MODELS[config.model]
+    return getattr(importlib.import_module(module), name)(config)

@@ -1,11 +1,14 @@
-"""Fast elementwise pieces that several files share: rotary positions, dropout, precisions of sums and masks.
+"""Elementwise operations with hand-written fast paths: RMS normalisation, dropout, rotary positions.
 
-Letters: B batch, T time, H heads, D head size.
+Letters: B batch, T time, C channels, H heads, D head size.
 """
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 
 def accumulate_dtype(x):
@@ -14,9 +17,70 @@ def accumulate_dtype(x):
 
 
 def mask_value(dtype):
-    """A finite score that stands for -inf: exp() of it is exactly 0 beside any real score, a row of nothing else stays
-    finite, and a fourth of the range is left for adding a score or a second mask to it."""
+    """A finite score that stands for -inf.
+
+    exp() of it is exactly 0 beside any real score, a row of such scores stays finite, and adding a score or a second
+    mask does not overflow.
+    """
     return torch.finfo(dtype).min / 4
+
+
+class ParameterReads(TorchFunctionMode):
+    """Within this context, `ids` collects the id() of each parameter that an operation reads, even without gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.ids = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        self.ids.update(id(x) for x in tree_leaves((args, kwargs)) if isinstance(x, nn.Parameter))
+        return function(*args, **kwargs)
+
+
+def matrix_variation(squares, lengths=None):
+    """(sigma / mu)^2 of all softmax weights of each head and example, (B, H, 1, 1).
+
+    squares: (B, H, T, 1), each row's sum of squared weights. lengths: (B,), or None: T. For a text of L tokens, the L
+    rows of L weights each sum to 1, so the mean is 1 / L.
+    """
+    if lengths is not None:
+        rows = torch.arange(squares.size(2), device=squares.device) < lengths[:, None]
+        squares = squares.where(rows[:, None, :, None], 0)
+    return squares.sum(2, keepdim=True) - 1
+
+
+# ---- normalisation -------------------------------------------------------------------------
+
+EPSILON = 1e-6  # added to the mean square
+
+
+def rms_norm(x):
+    """x / rms(x) over the last dimension (Zhang and Sennrich 2019), without a gain. Same shape and dtype as x."""
+    return RMSNormFunction.apply(x) if torch.is_grad_enabled() else scale_to_unit_rms(x)[0]
+
+
+def scale_to_unit_rms(x):
+    """(x / rms(x), 1 / rms(x)) over the last dimension, in fewer operations than F.rms_norm."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=accumulate_dtype(x))
+    scale = (norm.square_() / x.size(-1)).add_(EPSILON).rsqrt_()
+    return (x * scale).to(x.dtype), scale
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """RMS normalisation with a hand-written gradient, three times as fast as F.rms_norm's on a CPU."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y, scale = scale_to_unit_rms(x)
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, scale = ctx.saved_tensors
+        along = torch.linalg.vecdot(grad, y)[..., None]
+        return (torch.addcmul(grad, y, along, value=-1 / y.size(-1)) * scale).to(grad.dtype)
 
 
 # ---- dropout -------------------------------------------------------------------------------
@@ -25,17 +89,18 @@ def mask_value(dtype):
 def dropout_mask(x, p, generator=None):
     """0 with probability p, else 1 / (1 - p), in the shape and dtype of x.
 
-    It uses 16 random bits per element: PyTorch draws 32, one element at a time, which on a CPU takes several times as
-    long as the attention that it is for.
+    It uses 16 random bits per element. PyTorch draws 32, one element at a time, which on a CPU takes several times as
+    long as attention itself.
     """
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None, generator=generator)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+    bits.random_(-(2**63), None, generator=generator)
     dropped = round(p * 2**16)
     kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
     return kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
 
 
 def drop(x, p):
-    """x with elements dropped at rate p."""
+    """x with elements dropped at rate p, the rest scaled by 1 / (1 - p)."""
     if p == 0:
         return x
     return x * dropout_mask(x, p) if x.device.type == "cpu" else F.dropout(x, p)
@@ -47,8 +112,8 @@ def drop(x, p):
 def rotations(positions, head_size, base=10000.0):
     """Cosines and sines of rotary positions (Su et al. 2021, section 3.2.2).
 
-    positions: (T,) LongTensor. Returns (2, T, D / 2) in float64, for angles position * base^(-2 d / D): float32 angles
-    would be wrong in the third digit at position 1e5.
+    positions: (T,) LongTensor. Returns (2, T, D / 2) in float64 for angles position * base^(-2 d / D). At position 1e5
+    float32 angles would be wrong in the third digit.
     """
     d = torch.arange(0, head_size, 2, dtype=torch.float64)
     angles = torch.outer(positions.double(), base ** (-d / head_size))
@@ -56,10 +121,10 @@ def rotations(positions, head_size, base=10000.0):
 
 
 class Rotate(torch.autograd.Function):
-    """Rotary positions on q and k, and the engine's memory order, in two passes.
+    """Rotary positions on q and k, and a contiguous copy in the order the engine needs, in two passes.
 
-    qkv (3, B, H, T, D) with any strides -> the same, contiguous, with dimensions d and d + D / 2 of q and k rotated by
-    the angle. The backward pass is written by hand because autograd would keep and pad every half.
+    qkv: (3, B, H, T, D) with any strides. Returns the same shape, contiguous; dimensions d and d + D / 2 of q and k are
+    rotated by the angle. The backward pass is written by hand because autograd would keep and pad every half.
     """
 
     @staticmethod
@@ -85,7 +150,10 @@ class Rotate(torch.autograd.Function):
 
 
 def split_heads(qkv, rotation=None):
-    """q, k, v, each (B, H, T, D) and contiguous, from a (3, B, H, T, D) view; q and k rotated."""
+    """q, k, v, each (B, H, T, D) and contiguous, from a (3, B, H, T, D) view.
+
+    rotation: from `rotations`, (2, T, D / 2), applied to q and k; None: no rotation.
+    """
     if rotation is None:
         return qkv.contiguous().unbind(0)
     cos, sin = rotation.to(qkv.dtype).unbind(0)

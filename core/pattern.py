@@ -16,6 +16,7 @@ import torch
 from core import contract, figures
 from core.config import UserError, configure, run_main
 from core.mechanisms import mechanism
+from core.ops import matrix_variation
 
 SHADES = ".:+*#"  # dropped, three steps of a soft mask, kept; ASCII, since not every terminal has blocks
 
@@ -77,7 +78,7 @@ def patterns(layers, name, T):
             said[n, h] = {"": getattr(layer, "pattern", name), **{key: f"{each[key][h]:.3g}" for key in each}}
         if layer.reweighs:
             p = torch.softmax(q @ k.transpose(2, 3) / math.sqrt(q.size(3)) + bias, -1)  # (1, H, T, T)
-            variation = layer.matrix_variation(p.square().sum(-1, keepdim=True)) if layer.scope == "matrix" else None
+            variation = matrix_variation(p.square().sum(-1, keepdim=True)) if layer.scope == "matrix" else None
             factor = (layer.reweigh(p, (bias > -math.inf)[None].sum(-1, keepdim=True), variation) / p)[0]
             factors |= {(n, h): torch.where(p[0, h] > 0, factor[h], math.nan).numpy() for h in range(layer.n_head)}
     dense = T * (T + 1) / 2 if layers[0].causal else T * T

@@ -1,6 +1,6 @@
 """ATRT beyond the laws of tests/test_contract.py: its zones, its statistics, its gradient.
 
-`formula` is the equation of the design, term by term; what `atrt.py` computes in fewer operations is held to it.
+`formula` is the equation of the design, term by term; what `core/ranking.py` computes in fewer operations is held to it.
 """
 
 import math
@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 
-import atrt
-from core import engine
+from core import engine, ranking
 from core.config import UserError
 from core.mechanisms import mechanism
+from core.ops import matrix_variation
 from helpers import LargestTensor
 from model import GPTConfig
 
@@ -232,7 +232,7 @@ def test_scopes_differ():
 def reweighed(layer, p, keys):
     """`reweigh` of whole matrices p (B, H, T, T) as the reference calls it; as many queries as keys are not padding."""
     squares, lengths = p.detach().square().sum(-1, keepdim=True), keys[:, 0, 0, 0].long()
-    return layer.reweigh(p, keys, layer.matrix_variation(squares, lengths) if layer.scope == "matrix" else None)
+    return layer.reweigh(p, keys, matrix_variation(squares, lengths) if layer.scope == "matrix" else None)
 
 
 @pytest.mark.parametrize("scope", ["row", "matrix"])
@@ -269,7 +269,7 @@ def test_exact(task, renormalize, monkeypatch):
     """The few operations equal the formula in float64, in one piece and in many, strided or not."""
     layer = make(renormalize=renormalize, task=task)
     for piece in (2**19, 700, 1):
-        monkeypatch.setattr(atrt, "PIECE", piece)
+        monkeypatch.setattr(ranking, "PIECE", piece)
         for shape in ((1, 1), (3, 3), (1, 1, 1, 5), (2, 3, 17, 40), (7, 129), (2, 64, 300), (1, 2, 3, 1000)):
             for spread in (0.3, 1.5, 6):
                 p, keys = rows(*shape, spread=spread)
@@ -328,7 +328,7 @@ def test_variation_of_a_matrix():
     """The engine's rows give the one number for each head of an example that matrix scope ranks by."""
     q, k = torch.randn(2, 2, 3, 30, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     layer, lengths = make(scope="matrix"), torch.tensor([30, 12])
-    found = layer.matrix_variation(engine.row_squares(layer, q, k, lengths), lengths)
+    found = matrix_variation(engine.row_squares(layer, q, k, lengths), lengths)
     assert found.shape == (2, 3, 1, 1)
     p = torch.softmax(q[1, 2, :12] @ k[1, 2, :12].T / math.sqrt(8), -1)
     assert found[1, 2].item() == pytest.approx((p.std(correction=0) / p.mean()).item() ** 2, rel=1e-12)

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from core import contract, engine
+from core import contract, engine, tiles
 from core.config import UserError
 from core.contract import outputs_and_gradients
 from core.kvcache import Cache
@@ -116,7 +116,7 @@ def test_flex_is_exact(case, T, padded):
 def test_exact_in_small_tiles(case, monkeypatch):
     """Tiles that hold some of a block's heads, examples and stacked blocks compute the same."""
     for size in (2**9, 2**12):
-        monkeypatch.setattr(engine, "TILE", size)
+        monkeypatch.setattr(tiles, "TILE", size)
         assert contract.error(case.layer(block_size=300), "engine", 150) < BOUND
 
 
@@ -226,7 +226,7 @@ def test_decoding_reads_what_is_kept(causal_case):
             read = Cache(cache.size)
             read.__dict__.update(cache.__dict__)
             read.k, read.v = cache.k.clone(), cache.v.clone()
-            _, _, j = cache.held()
+            _, _, j = cache.filled()
             kept = (layer.bias_at(torch.tensor([t]), j) > -math.inf).expand(3, 1, len(j))[:, 0]
             if not layer.relative:  # the heads read the same slots
                 kept = kept.any(0).expand(3, -1)

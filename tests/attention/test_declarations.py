@@ -7,9 +7,10 @@ import torch
 
 import model as model_file
 from attention import Attention
-from core import blocks, contract
+from core import blocks, contract, dist, mechanisms
 from core.blocks import Block
 from core.config import UserError
+from core.inference import convert_for_inference
 from model import GPT, GPTConfig
 from strangers import AbsoluteKeys, Prefix
 
@@ -136,10 +137,63 @@ class Unguarded(Attention):
 ])
 def test_refused(monkeypatch, kind, says):
     """By a whole model, with the mechanism's name first."""
-    monkeypatch.setattr(model_file, "mechanism", lambda name: (kind, {}))
+    for module in (mechanisms, model_file):
+        monkeypatch.setattr(module, "mechanism", lambda name: (kind, {}))
     config = GPTConfig(n_layer=1, n_head=3, n_embd=24, block_size=600, attention="mine", options={})
     with pytest.raises(UserError, match=f"^mine: .*({says})"):
         GPT(config)
+
+
+class Gain(Window):
+    """A learned gain on the output: a parameter that the bias does not read."""
+
+    def __init__(self, config, layer=0):
+        super().__init__(config, layer)
+        self.gain = torch.nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, *inputs):
+        return self.gain * super().forward(*inputs)
+
+
+class Threshold(Attention):
+    """A hard window whose length has no gradient from the bias, beside a net that has."""
+
+    relative = True
+
+    def __init__(self, config, layer=0):
+        super().__init__(config, layer)
+        self.length, self.unused = torch.nn.Parameter(torch.tensor(9.0)), torch.nn.Parameter(torch.zeros(3))
+        self.net = torch.nn.Linear(1, 1)
+
+    def bias(self, h, i, j):
+        d = i - j
+        slope = self.net(d[..., None].to(self.net.weight.dtype))[..., 0]
+        return torch.where(d < self.length, -0.01 * d * slope.exp(), -math.inf)
+
+
+def test_mask_parameters():
+    """They are those that the bias reads, with or without a gradient; a gain on the output is none of them."""
+    config = GPTConfig(n_layer=1, n_head=3, n_embd=24, block_size=64, kernel="engine")
+    gain, threshold = Gain(config), Threshold(config)
+    assert gain.mask_parameters() == [] and gain.blocks_of.keys() == set()
+    assert blocks.find(gain, 64) is blocks.find(gain, 64)  # constant, so they are found once
+    assert type("GainOnly", (Gain,), {"bias": Attention.bias, "blocks": Attention.blocks})(config).dense
+    assert [id(p) for p in threshold.mask_parameters()] == [id(p) for p in (threshold.length, *threshold.net.parameters())]
+    for length in (9.0, 20.0):  # blocks follow a parameter that only the penalty could train
+        threshold.double().length.data.fill_(length)
+        assert threshold.max_distance() == length - 1
+        assert contract.error(threshold, "engine", 64) < 1e-10
+
+
+def test_a_gain_is_converted_for_inference_and_trains(monkeypatch):
+    """It is no part of the mask, whose parameters keep their precision: the model computes in one dtype."""
+    for module in (mechanisms, model_file):
+        monkeypatch.setattr(module, "mechanism", lambda name: (Gain, {}))
+    model, idx = GPT(GPTConfig(n_layer=1, n_head=3, n_embd=24, block_size=64, attention="mine")), torch.zeros(1, 5).long()
+    model(idx, idx)[1].backward()
+    assert model.layers[0].attention.gain.grad != 0
+    assert dist.whole_parameters(model) == [model.layers[0].attention.gain]  # FSDP refuses to shard a scalar
+    assert convert_for_inference(model, torch.bfloat16)(idx)[0].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("causal", [True, False])

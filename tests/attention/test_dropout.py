@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from core import engine
+from core import tiles
 from core.mechanisms import mechanism
 from model import GPTConfig
 
@@ -30,7 +30,7 @@ def make(name, options, **changes):
 def test_no_two_weights_are_dropped_together(case, kernel, tile, monkeypatch):
     """Over many calls every weight has a pattern of its own, of which the rate asked for is dropped. Two of 64
     fair coins each agree with a chance of 2^-64."""
-    monkeypatch.setattr(engine, "TILE", tile)
+    monkeypatch.setattr(tiles, "TILE", tile)
     layer = make(*CASES[case], dropout=0.5, kernel=kernel).train()
     scores = torch.zeros(B, H, T, 8, dtype=torch.float64)
     kept = (layer.weights(scores, scores) > 0).nonzero(as_tuple=True)
@@ -54,6 +54,6 @@ def test_tiles_that_hold_some_of_the_heads_of_a_block(causal, monkeypatch):
 
     expected = results(layer.weights(q, k) @ v)
     for tile in (1, 1000, 7000, 13_000, 2**21):
-        monkeypatch.setattr(engine, "TILE", tile)
+        monkeypatch.setattr(tiles, "TILE", tile)
         for found, wanted in zip(results(layer.attend(q, k, v)), expected):
             torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10, msg=f"tiles of {tile}")

@@ -7,7 +7,7 @@ import torch
 from test_contract import cases, random_qkv
 
 from attention import Attention
-from core import blocks, contract, engine, ops
+from core import blocks, contract, ops, tiles
 from core.blocks import Block
 from core.config import UserError
 from helpers import LargestTensor
@@ -133,7 +133,7 @@ def test_shared_keys_stack():
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_is_added_to_one_place_twice_at_once(name, monkeypatch):
     """What is added in place in one operation shares no element: else threads would lose sums, now and then."""
-    view_of, scatter_add, added = engine.Tile.view_of, engine.Tile.scatter_add, []
+    view_of, scatter_add, added = tiles.Tile.view_of, tiles.Tile.scatter_add, []
 
     def watched(tile, x, y):
         def places(tile, x, positions, shift):
@@ -143,11 +143,11 @@ def test_nothing_is_added_to_one_place_twice_at_once(name, monkeypatch):
             added.append(positions)
             return view_of(tile, x, positions, shift)
 
-        monkeypatch.setattr(engine.Tile, "view_of", places)
+        monkeypatch.setattr(tiles.Tile, "view_of", places)
         scatter_add(tile, x, y)
-        monkeypatch.setattr(engine.Tile, "view_of", view_of)
+        monkeypatch.setattr(tiles.Tile, "view_of", view_of)
 
-    monkeypatch.setattr(engine.Tile, "scatter_add", watched)
+    monkeypatch.setattr(tiles.Tile, "scatter_add", watched)
     for T in (23, 300):
         CASES[name].layer(block_size=300).attend(*random_qkv(T, B=1)).sum().backward()
     assert added
@@ -158,7 +158,7 @@ def test_engine_builds_no_square(name, monkeypatch):
     """No tensor of the engine has T x T elements: memory is linear in T."""
     T = 2048
     layer = CASES[name].layer(block_size=T, dtype=torch.float32)
-    monkeypatch.setattr(engine, "TILE", 2**16)
+    monkeypatch.setattr(tiles, "TILE", 2**16)
     inputs = random_qkv(T, B=1, dtype=torch.float32)
     with LargestTensor() as largest:
         torch.autograd.grad(layer.attend(*inputs).sum(), inputs + layer.mask_parameters(), allow_unused=True)

@@ -173,7 +173,7 @@ def test_masked_form_is_the_layer(settings, spans):
     settings(device="cpu")
     model = bench.parse(f"{SPANS} softness_span_mask=8 use_triangle_wave_masking=True").model(
         "reference", n_layer=1, n_head=2, n_embd=16, block_size=40).double()
-    layer, rotation = model.layers[0].attention, model.table(40).double()
+    layer, rotation = model.layers[0].attention, model.position_table(40).double()
     with torch.no_grad():
         layer.span.copy_(torch.logit(torch.tensor(spans) / 40))
         layer.ratio.copy_(torch.tensor([0.5, -1.0]))

@@ -13,10 +13,11 @@ import model as model_file
 from core import contract
 from core.checkpoint import save
 from core.config import UserError
-from core.inference import sample_next_token
+from core.inference import PackedLinear, convert_for_inference, sample_next_token
 from core.hardware import activation_bytes
 from core.mechanisms import mechanism
-from model import GPT, GPTConfig, Normalize, PackedLinear, load
+from core.ops import rms_norm
+from model import GPT, GPTConfig, load
 
 SMALL = dict(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=16)
 
@@ -122,10 +123,10 @@ def test_loss():
     assert loss.item() == pytest.approx(math.log(50), abs=0.1)
 
 
-def test_normalize_is_rms_norm():
+def test_rms_norm():
     x = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(Normalize.apply(x), torch.nn.functional.rms_norm(x, (8,), eps=1e-6))
-    assert torch.autograd.gradcheck(Normalize.apply, x)
+    torch.testing.assert_close(rms_norm(x), torch.nn.functional.rms_norm(x, (8,), eps=1e-6))
+    assert torch.autograd.gradcheck(rms_norm, x)
 
 
 @pytest.mark.parametrize("changes", [{}, {"n_class": 2}, {"tie": False, "bias": True, "norm": "layernorm", "pos": "learned"}])
@@ -161,14 +162,14 @@ def test_activation_bytes():
 
 
 @pytest.mark.parametrize("supported", [PackedLinear.is_supported(), False])
-def test_for_sampling(monkeypatch, supported):
+def test_convert_for_inference(monkeypatch, supported):
     """bfloat16, with weights packed if the processor supports it, draws from the same distribution within that precision."""
     monkeypatch.setattr(PackedLinear, "is_supported", lambda: supported)
     model = GPT(GPTConfig(**{**SMALL, "n_embd": 64})).eval()
     idx = torch.randint(50, (1, 12))
     with torch.no_grad():
         before = model(idx)[0]
-        after = model.for_sampling(torch.bfloat16)(idx)[0]
+        after = convert_for_inference(model, torch.bfloat16)(idx)[0]
     kinds = {type(module) for module in model.modules()}
     assert (PackedLinear in kinds, nn.Linear in kinds) == (supported, not supported)
     assert after.dtype == torch.bfloat16

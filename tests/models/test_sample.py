@@ -3,6 +3,7 @@
 import codecs
 import io
 import json
+import os
 import pickle
 import re
 import subprocess
@@ -144,7 +145,7 @@ def test_in_bfloat16_every_mechanism_keeps_its_mask(tmp_path, shown, attention, 
     model, _ = load(out / "best.pt")
     j = torch.arange(1024)
     before = [layer.attention.bias_at(j[-1:], j) for layer in model.layers]
-    model.for_sampling(torch.bfloat16)
+    inference.convert_for_inference(model, torch.bfloat16)
     for layer, bias in zip(model.layers, before):
         torch.testing.assert_close(layer.attention.bias_at(j[-1:], j), bias, rtol=0, atol=0)
     common = (f"--out_dir={out}", "--start=" + "abc" * 340, "--num_samples=1", "--max_new_tokens=20", "--dtype=bfloat16")
@@ -187,10 +188,7 @@ class Fixed:
     def __init__(self, ids):
         self.ids = ids
 
-    def for_sampling(self, dtype):
-        return self
-
-    def stream(self, idx, max_new_tokens, *how):
+    def generate_stream(self, idx, max_new_tokens, *how):
         for token in self.ids:
             yield torch.tensor([token])
 
@@ -258,11 +256,16 @@ def test_a_label_for_a_text(judge, shown):
     assert saved["meta"]["classes"][int(p.argmax())] == got[1] and f"{p.max():.3f}" == got[2]
 
 
+def cut(line):
+    """A line as it is printed: of at most 80 characters, with an ellipsis where it is cut."""
+    return line if len(line) <= 80 else line[:77] + "..."
+
+
 def test_a_line_for_each_line(judge, tmp_path, shown, monkeypatch):
     lines = [f"review {n} " + "x" * (n * 13 % 50) for n in range(40)] + ["one\x85line\u2028still", "é" * 100]
     (tmp_path / "reviews").write_bytes("\r\n\n".join(lines).encode() + b"\n")
     got = shown(f"--out_dir={judge}", f"--start=FILE:{tmp_path / 'reviews'}").splitlines()
-    assert [LINE.fullmatch(line)[3] for line in got] == [" ".join(line.split())[:80] for line in lines]
+    assert [LINE.fullmatch(line)[3] for line in got] == [cut(" ".join(line.split())) for line in lines]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
     assert shown(f"--out_dir={judge}", "--start=-").splitlines() == got
     # a text's label does not depend on the texts beside it
@@ -326,6 +329,23 @@ def test_weights_of_another_shape(out, refused):
 ])
 def test_refused(out, refused, argument, said):
     assert said in refused(sample, f"--out_dir={out}", argument)
+
+
+def test_without_a_folder_the_newest_run_is_read(tmp_path, monkeypatch, capsys, refused):
+    """`out` if it exists; else the newest run, which stderr names; a folder that is given is not replaced."""
+    monkeypatch.chdir(tmp_path)
+    more = ("--num_samples=1", "--max_new_tokens=2")
+    assert "no checkpoint at out/ckpt.pt; train one first: python train.py --out_dir=out" in refused(sample, *more)
+    for age, name in enumerate(("out-newest", "out-older", "out-oldest")):
+        path = write_checkpoint(tmp_path / name, MARKED, name="ckpt.pt" if age else "best.pt") / ("ckpt.pt" if age else "best.pt")
+        os.utime(path, (10**9 - age, 10**9 - age))
+    capsys.readouterr()
+    assert not call(sample, *more)
+    assert capsys.readouterr().err.startswith("out does not exist: using the newest run, out-newest; choose another with "
+                                              "--out_dir (out-older, out-oldest)\n")
+    assert "no checkpoint at out/ckpt.pt" in refused(sample, *more, "--out_dir=out")
+    write_checkpoint(tmp_path / "out", MARKED)
+    assert not call(sample, *more) and "does not exist" not in capsys.readouterr().err
 
 
 def test_an_unknown_character(tmp_path, refused):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from core import hardware
+from core.inference import convert_for_inference
 from model import GPT, GPTConfig
 
 
@@ -168,7 +169,7 @@ def test_nothing_to_choose(monkeypatch, device, threads):
 def test_the_number_of_threads_does_not_change_the_text(two_threads, dtype):
     """Which number is faster is by chance, and must not decide what is drawn: the logits are equal to the bit."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=256, n_layer=2, n_head=4, n_embd=256, block_size=64)).for_sampling(dtype)
+    model = convert_for_inference(GPT(GPTConfig(vocab_size=256, n_layer=2, n_head=4, n_embd=256, block_size=64)), dtype)
     logits = {}
     for number in (1, 2):
         torch.set_num_threads(number)

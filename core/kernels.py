@@ -1,0 +1,36 @@
+"""The choice of an attention kernel, and PyTorch's fused call for dense attention.
+
+Letters: B batch, T time, H heads, D head size.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from core.config import UserError
+
+KERNELS = ("auto", "engine", "flex", "sdpa", "reference")
+
+
+def choose_kernel(layer, device):
+    """The layer's configured kernel, where 'auto' is resolved by the device: 'engine', 'flex', 'sdpa' or 'reference'.
+
+    Raises UserError if the configured kernel cannot compute the mechanism, or not on this device.
+    """
+    kind = torch.device(device).type
+    if layer.kernel == "sdpa" and not layer.dense:
+        raise UserError("kernel=sdpa computes dense attention only; for this mechanism use engine, flex or reference")
+    if layer.kernel == "flex" and kind == "cpu":
+        raise UserError("kernel=flex needs CUDA (FlexAttention has no backward pass on a CPU); use engine or reference")
+    if layer.kernel == "auto":
+        return "sdpa" if layer.dense and kind != "cpu" else "flex" if kind == "cuda" else "engine"
+    return layer.kernel
+
+
+def sdpa(layer, q, k, v, lengths=None, dropout=0.0):
+    """Dense attention of q, k, v (B, H, T, D) by `scaled_dot_product_attention`. lengths: (B,), or None: no padding."""
+    mask, position = None, torch.arange(q.size(2), device=q.device)
+    if lengths is not None:
+        mask = (position < lengths[:, None])[:, None, None]
+    elif layer.causal and q.size(2) > layer.block_size:
+        mask = layer.bias_at(position, position)[0].to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=layer.causal and mask is None)
