@@ -207,6 +207,10 @@ def test_confusion_and_roc(tmp_path, drawn, reviews, capsys):
     for labels in (ax.get_xticklabels(), ax.get_yticklabels()):
         assert [label.get_text() for label in labels] == ["negative", "positive"]
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("predicted", "true") and ax.yaxis_inverted()
+    fig, width = drawn["confusion.png"], drawn["confusion.png"].bbox.width
+    fig.draw_without_rendering()
+    for title in (fig._suptitle, ax.title):  # none is cut
+        assert 0 <= title.get_window_extent().x0 and title.get_window_extent().x1 <= width
     (ax,) = drawn["roc.png"].axes
     x, y = lines(ax)["out: AUC 0.6000"]  # 6 of 10 pairs in order
     assert (x[0], y[0], x[-1], y[-1]) == (0, 0, 1, 1)
@@ -260,7 +264,7 @@ def test_as_a_script(tmp_path):
 
 def test_a_run_without_matplotlib(tmp_path, refused, without_matplotlib):
     run = write_log(tmp_path / "out", {"step": 0, "split": "val", "loss": 3.0})
-    assert refused(plot, run).endswith("pip install matplotlib") and not (run / "curves.png").exists()
+    assert refused(plot, run).endswith(f"{sys.executable} -m pip install matplotlib") and not (run / "curves.png").exists()
 
 
 # ---- what is refused -----------------------------------------------------------------------------
