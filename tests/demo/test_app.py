@@ -24,7 +24,7 @@ from PIL import Image
 
 import sample
 import train
-from core import inference
+from core import explain, inference
 from data.sentences import prepare as sentences
 from data.toy import prepare as toy
 from helpers import ROOT, call, write_bytes
@@ -178,6 +178,12 @@ def metric(page, label, expected, n=0):
     until(page, found.inner_text, expected)
 
 
+def metrics(page, label):
+    """All figures with this label, in the page's order."""
+    found = page.get_by_test_id("stMetric").filter(has=page.get_by_text(label, exact=True))
+    return found.get_by_test_id("stMetricValue").all_inner_texts()
+
+
 def told(page, words):
     page.get_by_test_id("stAlert").filter(has_text=words).first.wait_for()
 
@@ -187,6 +193,19 @@ def shaded(page):
     found = page.locator(".shaded").first.locator("span").evaluate_all(
         "all => all.map(e => [e.textContent, getComputedStyle(e).backgroundColor])")
     return [(word, float((re.findall(r"[\d.]+", colour)[3:] or [1])[0])) for word, colour in found]  # rgba(r, g, b, alpha)
+
+
+def is_blue(page):
+    """Whether each word of the first review has the colour of those that oppose the answer."""
+    return page.locator(".shaded").first.locator("span").evaluate_all(
+        "all => all.map(e => getComputedStyle(e).backgroundColor.startsWith('rgba(40') || "
+        "getComputedStyle(e).backgroundColor.startsWith('rgb(40'))")
+
+
+def explain_of(folder, text):
+    """The change of the log-odds due to each word of a text."""
+    model, tokenizer, _ = sample.read_run(folder / "best.pt")
+    return explain.word_scores("occlusion", model, tokenizer, *inference.review_batch(model, tokenizer, [text], "cpu"))[1]
 
 
 def colours(picture):
@@ -199,18 +218,25 @@ def colours(picture):
 
 
 def said_of(folder, text):
-    """What sample.py says of a text, and the model's weights of its tokens."""
+    """The answer of sample.py to a text, the attention weights of its words, and the maps."""
     model, tokenizer, classes = sample.read_run(folder / "best.pt")
     p = float(inference.predict(model, tokenizer, [text], "cpu", "float32")[0])
     x, lengths = inference.review_batch(model, tokenizer, [text], "cpu")
-    return f"{classes[p > 0.5]} {max(p, 1 - p):.1%}", model.word_weights(x, lengths)[0].tolist(), model.maps(x, lengths)
+    return f"{classes[p > 0.5]} {max(p, 1 - p):.1%}", explain.word_scores("attention", model, tokenizer, x, lengths)[1], model.maps(x, lengths)
 
 
 def test_review(page, work):
     said, weights, _ = said_of(work / "sentences", REVIEW)
-    metric(page, "The model says", said)
+    metric(page, "Prediction", said)
+    names = "<s> the effects were amazing , but the story was trash .".split()
+    words, scores = shaded(page), explain_of(work / "sentences", REVIEW)
+    assert [word for word, _ in words] == names and [dark for _, dark in words] == pytest.approx(
+        [abs(shade) for shade in explain.shades("occlusion", scores)], abs=0.01)
+    assert is_blue(page) == [score < 0 for score in scores]
+    page.get_by_text("Shade by attention").click()
+    idle(page)
     words = shaded(page)
-    assert [word for word, _ in words] == "<s> the effects were amazing , but the story was trash .".split()
+    assert [word for word, _ in words] == names
     assert int(np.argmax([dark for _, dark in words])) == int(np.argmax(weights)) and max(dark for _, dark in words) == 1
     assert colours(page.screenshot()) > 30
     assert colours(page.get_by_test_id("stVegaLiteChart").screenshot()) > 10  # the heat map
@@ -218,6 +244,7 @@ def test_review(page, work):
 
 def test_another_layer_and_head(page, work):
     *_, maps = said_of(work / "sentences", REVIEW)
+    page.get_by_text("Shade by attention").click()
     before = page.get_by_test_id("stVegaLiteChart").screenshot()
     for layer, head in ((0, 1), (1, 0)):
         check_choice(page, "Layer", str(layer))
@@ -229,7 +256,7 @@ def test_another_layer_and_head(page, work):
 def test_another_review(page, work):
     for text in ("What a wonderful film!", "zebras dislike unheard of things"):
         write(page, "A review", text)
-        metric(page, "The model says", said_of(work / "sentences", text)[0])
+        metric(page, "Prediction", said_of(work / "sentences", text)[0])
     words = shaded(page)
     assert [word for word, _ in words] == ["<s>", "zebras", "dislike", "unheard", "of", "things"]  # as typed
     assert page.locator('.shaded span[title*="not in the vocabulary"]').all_inner_texts() == ["zebras", "unheard", "of", "things"]
@@ -239,7 +266,7 @@ def test_models_side_by_side(page, work):
     check_choice(page, "Runs, newest first", "deep/additive")
     check_choice(page, "Runs, newest first", "none")
     for n, name in enumerate(("sentences", "deep/additive", "none")):
-        metric(page, "The model says", said_of(work / name, REVIEW)[0], n)
+        metric(page, "Prediction", said_of(work / name, REVIEW)[0], n)
     assert page.locator(".shaded").count() == 3 and page.get_by_test_id("stVegaLiteChart").count() == 1
 
 
@@ -269,14 +296,14 @@ ODD = {
 @pytest.mark.parametrize("kind", ODD)
 def test_odd_review(page, work, kind):
     write(page, "A review", ODD[kind])
-    metric(page, "The model says", said_of(work / "sentences", ODD[kind][:100_000])[0])
+    metric(page, "Prediction", said_of(work / "sentences", ODD[kind][:100_000])[0])
     assert page.evaluate("window.hacked === undefined && document.getElementById('bold') === null")
     assert page.locator("[data-testid=stMain] img, [data-testid=stMain] a[href*=example]").count() == 0
     seen = " ".join(word for word, _ in shaded(page))
     if kind == "html":
         assert "img" in seen and "script" in seen and "onerror" in seen
     if kind == "one word":
-        assert seen == "<s> " + 60 * "a" + "…" and page.get_by_text("the first 100,000 are looked at").count() == 1
+        assert seen == "<s> " + 60 * "a" + "…" and page.get_by_text("the first 100,000 are read").count() == 1
     if kind == "long":
         assert page.get_by_text("It reads 32 tokens at most").count() == 1
 
@@ -388,8 +415,8 @@ def test_pattern(page, name, attention, options):
     layer, dense = GPT(config).layers[0].attention, 256 * 257 / 2
     kept, pairs = layer.kept_pairs(256), layer.multiplied_pairs(256)
     metric(page, "Pairs kept", f"{kept:,.0f}")
-    metric(page, "Kept of dense", f"{kept / dense:.1%}")
-    metric(page, "Work against", f"{pairs / dense:.1%}")
+    metric(page, "Kept, of dense", f"{kept / dense:.1%}")
+    metric(page, "Work, of dense", f"{pairs / dense:.1%}")
     assert colours(page.locator("[data-testid=stImage] img").first.screenshot()) > 2
 
 
@@ -448,7 +475,8 @@ def test_training_that_goes_on(page, work):
 
 def test_finished_run(page):
     part(page, "Training")
-    check_choice(page, "Runs, newest first", "bytes")
+    check_choice(page, "Runs, newest first", "sentences")  # bytes, which is no toy, is shown already
+    assert metrics(page, "Step") == ["20", "200"]  # the last steps logged
     for name, score in (("sentences", "accuracy"), ("bytes", "bits per byte")):
         page.get_by_text(f"{name}: finished").wait_for()
         page.get_by_text(re.compile(rf"^val, whole, best weights, step \d+: loss \d\.\d+ nats, {score}")).wait_for()
@@ -478,6 +506,8 @@ def test_first_visit(browser, tmp_path):
         page.get_by_test_id("stMetricValue").wait_for()
         idle(page)
         assert page.get_by_test_id("stMetricValue").inner_text().startswith("negative") and len(shaded(page)) == 12
+        assert max(shaded(page), key=lambda pair: pair[1]) == ("trash", 1)  # the word that decides
+        assert page.get_by_text("Its vocabulary has 128 words").count() == 1
         part(page, "Text")
         page.get_by_role("button", name="Train toy").click()
         page.get_by_role("button", name="Write").wait_for(timeout=TRAINING)

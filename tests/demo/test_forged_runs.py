@@ -1,13 +1,16 @@
 """The page, without a browser, in a working folder with runs that cannot be read and runs that are forged."""
 
+import json
 import os
+import time
 
 import pytest
 
 testing = pytest.importorskip("streamlit.testing.v1", reason="needs requirements-demo.txt; make test-demo installs it")
 
-from test_sample import MARKED, write_checkpoint
+from test_sample import MARKED, REVIEWS, write_checkpoint
 
+from core import demo
 from helpers import ROOT
 
 LOGS = {"first": '{"step": 1, "split": "train", "loss": 2, "stats": [{"spans": 5}, 3]}',
@@ -36,6 +39,39 @@ def page(tmp_path, monkeypatch):
         return page
 
     return opened
+
+
+def write_run(folder, dataset, age):
+    """A small classifier with a log and settings, written `age` seconds ago."""
+    write_checkpoint(folder, REVIEWS)
+    (folder / "log.jsonl").write_text(json.dumps({"step": 0, "split": "val", "loss": 0.7, "accuracy": 0.5}))
+    (folder / "config.json").write_text(json.dumps({"settings": {"dataset": dataset}}))
+    for name in ("best.pt", "log.jsonl"):
+        os.utime(folder / name, (time.time() - age,) * 2)
+
+
+def test_the_page_opens_on_the_newest_run_that_is_no_toy(page, tmp_path):
+    """On a toy where there is no other; a run without a log comes last."""
+    write_run(tmp_path / "old", "imdb", 300)
+    write_run(tmp_path / "real", "imdb", 200)
+    write_run(tmp_path / "out-sentences", "sentences", 100)
+    shown = page("Reviews")
+    assert shown.multiselect[0].options == ["good", "out-sentences", "real", "old"]
+    assert shown.multiselect[0].value == ["real"]
+    for name in ("old", "real"):
+        (tmp_path / name / "best.pt").unlink()
+    assert page("Reviews").multiselect[0].value == []  # the visitor's choice that is gone; a new visitor sees the toy:
+    assert demo.best_run(demo.find_runs("best.pt")[0]) == "out-sentences"
+
+
+def test_the_last_step_is_shown(page, tmp_path):
+    """A finished run of 300 steps that logs every 250 shows 300."""
+    lines = [{"step": 250, "split": "train", "loss": 1.0}, {"step": 300, "split": "val", "loss": 1.0},
+             {"step": 300, "split": "val", "loss": 1.0, "whole": True}]
+    (tmp_path / "first" / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    shown = page("Training")
+    shown.multiselect[0].set_value(["first"]).run()
+    assert {metric.label: metric.value for metric in shown.metric}["Step"] == "300"
 
 
 def test_runs_that_cannot_be_read_empty_no_part(page):
