@@ -13,20 +13,18 @@ from core import openmp  # first: torch reads its settings when it is loaded
 import contextlib
 import re
 import time
-from pathlib import Path
 
 import streamlit as st
 import torch
 
 import sample
-from core import curves, demo, explain, figures, hardware, inference, readers
+from core import ROOT, curves, demo, explain, figures, hardware, inference, readers
 from core.config import Text, UserError, typed
 from core.mechanisms import mechanism, mechanisms
 from core.pattern import draw_pattern, patterns
 from core.runs import format_stats, say
 from model import GPT, GPTConfig
 
-HERE = Path(__file__).resolve().parent
 MAP_WORDS = 40  # of a heat map
 MAX_CHARACTERS = 100_000  # of a text
 EXAMPLE_REVIEW = "The effects were amazing, but the story was trash."
@@ -264,7 +262,7 @@ def refresh(spot, state):
 
 def pick_options(name, given):
     """A mechanism's options as the visitor sets them: a field for each, with the comment in the mechanism's file."""
-    source = (HERE / f"{'attention' if name == 'dense' else name}.py").read_text("utf-8")
+    source = (ROOT / f"{'attention' if name == 'dense' else name}.py").read_text("utf-8")
     chosen, place = {}, None
     for n, (key, default) in enumerate(mechanism(name)[1].items()):
         place = place if n % 3 else st.columns(3, vertical_alignment="bottom")
@@ -309,8 +307,8 @@ def show_pattern():
     picture, kept, multiplied, dense = pattern_of(name, options, T, causal)
     place = st.columns(3)
     place[0].metric("Pairs kept per head", f"{kept:,.0f}", help="query-key pairs whose weight is not 0")
-    place[1].metric("Kept, of dense attention's", f"{kept / dense:.1%}")
-    place[2].metric("Work, of dense attention's", f"{multiplied / dense:.1%}",
+    place[1].metric("Kept, share of dense", f"{kept / dense:.1%}")
+    place[2].metric("Work, share of dense", f"{multiplied / dense:.1%}",
                     help="pairs multiplied: the blocks include dropped pairs")
     st.image(picture, f"A row a query, a column a key{f'; the first 512 positions of {T:,}' if T > 512 else ''}")
     if st.button(f"Measure the time at T = {T:,} here"):

@@ -54,7 +54,7 @@ def draw_curves(logs):
         ax.set(xlabel="step", ylabel=SCORES[key])
         ax.grid(alpha=0.3)
         figures.legend_below(ax, 2 if len(logs) > 2 else 1)
-    many = "lines: validation (thin: training); figures: best weights, whole splits"
+    many = "lines: validation (thin: training); numbers: best weights, whole splits"
     fig.suptitle(figures.escape_math(*logs) if one else many, fontsize=10)
     return fig
 
@@ -217,7 +217,7 @@ def class_names(folder):
 
 def draw_confusion(predictions, classes, split):
     """The figure of the confusion matrices, a panel a run: a row a true class, a column a predicted one."""
-    fig, axes = figures.panels(len(predictions), 4, 3.2, 3.3, extra=(0, 0.4))
+    fig, axes, _ = figures.panels(len(predictions), 4, 3.2, 3.3, extra=(0, 0.4))
     for ax, (name, (p, labels, scores)) in zip(axes, predictions.items()):
         positive = p > 0.5
         counts = np.array([[((labels == truth) & (positive == answer)).sum() for answer in (0, 1)] for truth in (0, 1)])

@@ -35,9 +35,6 @@ def escape_markdown(text):
     return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", text)
 
 
-# ---- runs ------------------------------------------------------------------------------------
-
-
 def find_runs(name):
     """({label: folder} of the folders with a file of this name, newest first; [the reason for each one skipped])."""
     times, skipped = {}, []
@@ -90,8 +87,6 @@ def is_running(folder):
     return time.time() - path.stat().st_mtime < QUIET and not readers.read_log(path)[1]
 
 
-# ---- training --------------------------------------------------------------------------------
-
 jobs = {}  # {name of a recipe: its latest job}, shared by all visitors
 
 
@@ -129,9 +124,6 @@ def start(name):
     """Start a recipe, unless it is running already."""
     if name not in jobs or jobs[name].code is not None:
         jobs[name] = Job(name)
-
-
-# ---- models ----------------------------------------------------------------------------------
 
 
 def word_count(tokenizer):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 METHODS = {  # {name: what the shades of a page mean}
-    "occlusion": "orange words support the answer, blue words oppose it: without the darkest the log-odds change most",
+    "occlusion": "orange words support the answer, blue words oppose it; the darkest changes its log-odds most",
     "attention": "shaded words receive more than the mean attention, the darkest most",
 }
 SMALLEST = 0.1  # change of the log-odds that may get the darkest shade: texts of smaller ones stay pale

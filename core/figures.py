@@ -86,13 +86,13 @@ def grid(count, most):
 
 
 def panels(count, most, width, height, extra=(0, 0)):
-    """(figure, `count` axes) of panels of width x height inches, at most `most` in a row, and `extra` inches beside."""
+    """(figure, `count` axes, columns): panels of width x height inches, at most `most` in a row, and `extra` inches."""
     rows, columns = grid(count, most)
     fig = figure(width * columns + extra[0], height * rows + extra[1])
     axes = list(fig.subplots(rows, columns, squeeze=False).flat)
     for ax in axes[count:]:
         ax.remove()
-    return fig, axes[:count]
+    return fig, axes[:count], columns
 
 
 def legend_below(ax, columns=1):

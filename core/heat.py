@@ -170,11 +170,11 @@ def draw_heat(name, run, text, layer, head):
         return draw_page([("", "black", list(zip(words, explain.shades("attention", weights))))], title)
     n = min(len(ids), TOKENS if len(heads) == 1 else TOKENS_MANY)
     tokens = [token if len(token) < 15 else token[:13] + "…" for token in map(run[1].token, ids[:n])]
-    side, longest, columns = max(1.7, 0.12 * n), max(map(len, tokens)), max(1, min(4, 128 // max(n, 16)))
-    margin = 0.06 * longest + 0.4
-    fig, axes = figures.panels(len(heads), columns, side + 0.5, side + 0.2, (margin, margin))
+    side, longest = max(1.7, 0.12 * n), max(map(len, tokens))
+    margin = 0.06 * longest + 0.4  # for the labels
+    most = max(1, min(4, 128 // max(n, 16)))
+    fig, axes, columns = figures.panels(len(heads), most, side + 0.5, side + 0.2, (margin, margin))
     fig.set_layout_engine("compressed")
-    columns = figures.grid(len(heads), columns)[1]
     for place, (ax, head) in enumerate(zip(axes, heads)):
         weights, is_lowest, is_first = layers[layer][head, :n, :n], place + columns >= len(heads), place % columns == 0
         image = ax.imshow(np.where(weights > 0, weights, np.nan), cmap=figures.blues(), vmin=0, vmax=weights.max())

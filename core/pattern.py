@@ -91,7 +91,7 @@ def patterns(layers, name, T):
 
 def draw_pattern(masks, factors):
     """The figure of `patterns`, a panel for each."""
-    fig, axes = figures.panels(len(masks) + len(factors), 4, 2.8, 3.5, extra=(1, 0))
+    fig, axes, _ = figures.panels(len(masks) + len(factors), 4, 2.8, 3.5, extra=(1, 0))
     largest = max([np.nanmax(np.abs(factor - 1)) for _, factor in factors], default=0) or 1
     is_soft = any(((0 < mask) & (mask < 1)).any() for _, mask in masks)
     kinds = ((masks, axes[: len(masks)], figures.blues(), 0, 1, "mask" * is_soft),

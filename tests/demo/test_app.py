@@ -415,8 +415,8 @@ def test_pattern(page, name, attention, options):
     layer, dense = GPT(config).layers[0].attention, 256 * 257 / 2
     kept, pairs = layer.kept_pairs(256), layer.multiplied_pairs(256)
     metric(page, "Pairs kept", f"{kept:,.0f}")
-    metric(page, "Kept, of dense", f"{kept / dense:.1%}")
-    metric(page, "Work, of dense", f"{pairs / dense:.1%}")
+    metric(page, "Kept, share of dense", f"{kept / dense:.1%}")
+    metric(page, "Work, share of dense", f"{pairs / dense:.1%}")
     assert colours(page.locator("[data-testid=stImage] img").first.screenshot()) > 2
 
 
