@@ -151,8 +151,10 @@ def draw_spans(records):
     heads = sample_evenly(n_head, MOST_HEADS)
     rows, columns = figures.grid(len(layers), 6)
     fig, lines = figures.figure(1 + 2.1 * columns, 2.1 * rows * len(keys)), {}
-    for key, part in zip(keys, np.ravel(fig.subfigures(len(keys), squeeze=False))):
-        axes = list(part.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+    axes_of_keys = fig.subplots(rows * len(keys), columns, sharex=True, squeeze=False).reshape(len(keys), -1)
+    for key, axes in zip(keys, axes_of_keys):
+        for ax in axes[1:]:
+            ax.sharey(axes[0])
         for ax in axes[len(layers) :]:
             ax.remove()
         for place, (ax, layer) in enumerate(zip(axes, layers)):
