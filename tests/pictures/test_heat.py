@@ -118,7 +118,7 @@ def test_each_run_has_its_own(tmp_path, tiny, drawn):
 
 
 def test_reviews(tmp_path, tiny, drawn):
-    """Each with what the model says and how surely, the truth and the kind; shaded by the attention that words receive."""
+    """Each with the prediction and its probability, the truth and the kind; shaded by attention."""
     rows = [{"text": "so good a film", "label": 1, "kind": "plain"}, {"text": "A film, a film", "label": "negative"},
             {"text": "mute"}]
     file = tmp_path / "hard.jsonl"
@@ -211,7 +211,8 @@ def test_refused(tmp_path, tiny, refused):
     assert "layer must be from 0 to 1, or -1; got 2" in refused(plot, tiny["gpt"], "--text=a", "--layer=2")
     assert "head must be from 0 to 1, or -1; got 7" in refused(plot, tiny["gpt"], "--text=a", "--head=7")
     assert "head must be from 0 to 0, or -1; got 1" in refused(plot, tiny["additive"], "--text=a", "--head=1")
-    assert "unknown explain 'occlusio'; did you mean occlusion?" in refused(plot, tiny["gpt"], "--text=a", "--explain=occlusio")
+    line = refused(plot, tiny["gpt"], "--text=a", "--explain=occlusio")
+    assert "unknown explain 'occlusio'; did you mean occlusion?" in line
     assert "is a language model, which does not classify reviews" in refused(plot, tiny["lm"], "--reviews=x")
     assert "cannot read the reviews" in refused(plot, tiny["gpt"], f"--reviews={tmp_path / 'none'}")
     file = tmp_path / "bad.jsonl"

@@ -264,7 +264,8 @@ def test_as_a_script(tmp_path):
 
 def test_a_run_without_matplotlib(tmp_path, refused, without_matplotlib):
     run = write_log(tmp_path / "out", {"step": 0, "split": "val", "loss": 3.0})
-    assert refused(plot, run).endswith(f"{sys.executable} -m pip install matplotlib") and not (run / "curves.png").exists()
+    assert refused(plot, run).endswith(f"{sys.executable} -m pip install matplotlib")
+    assert not (run / "curves.png").exists()
 
 
 # ---- what is refused -----------------------------------------------------------------------------
