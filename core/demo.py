@@ -167,7 +167,7 @@ def heat_map(matrix, words):
 def stream(model, tokenizer, device, prompt, seed, *how):
     """(a dict with the text so far, an iterator that adds a token to it and yields True).
 
-    how: max_new_tokens, temperature, top_k, top_p of `GPT.stream`. Raises UserError for a prompt that has no tokens.
+    how: max_new_tokens, temperature, top_k, top_p of `GPT.stream`. Raises UserError for a word that it does not know.
     """
     ids, block = inference.encode(tokenizer, prompt), model.config.block_size
     if not ids:  # as in sample.py: begin after the end of a line, or after any token

@@ -10,7 +10,6 @@ testing = pytest.importorskip("streamlit.testing.v1", reason="needs requirements
 
 from test_sample import MARKED, REVIEWS, write_checkpoint
 
-from core import demo
 from helpers import ROOT
 
 LOGS = {"first": '{"step": 1, "split": "train", "loss": 2, "stats": [{"spans": 5}, 3]}',
