@@ -119,19 +119,6 @@ class BiLSTM(Model):
         x = self.read(idx, lengths)
         return [self.attention.map(x, lengths=lengths) if self.layers else self.additive(x, lengths)[:, None, None]]
 
-    @torch.no_grad()
-    def word_weights(self, idx, lengths=None):
-        """How much each token counts, (B, T), sums to 1: the additive weights; without attention the share of channels
-        whose largest output is the token's; else as in `Model`."""
-        lengths = whole(idx) if lengths is None else lengths
-        if self.config.attention == "additive":
-            return self.maps(idx, lengths)[0][:, 0, 0]
-        if self.layers:
-            return super().word_weights(idx, lengths)
-        padded = torch.arange(idx.size(1), device=idx.device) >= lengths[:, None]
-        best = self.read(idx, lengths).masked_fill(padded[..., None], float("-inf")).argmax(1)  # (B, C)
-        return F.one_hot(best, idx.size(1)).float().mean(1)
-
     def estimate_flops(self, T):
         """Floating-point operations to train on one token of a text of T: see `GPT.estimate_flops`."""
         width, C = self.config.options["hidden"], 2 * self.config.options["hidden"]

@@ -52,15 +52,5 @@ class Model(nn.Module):
             return x.masked_fill(padded, -math.inf).amax(1)
         return x.masked_fill(padded, 0).sum(1) / lengths[:, None]
 
-    def word_weights(self, idx, lengths=None):
-        """How much a classifier looks at each token, (B, T): the attention that it receives in the last layer, the
-        mean over heads and a text's own tokens. Sums to 1 over these; padding has 0."""
-        T = idx.size(1)
-        lengths = torch.full((len(idx),), T, device=idx.device) if lengths is None else lengths
-        weights = self.maps(idx, lengths)[-1]
-        there = (torch.arange(T, device=idx.device) < lengths[:, None]).to(weights.dtype)
-        received = torch.einsum("bhij,bi->bj", weights, there) * there
-        return received / received.sum(1, keepdim=True)
-
     def parameter_count(self):
         return sum(p.numel() for p in self.parameters())

@@ -1,8 +1,6 @@
-"""What app.py does besides showing it: finds runs, trains recipes in processes of their own, and makes of a model's
-output what the page shows. No Streamlit here.
-"""
+"""The parts of app.py that show nothing: finding runs, training recipes in processes, words, text and times."""
 
-import contextlib
+import html
 import os
 import re
 import subprocess
@@ -14,31 +12,31 @@ from pathlib import Path
 
 import torch
 
-from core import ROOT, hardware, heat, inference, readers
+from core import ROOT, explain, hardware, inference, readers
 from core.config import UserError
 from core.tokenizer import UNKNOWN, words
 
-DEPTH = 3  # folders below the working folder in which runs are looked for
-QUIET = 120  # seconds without a line in its log after which a run is taken for stopped
-RECIPES = {  # data/NAME/prepare.py, then config/train_NAME.py: (kind, what it is)
-    "sentences": ("classify", "a toy of 6,000 made-up opinions in 128 words; seconds"),
+DEPTH = 3  # folders below the working folder in which runs are searched
+QUIET = 120  # seconds without a new line in its log after which a run counts as stopped
+RECIPES = {  # data/NAME/prepare.py, then config/train_NAME.py: (kind, description)
+    "sentences": ("classify", "a toy, 6,000 made-up opinions of 128 words; seconds"),
     "imdb": ("classify", "25,000 film reviews; downloads 84 MB, then trains for about 4 minutes"),
-    "stdlib": ("lm", "Python's own library as bytes; about 2 minutes"),
-    "toy": ("lm", "six sentences; seconds"),
+    "stdlib": ("lm", "Python's standard library as bytes; about 2 minutes"),
+    "toy": ("lm", "a toy, six sentences; seconds"),
 }
+TOYS = "sentences", "toy"  # data sets
+STYLE = """.shaded {line-height: 2.1}
+.shaded span {padding: 2px 4px; border-radius: 4px; overflow-wrap: anywhere; unicode-bidi: isolate}"""
 
 
-def plain(text):
-    """A text for a place that shows Markdown, with nothing left in it that Markdown would obey."""
+def escape_markdown(text):
+    """A text, cut in the middle if it is long, without effect as Markdown."""
     text = text if len(text) <= 600 else f"{text[:300]} ... {text[-300:]}"
     return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", text)
 
 
-# ---- runs ------------------------------------------------------------------------------------
-
-
 def find_runs(name):
-    """({label: folder} of the folders that hold a file of this name, newest first; [why a folder is skipped])."""
+    """({label: folder} of the folders with a file of this name, newest first; [the reason for each one skipped])."""
     times, skipped = {}, []
     for folder, inside, files in os.walk("."):
         inside[:] = [other for other in inside if other[0] not in "._"] if folder.count(os.sep) < DEPTH else []
@@ -49,14 +47,14 @@ def find_runs(name):
                 times[path.parent] = path.stat().st_mtime
             except UserError as error:
                 skipped.append(str(error))
-            except OSError as error:  # a link to nothing, a folder without rights, a file that has just been removed
+            except OSError as error:  # a broken link, missing rights, or a file that was just removed
                 skipped.append(f"{path}: {error.strerror}")
     newest = sorted(times, key=times.get, reverse=True)
     return {str(folder) if folder.name else Path.cwd().name: folder for folder in newest}, skipped
 
 
 def first_record(folder):
-    """The first record of a run's log (dict); {} where there is none."""
+    """The first record of a run's log (dict); {} if there is none."""
     try:
         return readers.read_first_record(folder / "log.jsonl")
     except (OSError, ValueError, UserError):
@@ -64,71 +62,115 @@ def first_record(folder):
 
 
 def kind_of(folder):
-    """'classify' or 'lm' by a run's log, '' where it has none."""
+    """'classify' or 'lm' by a run's log; '' without a log."""
     record = first_record(folder)
     return "classify" if "accuracy" in record else "lm" if record else ""
 
 
-def running(folder):
-    """Whether the run in a folder is training now, as far as its log tells."""
-    return time.time() - (folder / "log.jsonl").stat().st_mtime < QUIET and not readers.read_log(folder / "log.jsonl")[1]
+def is_toy(folder):
+    """Whether a run was trained on one of TOYS, by its config.json."""
+    try:
+        return Path(str(readers.read_config(folder / "config.json")["settings"].get("dataset"))).name in TOYS
+    except (OSError, UserError):
+        return False
 
 
-# ---- training --------------------------------------------------------------------------------
+def best_run(runs):
+    """The label of the run to show first of `runs`, newest first: the newest with a log that is no toy, else the newest
+    with a log, else the newest; None of none."""
+    return min(runs, key=lambda label: (not kind_of(runs[label]), is_toy(runs[label])), default=None)
 
-jobs = {}  # {name of a recipe: its latest job}, of all visitors
+
+def is_running(folder):
+    """Whether the run in a folder is training now, judged by its log. Raises UserError, OSError if it is unreadable."""
+    path = folder / "log.jsonl"
+    return time.time() - path.stat().st_mtime < QUIET and not readers.read_log(path)[1]
+
+
+jobs = {}  # {name of a recipe: its latest job}, shared by all visitors
 
 
 class Job:
-    """Prepares and trains a recipe in the working folder. code: None while it goes on, then the exit code."""
+    """Prepares and trains a recipe in the working folder. code: None while it runs, then the exit code."""
 
     def __init__(self, name):
         self.name, self.code, self.process = name, None, None
-        self.said = tempfile.NamedTemporaryFile()
+        self.output = tempfile.NamedTemporaryFile()
         threading.Thread(target=self.work, daemon=True).start()
 
     def work(self):
         code = 1
         try:
-            for command in ([ROOT / f"data/{self.name}/prepare.py"], [ROOT / "train.py", ROOT / f"config/train_{self.name}.py"]):
-                self.process = subprocess.Popen([sys.executable, *command], stdout=self.said, stderr=subprocess.STDOUT)
+            for command in (f"data/{self.name}/prepare.py",), ("train.py", f"config/train_{self.name}.py"):
+                command = [sys.executable, *(ROOT / file for file in command)]
+                self.process = subprocess.Popen(command, stdout=self.output, stderr=subprocess.STDOUT)
                 if code := self.process.wait():
                     break
         finally:
             self.code = code
 
     def lines(self):
-        """The end of what it said; the last line says how it goes, or what went wrong."""
-        return Path(self.said.name).read_text("utf-8", "replace")[-4000:].strip().splitlines() or ["starting ..."]
+        """The last lines of its output."""
+        output = Path(self.output.name).read_text("utf-8", "replace")
+        return output[-4000:].strip().splitlines() or ["starting ..."]
 
     def stop(self):
-        """End it as Ctrl-C does: train.py saves and leaves."""
+        """End it as Ctrl-C does: train.py saves and exits."""
         if self.process:
             self.process.terminate()
 
 
 def start(name):
-    """Begin a recipe, unless another visitor just did."""
+    """Start a recipe, unless it is running already."""
     if name not in jobs or jobs[name].code is not None:
         jobs[name] = Job(name)
 
 
-# ---- what is shown ---------------------------------------------------------------------------
+def word_count(tokenizer):
+    """The number of entries of a vocabulary, without the document mark and the token of unknown words."""
+    return len({tokenizer.token(i) for i in range(tokenizer.vocab_size) if i != tokenizer.mark} - {UNKNOWN})
 
 
-def as_words(tokenizer, ids, text):
-    """(words, whether the model knows each, tokens of each) of a text's tokens."""
-    names, sizes = zip(*heat.words_of(tokenizer, ids, [1] * len(ids)))
-    known, own = [name != UNKNOWN for name in names], words(text)
-    if tokenizer.kind == "words" and tokenizer.encode(" ".join(own))[: len(ids) - 1] == ids[1:]:
-        names = [names[0], *own[: len(ids) - 1]]  # as typed, also where the vocabulary lacks it
-    return [name if len(name) <= 60 else name[:60] + "…" for name in names], known, [int(size) for size in sizes]
+def display_words(tokenizer, ids, text):
+    """(words of a text's tokens, as typed; whether the model knows each; tokens of each)."""
+    names, sizes = explain.split_words(tokenizer, ids)
+    known, typed = [name != UNKNOWN for name in names], words(text)
+    if tokenizer.kind == "words" and tokenizer.encode(" ".join(typed))[: len(ids) - 1] == ids[1:]:
+        names = [names[0], *typed[: len(ids) - 1]]
+    return [name if len(name) <= 60 else name[:60] + "…" for name in names], known, sizes
+
+
+def shaded_html(words, known, method, scores):
+    """Words as HTML on a ground that darkens with their scores, dotted below if the model does not know them."""
+    spans = []
+    for word, is_known, score, dark in zip(words, known, scores, explain.shades(method, scores)):
+        note = f"{score:.1%} of the attention" if method == "attention" else f"log-odds {score:+.2f} due to this word"
+        note += "" if is_known else f"; not in the vocabulary: read as {UNKNOWN}"
+        colour = "230, 120, 0" if dark >= 0 else "40, 140, 230"
+        look = f"background: rgba({colour}, {abs(dark):.3f}){'' if is_known else '; border-bottom: 2px dotted'}"
+        spans.append(f'<span style="{look}" title="{html.escape(note)}">{html.escape(word)}</span>')
+    return f'<style>{STYLE}</style><div class="shaded">{" ".join(spans)}</div>'
+
+
+def heat_map(matrix, words):
+    """The Vega-Lite chart of attention weights (words, words); the weight below the pointer is shown as a number."""
+    names = [f"{n} {word[:24]}" for n, word in enumerate(words)]
+    cells = [{"word": r, "attends to": c, "weight": v} for r, row in zip(names, matrix) for c, v in zip(names, row)]
+    axis = {"type": "nominal", "sort": names, "axis": {"labelLimit": 110, "labelOverlap": False, "labelAngle": 0}}
+    colour = {"field": "weight", "type": "quantitative", "scale": {"scheme": "blues", "domainMin": 0}, "legend": None}
+    encoding = {"x": {**axis, "field": "attends to", "axis": {**axis["axis"], "labelAngle": -60}},
+                "y": {**axis, "field": "word"}, "color": colour}
+    return {"data": {"values": cells}, "mark": {"type": "rect", "tooltip": {"content": "data"}}, "encoding": encoding,
+            "width": "container", "height": 80 + 18 * len(names), "usermeta": {"embedOptions": {"actions": False}}}
 
 
 def stream(model, tokenizer, device, prompt, seed, *how):
-    """(what is drawn so far, an iterator that draws a token into it and yields True). Raises UserError for a prompt."""
+    """(a dict with the text so far, an iterator that adds a token to it and yields True).
+
+    how: max_new_tokens, temperature, top_k, top_p of `GPT.stream`. Raises UserError for a word that it does not know.
+    """
     ids, block = inference.encode(tokenizer, prompt), model.config.block_size
-    if not ids:  # as in sample.py: after a line's end, or any token
+    if not ids:  # as in sample.py: begin after the end of a line, or after any token
         ids = [i for i in range(tokenizer.vocab_size) if tokenizer.decode_bytes([i]) == b"\n"][:1] or [0]
     state = {"text": prompt if len(prompt) < 2000 else "…" + prompt[-2000:], "tokens": 0, "seconds": 0.0, "note": ""}
     if len(ids) > block:
@@ -142,13 +184,23 @@ def stream(model, tokenizer, device, prompt, seed, *how):
             state["tokens"] += 1
             state["seconds"] += time.perf_counter() - before
             yield True
-            before = time.perf_counter()  # what passes in between is not this model's
+            before = time.perf_counter()  # the time between two calls is not this model's
 
     return state, draw()
 
 
-def png(draw, *arguments):
-    """The picture (bytes) that a function of plot.py or pattern.py writes to its last argument."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
-        draw(*arguments, path := Path(folder) / "picture.png")
-        return path.read_bytes()
+_measuring = threading.Lock()  # measurements at the same time would slow each other
+
+
+def time_attention(layers, T, device, dtype):
+    """Seconds of forward + backward of each attention layer, without projections, on one text of T tokens: [float]."""
+    shape = 4, 1, layers[0].n_head, T, layers[0].head_size
+    q, k, v, grad = torch.randn(shape, device=device, dtype=hardware.DTYPES[dtype]).unbind(0)
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+
+    def train(layer):
+        torch.autograd.grad(layer.attend(*inputs), inputs + layer.mask_parameters(), grad)
+
+    with _measuring:
+        costs = hardware.side_by_side([lambda layer=layer: train(layer) for layer in layers], device, 7, 3.0)
+    return [cost.seconds for cost in costs]

@@ -116,8 +116,8 @@ def test_soft_masks_and_merging():
     nan = math.nan
     expected = [[1, nan, nan, nan], [0.5, 1, nan, nan], [0, 0.5, 1, nan], [0.01, 0, 0.5, 1]]
     np.testing.assert_allclose(masks[0][1], expected, rtol=1e-6)
-    assert pattern.text(masks[0][1], 80) == "#\n+ #\n. + #\n: . + #"
-    assert pattern.text(masks[2][1], 7) == "#\n*#\n+*#\n.+*#"
+    assert pattern.format_matrix(masks[0][1], 80) == "#\n+ #\n. + #\n: . + #"
+    assert pattern.format_matrix(masks[2][1], 7) == "#\n*#\n+*#\n.+*#"
 
 
 def test_a_key_after_its_query_is_shown():
@@ -127,7 +127,7 @@ def test_a_key_after_its_query_is_shown():
             return torch.where(j - i <= 1, 0.0, -math.inf)
 
     ((_, mask),), _ = pattern.patterns(stand_in(Ahead), "ahead", 4)
-    assert pattern.text(mask, 80) == "# #\n# # #\n# # # #\n# # # #"
+    assert pattern.format_matrix(mask, 80) == "# #\n# # #\n# # # #\n# # # #"
 
 
 def test_factor():
@@ -141,7 +141,7 @@ def test_factor():
 
 def test_picture_of_factors(tmp_path, drawn):
     masks, factors = pattern.patterns(stand_in(Doubles), "doubles", 4)
-    pattern.draw_pattern(figures.figure(), masks, factors, tmp_path / "a.png")
+    figures.write(pattern.draw_pattern(masks, factors), tmp_path / "a.png")
     mask, factor = panels(drawn["a.png"])
     assert mask.images[0].get_clim() == (0, 1) and factor.images[0].get_clim() == (0, 2)  # white is 1
     (bar,) = set(drawn["a.png"].axes) - {mask, factor}
@@ -151,7 +151,7 @@ def test_picture_of_factors(tmp_path, drawn):
 def test_large_patterns_are_averaged():
     """5 positions on 3 columns: characters of 2 x 2 pairs, the last of what is left."""
     mask = np.where(np.tri(5), np.tri(5) - np.tri(5, k=-2), math.nan)  # the last two keys
-    assert pattern.text(mask, 3) == "#\n:#\n.+#"
+    assert pattern.format_matrix(mask, 3) == "#\n:#\n.+#"
 
 
 def test_without_matplotlib(in_folder, capsys, monkeypatch, without_matplotlib):

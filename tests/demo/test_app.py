@@ -1,15 +1,10 @@
 """The page in a real browser: Chromium, driven by Playwright, clicks through it and reads off what it shows."""
 
-import contextlib
-import io
 import json
 import os
 import re
 import shutil
-import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,27 +15,22 @@ import torch
 pytest.importorskip("streamlit", reason="needs requirements-demo.txt; make test-demo installs it")
 api = pytest.importorskip("playwright.sync_api", reason="needs requirements-test-demo.txt; make test-demo installs it")
 
-from PIL import Image
-
 import sample
 import train
-from core import inference
+from browsing import (check_choice, colours, idle, is_blue, metric, metrics, opened, part, served, shaded, told, until,
+                      write)
+from core import explain, inference
 from data.sentences import prepare as sentences
 from data.toy import prepare as toy
-from helpers import ROOT, call, write_bytes
+from helpers import call, write_bytes
 from model import GPT, GPTConfig
 
 REVIEW = "The effects were amazing, but the story was trash."
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-software-rasterizer", "--disable-dev-shm-usage"]  # as root in a container
-TRAINING = 900_000  # milliseconds for one from the page, which takes ten seconds on a machine that has nothing else to do
+ARGUMENTS = [  # as root in a container
+    "--no-sandbox", "--disable-gpu", "--disable-software-rasterizer", "--disable-dev-shm-usage",
+]
+TRAINING = 900_000  # milliseconds for one from the page, which takes ten seconds on an idle machine
 TINY = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--log_interval=5", "--device=cpu", "--dtype=float32"]
-
-
-# ---- a working folder, the page, a browser -----------------------------------------------------
-
-
-def environment(home):
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(home), "STREAMLIT_SERVER_HEADLESS": "true"}
 
 
 @pytest.fixture(scope="session")
@@ -68,32 +58,6 @@ def work(tmp_path_factory):
     return folder
 
 
-@contextlib.contextmanager
-def served(folder):
-    """The page's address while a server runs in `folder`, started as its users start it."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    with open(folder / "server.txt", "w+") as said:
-        command = [sys.executable, "-m", "streamlit", "run", ROOT / "app.py", f"--server.port={port}"]
-        server = subprocess.Popen(command, cwd=folder, stdout=said, stderr=subprocess.STDOUT, start_new_session=True,
-                                  env=environment(folder))
-        try:
-            end = time.time() + 120
-            while time.time() < end:
-                with contextlib.suppress(OSError), socket.create_connection(("localhost", port), 1):
-                    break
-                assert server.poll() is None, Path(said.name).read_text()
-                time.sleep(0.1)
-            yield f"http://localhost:{port}"
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(server.pid, signal.SIGTERM)
-            server.wait(30)
-    said = (folder / "server.txt").read_text()
-    assert "Traceback" not in said and "Exception" not in said and "usage statistics" not in said, said
-
-
 @pytest.fixture(scope="session")
 def address(work):
     with served(work) as found:
@@ -110,107 +74,43 @@ def browser():
         browser.close()
 
 
-@contextlib.contextmanager
-def opened(browser, address, width=1280, height=900):
-    """A page that is open at `address`. At its end: no error on the console, nothing asked of any other machine, no traceback."""
-    errors, elsewhere = [], []
-    page = browser.new_page()
-    page.set_viewport_size({"width": width, "height": height})
-    page.set_default_timeout(60_000)
-    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("request", lambda request: None if re.match(rf"({address}|ws{address[4:]}|data:|blob:)", request.url)
-            else elsewhere.append(request.url))
-    page.goto(address)
-    page.get_by_role("tab").first.wait_for()
-    idle(page)
-    yield page
-    assert not errors and not elsewhere, (errors, elsewhere)
-    assert page.get_by_test_id("stException").count() == 0 and "Traceback" not in page.content()
-    page.close()
-
-
 @pytest.fixture
 def page(browser, address):
     with opened(browser, address) as page:
         yield page
 
 
-def idle(page):
-    """Wait until what was asked for is shown."""
-    page.wait_for_timeout(150)  # until the request is on its way
-    page.wait_for_function("document.querySelector('[data-testid=stApp]').dataset.testScriptState == 'notRunning'")
-    page.wait_for_timeout(150)
-
-
-def until(page, what, expected, seconds=60):
-    """`what()` is `expected`, now or when the page has caught up."""
-    end = time.time() + seconds
-    while (found := what()) != expected and time.time() < end:
-        page.wait_for_timeout(100)
-    assert found == expected
-
-
-def part(page, name):
-    page.get_by_role("tab", name=name).click()
-    page.locator("[role=tabpanel]:visible [data-testid=stElementContainer]:visible").first.wait_for()
-    idle(page)
-
-
-def check_choice(page, label, option):
-    """Pick an option of a selection box (exactly named), or one more of a box for several."""
-    page.get_by_label(label).last.click()
-    page.get_by_role("option", name=option, exact=True).click()
-    idle(page)
-    page.keyboard.press("Escape")
-
-
-def write(page, label, text):
-    """Put a text into a field, as by pasting it, and hand it in."""
-    page.get_by_label(label, exact=True).fill(text)
-    page.get_by_label(label, exact=True).press("Control+Enter")
-    idle(page)
-
-
-def metric(page, label, expected, n=0):
-    """The n-th figure with this label becomes `expected`."""
-    found = page.get_by_test_id("stMetric").filter(has_text=label).nth(n).get_by_test_id("stMetricValue")
-    until(page, found.inner_text, expected)
-
-
-def told(page, words):
-    page.get_by_test_id("stAlert").filter(has_text=words).first.wait_for()
-
-
-def shaded(page):
-    """[(word, how dark)] of the first review."""
-    found = page.locator(".shaded").first.locator("span").evaluate_all(
-        "all => all.map(e => [e.textContent, getComputedStyle(e).backgroundColor])")
-    return [(word, float((re.findall(r"[\d.]+", colour)[3:] or [1])[0])) for word, colour in found]  # rgba(r, g, b, alpha)
-
-
-def colours(picture):
-    """How many colours a screenshot or one element has, each on 20 points or more."""
-    points = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")).reshape(-1, 3)
-    return (np.unique(points, axis=0, return_counts=True)[1] >= 20).sum()
+def explain_of(folder, text):
+    """The change of the log-odds due to each word of a text."""
+    model, tokenizer, _ = sample.read_run(folder / "best.pt")
+    batch = inference.review_batch(model, tokenizer, [text], "cpu")
+    return explain.word_scores("occlusion", model, tokenizer, *batch)[1]
 
 
 # ---- reviews -----------------------------------------------------------------------------------
 
 
 def said_of(folder, text):
-    """What sample.py says of a text, and the model's weights of its tokens."""
+    """The answer of sample.py to a text, the attention weights of its words, and the maps."""
     model, tokenizer, classes = sample.read_run(folder / "best.pt")
     p = float(inference.predict(model, tokenizer, [text], "cpu", "float32")[0])
     x, lengths = inference.review_batch(model, tokenizer, [text], "cpu")
-    return f"{classes[p > 0.5]} {max(p, 1 - p):.1%}", model.word_weights(x, lengths)[0].tolist(), model.maps(x, lengths)
+    weights = explain.word_scores("attention", model, tokenizer, x, lengths)[1]
+    return f"{classes[p > 0.5]} {max(p, 1 - p):.1%}", weights, model.maps(x, lengths)
 
 
 def test_review(page, work):
     said, weights, _ = said_of(work / "sentences", REVIEW)
-    metric(page, "The model says", said)
+    metric(page, "Prediction", said)
+    names = "<s> the effects were amazing , but the story was trash .".split()
+    words, scores = shaded(page), explain_of(work / "sentences", REVIEW)
+    assert [word for word, _ in words] == names and [dark for _, dark in words] == pytest.approx(
+        [abs(shade) for shade in explain.shades("occlusion", scores)], abs=0.01)
+    assert is_blue(page) == [score < 0 for score in scores]
+    page.get_by_text("Shade by attention").click()
+    idle(page)
     words = shaded(page)
-    assert [word for word, _ in words] == "<s> the effects were amazing , but the story was trash .".split()
+    assert [word for word, _ in words] == names
     assert int(np.argmax([dark for _, dark in words])) == int(np.argmax(weights)) and max(dark for _, dark in words) == 1
     assert colours(page.screenshot()) > 30
     assert colours(page.get_by_test_id("stVegaLiteChart").screenshot()) > 10  # the heat map
@@ -218,6 +118,7 @@ def test_review(page, work):
 
 def test_another_layer_and_head(page, work):
     *_, maps = said_of(work / "sentences", REVIEW)
+    page.get_by_text("Shade by attention").click()
     before = page.get_by_test_id("stVegaLiteChart").screenshot()
     for layer, head in ((0, 1), (1, 0)):
         check_choice(page, "Layer", str(layer))
@@ -229,7 +130,7 @@ def test_another_layer_and_head(page, work):
 def test_another_review(page, work):
     for text in ("What a wonderful film!", "zebras dislike unheard of things"):
         write(page, "A review", text)
-        metric(page, "The model says", said_of(work / "sentences", text)[0])
+        metric(page, "Prediction", said_of(work / "sentences", text)[0])
     words = shaded(page)
     assert [word for word, _ in words] == ["<s>", "zebras", "dislike", "unheard", "of", "things"]  # as typed
     assert page.locator('.shaded span[title*="not in the vocabulary"]').all_inner_texts() == ["zebras", "unheard", "of", "things"]
@@ -239,7 +140,7 @@ def test_models_side_by_side(page, work):
     check_choice(page, "Runs, newest first", "deep/additive")
     check_choice(page, "Runs, newest first", "none")
     for n, name in enumerate(("sentences", "deep/additive", "none")):
-        metric(page, "The model says", said_of(work / name, REVIEW)[0], n)
+        metric(page, "Prediction", said_of(work / name, REVIEW)[0], n)
     assert page.locator(".shaded").count() == 3 and page.get_by_test_id("stVegaLiteChart").count() == 1
 
 
@@ -269,14 +170,14 @@ ODD = {
 @pytest.mark.parametrize("kind", ODD)
 def test_odd_review(page, work, kind):
     write(page, "A review", ODD[kind])
-    metric(page, "The model says", said_of(work / "sentences", ODD[kind][:100_000])[0])
+    metric(page, "Prediction", said_of(work / "sentences", ODD[kind][:100_000])[0])
     assert page.evaluate("window.hacked === undefined && document.getElementById('bold') === null")
     assert page.locator("[data-testid=stMain] img, [data-testid=stMain] a[href*=example]").count() == 0
     seen = " ".join(word for word, _ in shaded(page))
     if kind == "html":
         assert "img" in seen and "script" in seen and "onerror" in seen
     if kind == "one word":
-        assert seen == "<s> " + 60 * "a" + "…" and page.get_by_text("the first 100,000 are looked at").count() == 1
+        assert seen == "<s> " + 60 * "a" + "…" and page.get_by_text("the first 100,000 are read").count() == 1
     if kind == "long":
         assert page.get_by_text("It reads 32 tokens at most").count() == 1
 
@@ -388,8 +289,8 @@ def test_pattern(page, name, attention, options):
     layer, dense = GPT(config).layers[0].attention, 256 * 257 / 2
     kept, pairs = layer.kept_pairs(256), layer.multiplied_pairs(256)
     metric(page, "Pairs kept", f"{kept:,.0f}")
-    metric(page, "Kept of dense", f"{kept / dense:.1%}")
-    metric(page, "Work against", f"{pairs / dense:.1%}")
+    metric(page, "Kept, share of dense", f"{kept / dense:.1%}")
+    metric(page, "Work, share of dense", f"{pairs / dense:.1%}")
     assert colours(page.locator("[data-testid=stImage] img").first.screenshot()) > 2
 
 
@@ -448,7 +349,8 @@ def test_training_that_goes_on(page, work):
 
 def test_finished_run(page):
     part(page, "Training")
-    check_choice(page, "Runs, newest first", "bytes")
+    check_choice(page, "Runs, newest first", "sentences")  # bytes, which is no toy, is shown already
+    assert metrics(page, "Step") == ["20", "200"]  # the last steps logged
     for name, score in (("sentences", "accuracy"), ("bytes", "bits per byte")):
         page.get_by_text(f"{name}: finished").wait_for()
         page.get_by_text(re.compile(rf"^val, whole, best weights, step \d+: loss \d\.\d+ nats, {score}")).wait_for()
@@ -478,6 +380,8 @@ def test_first_visit(browser, tmp_path):
         page.get_by_test_id("stMetricValue").wait_for()
         idle(page)
         assert page.get_by_test_id("stMetricValue").inner_text().startswith("negative") and len(shaded(page)) == 12
+        assert max(shaded(page), key=lambda pair: pair[1]) == ("trash", 1)  # the word that decides
+        assert page.get_by_text("Its vocabulary has 128 words").count() == 1
         part(page, "Text")
         page.get_by_role("button", name="Train toy").click()
         page.get_by_role("button", name="Write").wait_for(timeout=TRAINING)

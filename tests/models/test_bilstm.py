@@ -6,6 +6,7 @@ import torch
 
 import sample
 import train
+from core import explain
 from core.config import UserError
 from helpers import call
 from model import GPTConfig, load, new_model
@@ -73,13 +74,13 @@ def test_additive_by_hand():
     (shown,) = model.maps(x, lengths)
     assert shown.shape == (4, 1, 1, 9) and (shown[3, 0, 0, :6] - weights).abs().max() < 1e-12
     assert shown[1, 0, 0, 3:].abs().max() == 0
-    assert torch.equal(model.word_weights(x, lengths), shown[:, 0, 0])
+    assert torch.equal(explain.attention_weights(model, x, lengths), shown[:, 0, 0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_maps_and_word_weights(kind):
+def test_maps_and_attention_weights(kind):
     model, (x, lengths) = make(kind), batch()
-    weights, maps = model.word_weights(x, lengths), model.maps(x, lengths)
+    weights, maps = explain.attention_weights(model, x, lengths), model.maps(x, lengths)
     there = torch.arange(9) < lengths[:, None]
     assert weights.shape == (4, 9) and (weights.sum(1) - 1).abs().max() < 1e-6 and weights[~there].abs().max() == 0
     assert len(maps) == (kind != "none")

@@ -119,9 +119,9 @@ def test_comparison(tmp_path, drawn, capsys):
 
 
 def test_equal_ones_stand_side_by_side():
-    places, (low, high) = charts.beside([100.0, 50.0, 100.5, 20.0])
+    places, (low, high) = charts.spread([100.0, 50.0, 100.5, 20.0])
     assert places == pytest.approx([99.05, 50, 101.45, 20], abs=0.01) and (low, high) == pytest.approx((11.95, 108.55), abs=0.01)
-    places, (low, high) = charts.beside([8.0, 8.0, 8.0])  # a quarter of 8: 2
+    places, (low, high) = charts.spread([8.0, 8.0, 8.0])  # a quarter of 8: 2
     assert places == pytest.approx([7.94, 8, 8.06]) and (low, high) == pytest.approx((6.8, 9.2))
 
 

@@ -15,7 +15,7 @@ from test_charts import comparison, row, write_rows
 from test_plot import classifier, drawn, panels, write_log  # noqa: F401  a fixture
 
 import plot
-from core import demo, figures, readers
+from core import curves, demo, figures, readers
 from core.config import UserError
 from helpers import ROOT, call
 
@@ -100,14 +100,14 @@ def test_many_layers_are_sampled(tmp_path, pictures, layers, heads, records):
         call(plot, tmp_path / "out")
         assert time.process_time() - began < 10  # on a machine that is shared; about 4
     axes = panels(pictures["spans.png"])
-    assert len(axes) <= 2 * plot.MOST_LAYERS and max(len(ax.lines) for ax in axes) <= plot.MOST_HEADS
+    assert len(axes) <= 2 * curves.MOST_LAYERS and max(len(ax.lines) for ax in axes) <= curves.MOST_HEADS
     assert axes[0].get_title().startswith("layer 0, ") and f"layer {layers - 1}" in [ax.get_title()[:9] for ax in axes]
     said = pictures["spans.png"].get_suptitle()
     assert ("of 300 layers" in said) == (layers == 300) and ("of 400 heads" in said) == (heads == 400)
     x = axes[0].lines[0].get_xdata()
-    assert len(x) <= plot.MOST_POINTS and (x[0], x[-1]) == (0, records - 1)
+    assert len(x) <= curves.MOST_POINTS and (x[0], x[-1]) == (0, records - 1)
     (ax,) = pictures["kept.png"].axes
-    assert len(ax.lines) <= plot.MOST_LAYERS
+    assert len(ax.lines) <= curves.MOST_LAYERS
     assert ("of 300 layers" in ax.get_title()) == (layers == 300)
 
 

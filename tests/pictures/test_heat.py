@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_plot import drawn  # noqa: F401  a fixture
+from test_plot import drawn, panels  # noqa: F401  a fixture
 
 import plot
 import train
-from core import figures, heat
+from core import explain, figures, heat
 from core.inference import encode, predict, review_batch
 from core.tokenizer import Tokenizer
 from helpers import call
@@ -58,8 +58,10 @@ def test_heat_of_a_classifier(tmp_path, tiny, drawn, capsys):
     model, checkpoint = load(tiny["gpt"] / "best.pt")
     x, lengths = review_batch(model, Tokenizer(checkpoint["meta"]), ["so $ good$"], "cpu")
     maps = [layer[0].numpy() for layer in model.maps(x, lengths)]
-    axes = drawn["heat.png"].axes
-    assert len(axes) == 2 and "attention in layer 1" in drawn["heat.png"].get_suptitle()
+    axes = panels(drawn["heat.png"])
+    assert len(axes) == 2 and "attention weights in layer 1" in drawn["heat.png"].get_suptitle()
+    bars = [ax for ax in drawn["heat.png"].axes if ax not in axes]
+    assert [bar.get_ylim() for bar in bars] == [(0, pytest.approx(maps[1][n].max())) for n in range(2)]
     for n, ax in enumerate(axes):
         np.testing.assert_allclose(ax.images[0].get_array(), maps[1][n])
         assert ax.get_title() == f"head {n}, darkest {maps[1][n].max():.2f}"
@@ -68,7 +70,7 @@ def test_heat_of_a_classifier(tmp_path, tiny, drawn, capsys):
         assert [tick.get_text() for tick in labels] == tokens
     assert axes[0].yaxis_inverted() and (axes[0].get_xlabel(), axes[0].get_ylabel()) == ("key", "query")
     call(plot, tiny["gpt"], "--text=so $ good$", "--layer=0", "--head=1", f"--out={tmp_path}")
-    (ax,) = drawn["heat.png"].axes
+    (ax,) = panels(drawn["heat.png"])
     np.testing.assert_allclose(ax.images[0].get_array(), maps[0][1])
 
 
@@ -97,7 +99,7 @@ def test_a_long_text_is_cut_to_what_can_be_read(tmp_path, tiny, drawn):
 def test_heat_of_a_bilstm(tmp_path, tiny, drawn, capsys):
     """Additive weights are shaded words, multi-head ones heat maps, and without attention there is a word on it."""
     call(plot, tiny["multihead"], "--text=good", f"--out={tmp_path}")
-    assert len(drawn["heat.png"].axes) == 2 and drawn["heat.png"].axes[0].images[0].get_array().shape == (5, 5)
+    assert len(panels(drawn["heat.png"])) == 2 and drawn["heat.png"].axes[0].images[0].get_array().shape == (5, 5)
     call(plot, tiny["additive"], "--text=so good a film", f"--out={tmp_path}")
     (ax,) = drawn["heat.png"].axes
     assert [word for word, _ in words(ax)] == ["<s>", "so", "good", "a", "film"] and "additive: attention" in headings(ax)
@@ -116,12 +118,12 @@ def test_each_run_has_its_own(tmp_path, tiny, drawn):
 
 
 def test_reviews(tmp_path, tiny, drawn):
-    """Each with what the model says and how surely, the truth and the kind; shaded by model.word_weights."""
+    """Each with the prediction and its probability, the truth and the kind; shaded by attention."""
     rows = [{"text": "so good a film", "label": 1, "kind": "plain"}, {"text": "A film, a film", "label": "negative"},
             {"text": "mute"}]
     file = tmp_path / "hard.jsonl"
     file.write_text("\n\n".join(map(json.dumps, rows)), "utf-8")
-    call(plot, tiny["gpt"], f"--reviews={file}", f"--out={tmp_path}")
+    call(plot, tiny["gpt"], f"--reviews={file}", "--explain=attention", f"--out={tmp_path}")
     assert list(drawn) == ["reviews.png"]
     (ax,) = drawn["reviews.png"].axes
     model, checkpoint = load(tiny["gpt"] / "best.pt")
@@ -138,7 +140,7 @@ def test_reviews(tmp_path, tiny, drawn):
     found = words(ax)
     assert [word for word, _ in found] == "<s> so good a film <s> A film, a film <s> mute".split()
     x, lengths = review_batch(model, tokenizer, ["so good a film"], "cpu")
-    weights = model.word_weights(x, lengths)[0].tolist()
+    weights = explain.attention_weights(model, x, lengths)[0].tolist()
     by_word = [weights[0], *(sum(weights[a:b]) for a, b in ((1, 3), (3, 8), (8, 10), (10, 15)))]
     shaded = [shade is not None for _, shade in found[:5]]
     assert shaded == [weight > sum(by_word) / 5 for weight in by_word]
@@ -147,14 +149,33 @@ def test_reviews(tmp_path, tiny, drawn):
     assert dict(found[:5])[top[0][1]] == figures.PALETTE[4].lower()  # the darkest
 
 
+def test_reviews_are_shaded_by_what_moves_the_answer(tmp_path, tiny, drawn):
+    """By default: orange for words that support the answer, blue for words that oppose it."""
+    from matplotlib.colors import to_rgb
+
+    call(plot, tiny["gpt"], "--text=so good a film", f"--out={tmp_path}")
+    (ax,) = drawn["reviews.png"].axes
+    model, checkpoint = load(tiny["gpt"] / "best.pt")
+    tokenizer = Tokenizer(checkpoint["meta"])
+    batch = review_batch(model, tokenizer, ["so good a film"], "cpu")
+    names, scores = explain.word_scores("occlusion", model, tokenizer, *batch)
+    assert names == "<s> so good a film".split() and scores[0] == 0 and min(map(abs, scores[1:])) > 0
+    for (word, colour), name, score in zip(words(ax), names, scores):
+        red, _, blue = to_rgb(colour or "white")
+        assert word == name and (red > blue) == (score > 0) and (red < blue) == (score < 0), (word, colour, score)
+    top = sorted(zip(names, scores), key=lambda pair: -abs(pair[1]))[:3]
+    assert "most: " + ", ".join(f"{word}\xa0{score:+.2f}" for word, score in top) in headings(ax)
+    assert "orange words support the answer, blue words oppose it" in headings(ax)
+
+
 def test_words_of_tokens():
     """Tokens between spaces are one word, of any tokenizer; broken characters are shown as such."""
     own = SimpleNamespace(kind="bytes", mark=0, token=lambda i: "<s>", decode_bytes=lambda ids: bytes(ids))
     text = b"\0a bc\n d\xc3\xa9 \xff"
-    assert heat.words_of(own, list(text), [1] * len(text)) == [
+    assert list(zip(*explain.split_words(own, list(text)))) == [
         ("<s>", 1), ("a", 1), ("bc", 3), ("dé", 5), ("\ufffd", 2)]
     own = SimpleNamespace(kind="words", mark=None, decode_bytes=lambda ids: [b" so", b" good", b"."][ids[0]])
-    assert heat.words_of(own, [0, 1, 2], [0.5, 0.25, 0.25]) == [("so", 0.5), ("good", 0.25), (".", 0.25)]
+    assert list(zip(*explain.split_words(own, [0, 1, 2]))) == [("so", 1), ("good", 1), (".", 1)]
 
 
 def test_wrap():
@@ -164,10 +185,10 @@ def test_wrap():
 
 def test_shades():
     """0 for what weighs the mean or less, 1 for the most; equal weights stay unshaded."""
-    assert heat.shades([("a", 0.1), ("b", 0.2), ("c", 0.3), ("d", 0.6)]).tolist() == pytest.approx([0, 0, 0, 1])
-    assert heat.shades([("a", 0.1), ("b", 0.3), ("c", 0.5)]).tolist() == pytest.approx([0, 0, 1])
-    assert heat.shades([("a", 0.0), ("b", 0.5), ("c", 0.75), ("d", 0.0)]).tolist() == pytest.approx([0, 3 / 7, 1, 0])
-    assert not heat.shades([("a", 0.25)] * 4).any() and not heat.shades([("a", 0.1), ("b", 0.1 + 1e-9)]).any()
+    assert explain.shades("attention", [0.1, 0.2, 0.3, 0.6]) == pytest.approx([0, 0, 0, 1])
+    assert explain.shades("attention", [0.1, 0.3, 0.5]) == pytest.approx([0, 0, 1])
+    assert explain.shades("attention", [0.0, 0.5, 0.75, 0.0]) == pytest.approx([0, 3 / 7, 1, 0])
+    assert not any(explain.shades("attention", [0.25] * 4)) and not any(explain.shades("attention", [0.1, 0.1 + 1e-9]))
 
 
 def test_a_page_has_an_end(tmp_path, tiny, drawn):
@@ -177,7 +198,7 @@ def test_a_page_has_an_end(tmp_path, tiny, drawn):
     call(plot, tiny["gpt"], f"--reviews={file}", f"--out={tmp_path}")
     (ax,) = drawn["reviews.png"].axes
     assert "the first 36 of 60" in headings(ax) and len([w for w, _ in words(ax) if w == "film"]) == 36
-    heat.draw_page([("h", "black", [("w" * 98, 0.1)] * 120)], "long", tmp_path / "long.png")
+    figures.write(heat.draw_page([("h", "black", [("w" * 98, 0.1)] * 120)], "long"), tmp_path / "long.png")
     assert len(words(drawn["long.png"].axes[0])) == 120
 
 
@@ -190,7 +211,9 @@ def test_refused(tmp_path, tiny, refused):
     assert "layer must be from 0 to 1, or -1; got 2" in refused(plot, tiny["gpt"], "--text=a", "--layer=2")
     assert "head must be from 0 to 1, or -1; got 7" in refused(plot, tiny["gpt"], "--text=a", "--head=7")
     assert "head must be from 0 to 0, or -1; got 1" in refused(plot, tiny["additive"], "--text=a", "--head=1")
-    assert "is a language model, which says nothing of reviews" in refused(plot, tiny["lm"], "--reviews=x")
+    line = refused(plot, tiny["gpt"], "--text=a", "--explain=occlusio")
+    assert "unknown explain 'occlusio'; did you mean occlusion?" in line
+    assert "is a language model, which does not classify reviews" in refused(plot, tiny["lm"], "--reviews=x")
     assert "cannot read the reviews" in refused(plot, tiny["gpt"], f"--reviews={tmp_path / 'none'}")
     file = tmp_path / "bad.jsonl"
     for line in ("text", "[1]", '{"label": 1}', '{"text": "a", "label": 2}', '{"text": "a", "label": "good"}', '{"text": " "}',

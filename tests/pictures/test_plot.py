@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import plot
-from core import figures
+from core import curves, figures
 from helpers import ROOT, call
 
 
@@ -182,14 +182,14 @@ def classifier(folder, split, p, labels):
 
 
 def test_roc_of_known_predictions():
-    """Ties pass a threshold together; the area is what dataset.scores says."""
-    false, true = plot.roc(np.array([0.9, 0.8, 0.8, 0.3, 0.1]), np.array([True, True, False, True, False]))
+    """Ties pass a threshold together; the area is that of evaluation.scores."""
+    false, true = curves.roc(np.array([0.9, 0.8, 0.8, 0.3, 0.1]), np.array([True, True, False, True, False]))
     assert np.allclose(false, [0, 0, 0.5, 0.5, 1]) and np.allclose(true, [0, 1 / 3, 2 / 3, 1, 1])
     random = np.random.default_rng(0)
     p, labels = random.integers(0, 30, 400) / 30, random.random(400) < 0.4
     from core.evaluation import scores
 
-    false, true = plot.roc(p, labels)
+    false, true = curves.roc(p, labels)
     assert (np.diff(true) * (false[1:] + false[:-1]) / 2).sum() == pytest.approx(1 - scores(p, labels)["auc"], abs=1e-12)
 
 
@@ -206,11 +206,15 @@ def test_confusion_and_roc(tmp_path, drawn, reviews, capsys):
     assert ax.get_title() == "out: accuracy 0.5714" and "test split" in drawn["confusion.png"].get_suptitle()
     for labels in (ax.get_xticklabels(), ax.get_yticklabels()):
         assert [label.get_text() for label in labels] == ["negative", "positive"]
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ("said", "true") and ax.yaxis_inverted()
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("predicted", "true") and ax.yaxis_inverted()
+    fig, width = drawn["confusion.png"], drawn["confusion.png"].bbox.width
+    fig.draw_without_rendering()
+    for title in (fig._suptitle, ax.title):  # none is cut
+        assert 0 <= title.get_window_extent().x0 and title.get_window_extent().x1 <= width
     (ax,) = drawn["roc.png"].axes
     x, y = lines(ax)["out: AUC 0.6000"]  # 6 of 10 pairs in order
     assert (x[0], y[0], x[-1], y[-1]) == (0, 0, 1, 1)
-    assert ax.get_xlabel() == "share of negative texts said to be positive"
+    assert ax.get_xlabel() == "share of negative texts predicted positive"
 
 
 def test_predictions_of_many_runs(tmp_path, drawn, capsys):
@@ -260,7 +264,8 @@ def test_as_a_script(tmp_path):
 
 def test_a_run_without_matplotlib(tmp_path, refused, without_matplotlib):
     run = write_log(tmp_path / "out", {"step": 0, "split": "val", "loss": 3.0})
-    assert refused(plot, run).endswith("pip install matplotlib") and not (run / "curves.png").exists()
+    assert refused(plot, run).endswith(f"{sys.executable} -m pip install matplotlib")
+    assert not (run / "curves.png").exists()
 
 
 # ---- what is refused -----------------------------------------------------------------------------
