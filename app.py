@@ -27,7 +27,7 @@ from core import demo, figures, hardware, heat, inference, readers
 from core.config import Text, UserError, typed
 from core.mechanisms import mechanism, mechanisms
 from core.pattern import draw_pattern, patterns
-from core.runs import say, format_stats
+from core.runs import format_scores, format_stats
 from core.tokenizer import UNKNOWN
 from model import GPT, GPTConfig
 
@@ -407,7 +407,7 @@ def health(records):
             place.metric(name, format(record[key], form) if key in record else "unknown")
     for (split, best), record in last.items():
         scores = {key: record[key] for key in (*plot.SCORES, "f1", "precision", "recall", "auc") if key in record}
-        said = say(scores) + format_stats(record.get("stats", []))
+        said = format_scores(scores) + format_stats(record.get("stats", []))
         st.text(f"{split}{', whole, best weights' * best}, step {record['step']}: {said}")
 
 

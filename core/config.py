@@ -175,8 +175,9 @@ class Text(str):
 
 def read(path, settings):
     """The assignments of a config file, [(key, value)], run with the settings made so far at hand."""
+    beside = ROOT / path  # so that config/x.py works from any working directory
     try:
-        source = Path(path).read_text("utf-8-sig")  # with or without a byte order mark
+        source = (beside if not os.path.exists(path) and beside.is_file() else Path(path)).read_text("utf-8-sig")  # with or without a byte order mark
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or no name of a file at all
         raise UserError(f"cannot read config file {path!r} ({error}); give a Python file or --key=value")
     space = dict(settings)

@@ -159,9 +159,9 @@ def difference(before, now):
 
 
 def find(folder):
-    """The path of a prepared folder: `folder` itself, or data/NAME. UserError where neither is."""
+    """The path of a prepared folder: `folder` itself, data/NAME, or `folder` in the repository. Raises UserError."""
     data, name = ROOT / "data", Path(folder).name
-    for path in (Path(folder), data / folder):
+    for path in (Path(folder), data / folder, ROOT / folder):
         if (path / "meta.json").exists():
             return path
     for script in (name, name.split("_")[0]):  # imdb_bytes is made by imdb's
