@@ -193,8 +193,8 @@ class Run:
         self.explain_log()
         self.watch, self.logged = Stopwatch(self.state["seconds"]), (self.state["step"], self.state["work"])
         while True:
-            dist.leave_if_asked()
             self.random = hardware.random_state(self.device)
+            dist.leave_if_asked()
             yield self.state["step"]
             self.state["step"] += 1
 

@@ -31,4 +31,4 @@ def batches(*arguments):
 
 
 train.batches = batches
-train.run(train.main)
+train.run_script(train.main)
