@@ -24,6 +24,7 @@ from core import dist, hardware
 from core.config import UserError, check_choice, configure, run as run_script
 from core.dataset import batches
 from core.evaluation import evaluate
+from core.optimizers import Optimizers  # for configure_optimizer, when you edit it
 from core.run import Run, check_size
 from model import GPTConfig, load, new_model, options_of
 
