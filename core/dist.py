@@ -25,6 +25,7 @@ from core.runs import Stop, asked
 
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # this machine
+groups = []  # keeps the process group until the process ends: if DDP holds the last reference, its destructor deadlocks
 RANK_LOST = "onnection closed", "onnection reset", "Broken pipe", "gloo", "NCCL", "timed out"  # in torch's errors
 
 
@@ -52,6 +53,7 @@ def setup(device):
     try:
         store = fresh_store(next(torch_dist.rendezvous("env://"))[0])
         torch_dist.init_process_group(store=store, rank=rank, world_size=world)
+        groups.append(torch_dist.group.WORLD)
         yield device
     except RuntimeError as error:
         if not any(words in str(error) for words in RANK_LOST):
