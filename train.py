@@ -25,7 +25,8 @@ from core.config import UserError, check_choice, configure, run as run_script
 from core.dataset import batches
 from core.evaluation import evaluate
 from core.optimizers import Optimizers  # for configure_optimizer, when you edit it
-from core.run import Run, check_size
+from core.run import Run
+from core.startup import check_size
 from model import GPTConfig, load, new_model, options_of
 
 # ---- settings: every name here is a key of the command line and of config files ---------------
@@ -103,8 +104,8 @@ def configure_optimizer(model):
 
     For two, each with weights of its own, return Optimizers(torch.optim.Muon(matrices), torch.optim.AdamW(others)).
     """
-    groups = model.parameter_groups(weight_decay)
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)  # fused: one pass over all weights
+    groups = model.parameter_groups(weight_decay)  # fused: one pass over all weights
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)
 
 
 def check(settings):
@@ -116,8 +117,8 @@ def check(settings):
     check_choice("on_save_error", given.on_save_error, ("stop", "warn"))
     check_choice("lr_schedule", given.lr_schedule, ("cosine", "linear"))
     if given.dtype == "float16" and not given.eval_only:
-        raise UserError("training expects dtype 'auto', 'float32' or 'bfloat16', got 'float16', whose small range needs a "
-                        "gradient scaler; use bfloat16 or float32")
+        raise UserError("training expects dtype 'auto', 'float32' or 'bfloat16', got 'float16', which needs a gradient "
+                        "scaler; use bfloat16 or float32")
     at_least = dict.fromkeys(("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval"), 1)
     at_least |= dict.fromkeys(("seed", "max_iters", "warmup_iters", "lr_decay_iters", "eval_iters", "patience",
                                "learning_rate", "min_lr", "weight_decay", "grad_clip", "beta1", "beta2"), 0)
@@ -156,7 +157,7 @@ def build_model(run, settings, options):
 
 
 def main(arguments=None):
-    """Train as `arguments` say (default: the command line). Returns the exit code of a run that was stopped, else None."""
+    """Train with `arguments` (default: the command line). Returns the exit code of a run that was stopped, else None."""
     began = STARTED if __name__ == "__main__" else time.perf_counter()
     settings, options = configure(globals(), arguments, mechanism_options)
     check(settings)

@@ -125,8 +125,8 @@ def check_meta_of(checkpoint, config):
 
 
 def checked_config(path, checkpoint, config_class):
-    """(its config, {name: shape} of the weights) of a checkpoint. Raises ValueError or UserError unless the types and ranges
-    of model_config, meta, settings and weights are right and their sizes fit one another."""
+    """(its config, {name: shape} of the weights) of a checkpoint. Raises ValueError or UserError unless the types and
+    ranges of model_config, meta, settings and weights are right and their sizes fit one another."""
     kinds = those_there({f.name: FIELD.get(f.type, plain) for f in fields(config_class)})
     record({"model_config": kinds})(checkpoint, "the checkpoint")
     PLAIN_ENTRIES(checkpoint, "the checkpoint")
@@ -182,7 +182,7 @@ def check_fit(path, shapes, model_shapes, options):
                           + "; ".join(f"{words} {names(keys)}" for words, keys in sides if keys) + ")")
     for name, shape in model_shapes.items():
         if shapes[name] != shape:
-            raise ModelEdited(f"the weight {name} in {path} has the shape {shapes[name]}, in the model as it is built now {shape}")
+            raise ModelEdited(f"the weight {name} in {path} has the shape {shapes[name]}, in the model as built now {shape}")
 
 
 def read(path, config_class, device):

@@ -4,8 +4,6 @@ import contextlib
 import json
 import math
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -15,39 +13,15 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from core import ROOT, dist, hardware
+from core import dist, hardware
 from core.checkpoint import PREVIOUS, check_best, restore, save_all
 from core.config import UserError
-from core.dataset import DataChanged, Dataset, batches, difference
+from core.dataset import DataChanged, batches, difference
 from core.evaluation import evaluate, health
-from core.runs import (Log, SaveError, Stop, asked, check_folder, clock, format_scores, format_stats, install_signal_handlers,
-                       locked, mend_log, prepare_folder, start_wandb, write_text, write_whole)
+from core.runs import (Log, SaveError, Stop, asked, check_folder, clock, format_scores, format_stats,
+                       install_signal_handlers, locked, mend_log, prepare_folder, start_wandb, write_text, write_whole)
+from core.startup import explain_log, open_data, print_changes, print_costs
 from core.stopwatch import Stopwatch
-
-EMBEDDED = ("stdlib", "toy", "sentences")  # datasets that are prepared without a network
-
-
-def open_data(settings):
-    """The Dataset of the settings; one that needs no network is prepared first. Raises UserError."""
-    name = settings.dataset
-    missing = name in EMBEDDED and not any((folder / name / "meta.json").exists() for folder in (Path(), ROOT / "data"))
-    if any(dist.all_gather(missing)):
-        dist.on_all_ranks(prepare_embedded, name)
-    data = Dataset(name, settings.task)
-    for split in ["val"] + ["test"] * settings.eval_test + ["train"] * (not settings.eval_only):
-        batches(data, split, 1, settings.block_size)  # raises what would otherwise be raised after the training
-    return data
-
-
-def prepare_embedded(name):
-    """Run data/NAME/prepare.py, on the first rank of each machine."""
-    script = ROOT / "data" / name / "prepare.py"
-    if dist.local_rank == 0:
-        print(f"{name} is not prepared: python data/{name}/prepare.py", flush=True)
-        done = subprocess.run([sys.executable, script], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise UserError(f"data/{name}/prepare.py failed ({done.stderr.strip()[-300:]}); run it yourself")
-
 
 class Run:
     """One training run in its folder, used as a context manager: SIGINT, SIGTERM and changed data end it saved.
@@ -64,7 +38,7 @@ class Run:
         self.state = {"step": 0, "evaluated": -1, "best": math.inf, "best_step": 0, "worse": 0, "seconds": 0.0, "work": 0.0}
         self.checkpoint = self.watch = self.exit_code = None
         self.exits = contextlib.ExitStack()
-        self.tokens, self.read = 0, Counter()  # since the last line of the log; and {length: tokens and padding} since `tally`
+        self.tokens, self.read = 0, Counter()  # since the last log_step; {length: tokens and padding} since tally
         self.last_loss = 0.0
         hardware.keep_freed_memory()
         init_from = self.given.init_from
@@ -146,11 +120,13 @@ class Run:
         if dist.rank == 0:
             self.exits.enter_context(locked(self.folder))
         self.model, self.optimizer = model, optimizer
-        self.print_costs(*(t if t is None else t[:1] for t in source.batch(0)))
+        example = self.to_device(*(t if t is None else t[:1] for t in source.batch(0)))
+        print_costs(model, example, self.given, self.device, self.dtype)
         if dist.rank:
             dist.seed(self.given.seed)  # each rank needs its own dropout
         if self.checkpoint:
-            restore(self.folder / "ckpt.pt", self.checkpoint, self.state, model, optimizer, self.given.seed, self.device, self.dtype)
+            path, seed = self.folder / "ckpt.pt", self.given.seed
+            restore(path, self.checkpoint, self.state, model, optimizer, seed, self.device, self.dtype)
             check_best(self.folder / "best.pt", self.state)
             print(f"resume: from step {self.state['step']} of {self.given.max_iters}")
         settings, wandb = self.settings | model.config.options, None
@@ -171,17 +147,6 @@ class Run:
             "source": self.data.meta["source"], "parameters": self.model.parameter_count(), "machine": hardware.describe(),
             "ranks": dist.world, "launch": dist.launch_name()}, indent=1))
 
-    def print_costs(self, x, y, lengths):
-        """Print what the model costs. x, y, lengths: one example, whose activations are counted unless it is sharded."""
-        N, T, activations = self.model.parameter_count(), x.size(1), ""
-        if not dist.is_sharded(self.model):
-            with hardware.autocast(self.device, self.dtype):
-                size = hardware.activation_bytes(self.model, *self.to_device(x, y, lengths)) * self.given.batch_size
-            size /= dist.split_micro_batches(self.given.gradient_accumulation_steps)[0]
-            activations = f", {size / 2**20:,.0f} MiB of activations in a forward pass"
-        print(f"{N:,} parameters, {self.model.estimate_flops(T) / 1e6:,.1f} MFLOP to train on a token of {T}, "
-              f"{16 * N / 2**20:,.0f} MiB of weights, gradients and AdamW{activations}")
-
     # ---- the loop --------------------------------------------------------------------------
 
     def steps(self):
@@ -190,7 +155,7 @@ class Run:
         install_signal_handlers()
         self.began -= self.state["seconds"]  # of earlier processes
         self.per_evaluation, self.at_the_end = self.count_evaluation_batches()
-        self.explain_log()
+        explain_log(self.given, self.data, self.per_evaluation)
         self.watch, self.logged = Stopwatch(self.state["seconds"]), (self.state["step"], self.state["work"])
         while True:
             self.random = hardware.random_state(self.device)
@@ -228,7 +193,8 @@ class Run:
         """Log a training step. loss and numbers: floats or scalar tensors."""
         seconds = self.watch.lap(step + 1 - self.logged[0])
         self.tally()
-        speed, share = dist.sum_over_ranks(self.tokens) / seconds, (self.state["work"] - self.logged[1]) / seconds / self.peak
+        speed = dist.sum_over_ranks(self.tokens) / seconds
+        share = (self.state["work"] - self.logged[1]) / seconds / self.peak
         self.tokens, self.logged, self.state["seconds"] = 0, (step + 1, self.state["work"]), self.watch.seconds()
         max_iters, interval = self.given.max_iters, self.given.eval_interval
         evaluations = (max_iters - 1) // interval - step // interval + 1
@@ -319,8 +285,6 @@ class Run:
             dist.on_rank0(self.log, record, text, True)
         print(f"{clock(time.perf_counter() - self.began)} in all; sample with: python sample.py --out_dir={self.folder}")
 
-    # ---- what is printed -------------------------------------------------------------------
-
     def count_evaluation_batches(self):
         """(batches of an evaluation while training, batches of those of `finish`)."""
         given = self.given
@@ -328,35 +292,3 @@ class Run:
                  for split in ["val"] + ["train"] * given.eval_train + ["test"] * given.eval_test}
         during = sum(min(given.eval_iters or count[split], count[split]) for split in ["val"] + ["train"] * given.eval_train)
         return during, count["val"] + count.get("test", 0)
-
-    def explain_log(self):
-        """Print what the numbers of the following lines are."""
-        unit = "text" if self.data.kind == "classify" else "token"
-        print(f"A line every {self.given.log_interval} steps: the step, of all; the loss of its batch in nats per {unit}; tokens "
-              "per second of training since the line before, without evaluations; the operations that they need, as a share of "
-              "the rate of matrix products above; the time left, with evaluations")
-        print(f"A line every {self.given.eval_interval} steps: the scores of {self.per_evaluation} batches, then the attention's "
-              "statistics, means over layers and heads; * marks the best so far, which best.pt holds")
-
-
-def print_changes(checkpoint, settings, free):
-    """Print which settings differ from those of a checkpoint. free: those of its model that may change."""
-    config = checkpoint["model_config"]
-    saved = {**checkpoint["settings"], **config, **config["options"]}
-    for key, value in settings.items():
-        before, fixed = saved.get(key, value), key in config and key not in free
-        if before != value and key not in ("init_from", "eval_only", "eval_test", "out_dir", "device", "dtype"):
-            print(f"checkpoint: {key} {'stays' if fixed else 'was'} {before!r}, {'not' if fixed else 'is now'} {value!r}")
-
-
-def check_size(settings, data, device):
-    """Raise UserError if the weights, or the tokens of a batch, exceed the memory by far: the system would end the process
-    without a message, or swap."""
-    given = SimpleNamespace(**settings)
-    room, C = hardware.memory_size(device) * (dist.world if given.shard else 1), given.n_embd
-    model_bytes = 16 * (12 * C * C * given.n_layer * (given.model == "gpt") + C * data.vocab_size)
-    batch_bytes = given.batch_size * given.block_size * (16 + 4 * C) if data.kind == "lm" else 0
-    for need, what in ((model_bytes, f"weights, gradients and AdamW of n_layer={given.n_layer}, n_embd={C}"),
-                       (batch_bytes, f"a batch of batch_size={given.batch_size}, block_size={given.block_size}")):
-        if need > room:
-            raise UserError(f"{what} need {need / 2**30:,.0f} GiB at least; {device} has {room / 2**30:,.0f}: make them smaller")

@@ -16,7 +16,11 @@ def edited_copy(folder, *changes, name="train.py"):
     """A copy of the scripts in `folder` with (old text, new text) replaced in one of them; returns the folder."""
     for file in ROOT.glob("*.py"):
         shutil.copy(file, folder)
-    shutil.copytree(ROOT / "core", folder / "core", dirs_exist_ok=True)
+    for part in ("core", "config"):
+        shutil.copytree(ROOT / part, folder / part, dirs_exist_ok=True)
+    for file in ROOT.glob("data/*/prepare.py"):
+        (folder / "data" / file.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, folder / "data" / file.parent.name)
     source = (folder / name).read_text("utf-8")
     for old, new in changes:
         assert source.count(old) == 1, old
@@ -25,15 +29,15 @@ def edited_copy(folder, *changes, name="train.py"):
     return folder
 
 
-def added_lines(*changes):
-    return sum(len(new.splitlines()) for _, new in changes)
+def execute(*words, cwd):
+    """The finished process of a Python script."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, capture_output=True, text=True, env=environment)
 
 
-def train(folder, out, data, *arguments, ranks=1, script="train.py", cwd=None):
-    """What the process of a script prints; it must end well. ranks: above 1 under torchrun."""
+def train(folder, out, data, *arguments, ranks=1):
+    """What a run of the copy of train.py in `folder` prints; it must end well. ranks: above 1 under torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    line = [sys.executable, *launcher, folder / script, f"--out_dir={out}", f"--dataset={data}", *SMALL, *arguments]
-    done = subprocess.run(list(map(str, line)), cwd=cwd or folder, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"})
+    done = execute(*launcher, folder / "train.py", f"--out_dir={out}", f"--dataset={data}", *SMALL, *arguments, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -9,7 +9,7 @@ from core.config import UserError
 from core.optimizers import initialize_state, optimizer_state, restore_optimizer, state_of
 from model import GPT, GPTConfig, load
 
-ADAMW = "    return torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)  # fused: one pass over all weights\n"
+ADAMW = "    return torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)\n"
 OPTIMIZERS = {
     "sgd": "    return torch.optim.SGD(groups, lr=learning_rate, momentum=0.9)\n",
     "muon": """\
@@ -94,7 +94,8 @@ def test_state_of_another_optimiser_is_refused():
     adamw, sgd = torch.optim.AdamW(model.parameters()), torch.optim.SGD(model.parameters(), momentum=0.9)
     steps(model, adamw, 1)
     steps(model, sgd, 1)
-    for saved, into in ((adamw, torch.optim.SGD(model.parameters(), momentum=0.9)), (sgd, torch.optim.AdamW(model.parameters()))):
+    new_sgd, new_adamw = torch.optim.SGD(model.parameters(), momentum=0.9), torch.optim.AdamW(model.parameters())
+    for saved, into in ((adamw, new_sgd), (sgd, new_adamw)):
         checkpoint = {"optimizer": optimizer_state(model, saved), "state": {"step": 1}}
         with pytest.raises(ValueError, match="what configure_optimizer returns expects"):
             restore_optimizer(None, checkpoint, model, into)

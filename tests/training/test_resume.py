@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import train
+from core import checkpoint as checkpoint_file
 from core import hardware
 from helpers import ROOT
 from training_runs import HARD, SMALL, assert_same, assert_same_runs, fit, log_of, send
@@ -110,3 +111,15 @@ def test_resume_is_refused(text, toy, reviews, tmp_path, refused):
     assert "was trained on other data" in refusal(reviews, "--task=lm")
     (tmp_path / "out" / "ckpt.pt").write_bytes((tmp_path / "out" / "ckpt.pt").read_bytes()[:5000])
     assert "ckpt.pt is damaged or not a checkpoint" in refusal(reviews)
+
+
+def test_checkpoints_with_a_gradient_scaler(text, tmp_path, capsys):
+    """Of float16 training, which earlier versions had: they resume in another precision, and none of the new ones has a scaler."""
+    assert not fit(tmp_path, text, "--max_iters=2")
+    checkpoint = torch.load(tmp_path / "ckpt.pt")
+    assert "scaler" not in checkpoint
+    scaler = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 2}
+    checkpoint_file.save(tmp_path / "ckpt.pt", {**checkpoint, "scaler": scaler, "dtype": "float16"})
+    assert not fit(tmp_path, text, "--max_iters=4", "--dtype=auto", "--init_from=resume")
+    assert "checkpoint: dtype was 'float16', is now 'float32'" in capsys.readouterr().out
+    assert torch.load(tmp_path / "ckpt.pt")["state"]["step"] == 4

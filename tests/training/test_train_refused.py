@@ -11,7 +11,8 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.mark.parametrize("argument, said", [
-    ("--dataset=stdlb", "no dataset 'stdlb'"), ("--dtype=float31", "unknown dtype 'float31'; did you mean"),
+    ("--dataset=stdlb", "no dataset 'stdlb'"), ("--dtype=float16", "training expects dtype 'auto', 'float32' or 'bfloat16', got 'float16'"),
+    ("--dtype=float31", "unknown dtype 'float31'; did you mean"),
     ("--device=gpu", "unknown device 'gpu'"), ("--attention=denze", "unknown attention 'denze'; did you mean dense?"),
     ("--attention=atr", "unknown attention 'atr'; did you mean atrt?"),
     ("--use_triangle_wave_masking=True", "'use_triangle_wave_masking'; it belongs to --attention=adaptive_attention_span"),
