@@ -4,6 +4,7 @@
 import pytest
 
 import train
+from core.config import UserError, plain_values
 from core.mechanisms import mechanisms
 from training_runs import SMALL
 
@@ -56,3 +57,15 @@ def test_refused_with_the_mechanisms_that_exist(text, tmp_path, refused):
     assert {"adaptive_attention_span", "atrt", "dense", "sparse"} <= set(mechanisms())
     owners = refused(train, *line, "--window=64").partition("unknown key 'window'; it belongs to --attention=")[2]
     assert "sparse" in owners.split(" or ")
+
+
+def test_check_reads_its_settings_alone(monkeypatch):
+    """Not those that train.py has at the moment: compare.py asks it about runs that have not begun."""
+    settings = plain_values(vars(train))
+    for key, bad, said in (("out_dir", "", "out_dir expects"), ("seed", 2**63, "seed must be below"), ("dropout", 1.0, "dropout must"),
+                           ("init_from", "x", "unknown init_from"), ("dtype", "float16", "training expects dtype"),
+                           ("gradient_accumulation_steps", 10**7, "at most 1000000 forward passes")):
+        with pytest.raises(UserError, match=said):
+            train.check({**settings, key: bad})
+        monkeypatch.setattr(train, key, bad)
+    train.check(settings)
