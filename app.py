@@ -22,7 +22,7 @@ from core import ROOT, curves, demo, explain, figures, hardware, inference, read
 from core.config import Text, UserError, convert
 from core.mechanisms import mechanism, mechanisms
 from core.pattern import draw_pattern, patterns
-from core.runs import format_stats, say
+from core.runs import format_scores, format_stats
 from model import GPT, GPTConfig
 
 MAP_WORDS = 40  # of a heat map
@@ -378,7 +378,7 @@ def show_health(records):
         column.metric(name, format(training[key], form) if key in training else "unknown")
     for (split, is_whole), record in last.items():
         scores = {key: record[key] for key in (*curves.SCORES, "f1", "precision", "recall", "auc") if key in record}
-        text = say(scores) + format_stats(record.get("stats", []))
+        text = format_scores(scores) + format_stats(record.get("stats", []))
         st.text(f"{split}{', whole, best weights' * is_whole}, step {record['step']}: {text}")
 
 

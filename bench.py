@@ -365,16 +365,15 @@ def bench_ranks(rows, T):
         model = ours(row, T)
         N = model.parameter_count()
         model = dist.shard(model, device) if sharded else model
-        forward, optimizer = dist.synchronised(model, model), adamw(model)
+        forward, optimizer = dist.wrap(model), adamw(model)
 
         def step():
             for n in range(passes):
-                with dist.piece(model, forward, n == passes - 1):
+                with dist.gradient_sync(forward, n == passes - 1):
                     with hardware.autocast(device, dtype):
                         loss = forward(x, x)[1]
                     (loss + model.penalty()).backward()
-            dist.mean_of_whole(model)
-            dist.clip(model.parameters(), 1.0)
+            dist.clip_grad_norm(model, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -449,14 +448,14 @@ def main():
     places = places or [shape_of(shape) for shape in shapes or SHAPES[mode]]
     hardware.keep_freed_memory()
     torch.manual_seed(0)
-    with dist.joined(hardware.pick_device(device)) as device:
+    with dist.setup(hardware.pick_device(device)) as device:
         measure(modes[mode], mode, rows, places)
 
 
 def measure(bench, mode, rows, places):
     """Run a benchmark at each of the places, and show and save what it found."""
     global dtype
-    dtype = dist.gather(hardware.pick_dtype(dtype, device))[0]
+    dtype = dist.all_gather(hardware.pick_dtype(dtype, device))[0]
     machine = hardware.describe()
     rate = hardware.matmul_rate(device, dtype)
     print(f"{machine['gpu'] or machine['processor']}, {machine['threads']} threads, torch {machine['torch']}; "

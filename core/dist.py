@@ -1,13 +1,14 @@
 """One run in many processes, as torchrun starts them: torchrun --standalone --nproc_per_node=2 train.py config/x.py
 
-Each process is a rank, which computes its own part of every step and of every evaluation; a process alone is rank 0
-of 1. Whatever stands here is called by all ranks alike and in the same order, since each waits for the others.
+Each process is a rank, which computes one part of every step and of every evaluation. A single process is rank 0 of 1.
+Every function here is collective unless it says otherwise: all ranks call it, in the same order.
 
-DDP (Li et al. 2020) holds the model on every rank; FSDP2 (Zhao et al. 2023; `shard`) a part of it on each.
+With DDP (Li et al. 2020) each rank holds the whole model; with FSDP2 (Zhao et al. 2023; `shard`) each holds a part.
 """
 
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -18,50 +19,55 @@ import torch
 import torch.distributed as torch_dist
 import torch.nn as nn
 
+from core import hardware
 from core.config import UserError
 from core.runs import Stop, asked
 
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-local, neighbours = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine
-GONE = "onnection closed", "onnection reset", "Broken pipe", "gloo", "NCCL", "timed out"  # how torch says that a rank is no more
+local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # this machine
+groups = []  # keeps the process group until the process ends: if DDP holds the last reference, its destructor deadlocks
+RANK_LOST = "onnection closed", "onnection reset", "Broken pipe", "gloo", "NCCL", "timed out"  # in torch's errors
 
 
 @contextlib.contextmanager
-def joined(device):
-    """Meet the other ranks, which are mute from here on but for rank 0. Yields the device of this one, of `cuda` its own GPU.
+def setup(device):
+    """Initialise the process group; silence stdout except on rank 0. Yields this rank's device: for `cuda` one GPU.
 
-    Raises UserError for a device that cannot be many ranks', and where another rank ends before the run does.
+    Raises UserError for a device that ranks cannot share, and if another rank ends before the run does.
     """
     if world == 1:
         yield device
         return
     if device not in ("cpu", "cuda"):
-        raise UserError(f"many ranks train on device=cpu, or on device=cuda where each has its own GPU; got {device}")
+        raise UserError(f"several ranks need device=cpu, or device=cuda with one GPU each; got {device}")
     if device == "cuda":
-        if local >= torch.cuda.device_count():
+        if local_rank >= torch.cuda.device_count():
             raise UserError(f"rank {rank} needs a GPU of its own; this machine has {torch.cuda.device_count()}: "
                             f"torchrun --nproc_per_node={torch.cuda.device_count()}")
-        device = f"cuda:{local}"
+        device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)
-    elif os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's word, where nobody said one
-        torch.set_num_threads(max(1, os.cpu_count() // neighbours))
+    elif os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun sets it unless the user has
+        torch.set_num_threads(max(1, os.cpu_count() // local_world))
     if rank:
         sys.stdout = open(os.devnull, "w")
     try:
-        torch_dist.init_process_group(store=meeting(next(torch_dist.rendezvous("env://"))[0]), rank=rank, world_size=world)
+        store = fresh_store(next(torch_dist.rendezvous("env://"))[0])
+        torch_dist.init_process_group(store=store, rank=rank, world_size=world)
+        groups.append(torch_dist.group.WORLD)
         yield device
     except RuntimeError as error:
-        if not any(words in str(error) for words in GONE):
+        if not any(words in str(error) for words in RANK_LOST):
             raise
-        raise UserError("another rank has ended, and with it the run; what is saved is whole: go on with --init_from=resume")
+        raise UserError("another rank has ended, and with it the run; its checkpoint is whole: continue with "
+                        "--init_from=resume")
     torch_dist.destroy_process_group()
 
 
-def meeting(store):
-    """A part of torchrun's store for the processes that are alive now.
+def fresh_store(store):
+    """A prefix of torchrun's store that only the processes of this start use.
 
-    torchrun keeps its store when it starts ranks again, and PyTorch 2.13 then takes what the dead ones left there for the
-    living (pytorch#135712 has the history). Here each rank asks under a new name, and rank 0 answers until all have come.
+    torchrun keeps its store when it restarts ranks, and PyTorch 2.13 then reads the entries of the ended processes
+    (pytorch#135712 has the history). Here each rank asks under a new name, and rank 0 answers until all have arrived.
     """
     me, asks = uuid.uuid4().hex, [f"ask {n}" for n in range(world)]
     store.set(asks[rank], me)
@@ -69,7 +75,7 @@ def meeting(store):
         place = store.get(f"answer to {me}").decode()
         store.set(f"{me} is in {place}", "yes")
         return torch_dist.PrefixStore(place, store)
-    heard, place = {}, f"meeting {me}"
+    heard, place = {}, f"rendezvous {me}"
     while len(heard) < world - 1 or not all(store.check([f"{who} is in {place}"]) for who in heard.values()):
         for n in range(1, world):
             if store.check([asks[n]]) and (who := store.get(asks[n]).decode()) != heard.get(n):
@@ -79,26 +85,26 @@ def meeting(store):
     return torch_dist.PrefixStore(place, store)
 
 
-def gather(value):
-    """[value of each rank], of anything that can be pickled."""
-    found = [value] * world
+def all_gather(value):
+    """[value of each rank], for any value that can be pickled."""
+    values = [value] * world
     if world > 1:
-        torch_dist.all_gather_object(found, value)
-    return found
+        torch_dist.all_gather_object(values, value)
+    return values
 
 
-def total(value):
-    """The sum over ranks of a number: the same float on each."""
-    return sum(gather(value))
+def sum_over_ranks(number):
+    """The sum over ranks of a Python number: the same float on each."""
+    return sum(all_gather(number))
 
 
 def any_rank(flag):
-    """Whether `flag` is true on any rank: one small message, however many there are."""
+    """Whether `flag` is true on any rank: one small message."""
     if world == 1:
         return flag
-    found = torch.tensor(int(flag))  # on the CPU: no GPU is waited for
-    torch_dist.all_reduce(found, torch_dist.ReduceOp.MAX)
-    return bool(found)
+    flags = torch.tensor(int(flag))  # on the CPU, so that no GPU is synchronised
+    torch_dist.all_reduce(flags, torch_dist.ReduceOp.MAX)
+    return bool(flags)
 
 
 def all_reduce(tensor):
@@ -109,14 +115,14 @@ def all_reduce(tensor):
 
 
 def leave_if_asked():
-    """Raise Stop, on every rank, where a signal asked one of them to stop."""
+    """Raise Stop on every rank if one of them received a signal to stop."""
     if any_rank(bool(asked)):
         raise Stop
 
 
-def together(function, *arguments):
-    """What a function returns on each rank. Where it raises a UserError on one, all raise it; or Stop, where a signal
-    asked one of them to stop."""
+def on_all_ranks(function, *arguments):
+    """Call a function on each rank; returns its result. A UserError raised on one rank is raised on all; Stop is raised
+    on all if one of them received a signal to stop."""
     stop, result, error = bool(asked), None, None
     if not stop:
         try:
@@ -124,7 +130,7 @@ def together(function, *arguments):
         except UserError as raised:
             error = raised
     if any_rank(stop or error is not None):
-        raise next((each for each in gather(error) if each), Stop())
+        raise next((each for each in all_gather(error) if each), Stop())
     return result
 
 
@@ -136,31 +142,31 @@ def on_rank0(function, *arguments):
             function(*arguments)
         except UserError as raised:
             error = raised
-    if error := gather(error)[0]:
+    if error := all_gather(error)[0]:
         raise error
 
 
-def own(count):
-    """The numbers below `count` that are this rank's: every `world`-th. All ranks get equally many, since they compute
-    together; where that does not come out even the last number stands for what is missing."""
+def rank_indices(count):
+    """The indices below `count` that this rank works on: every `world`-th. All ranks get equally many: the last index is
+    repeated if `count` is no multiple of `world`. Not collective."""
     return [min(n, count - 1) for n in range(rank, -(-count // world) * world, world)]
 
 
-def pieces(micro_batches):
-    """How a step is dealt: (parts, own), `parts` of each of the micro-batches by rows, as few as give every rank equally
-    many pieces, and the (micro-batch, part) of this rank's."""
-    parts = next(n for n in range(1, world + 1) if n * micro_batches % world == 0)
-    return parts, [divmod(n, parts) for n in range(rank, micro_batches * parts, world)]
+def split_micro_batches(count):
+    """(parts, indices) of a step of `count` micro-batches: each is cut by rows into `parts`, as few as give all ranks
+    equally many; indices: this rank's (micro-batch, part). Not collective."""
+    parts = next(n for n in range(1, world + 1) if n * count % world == 0)
+    return parts, [divmod(n, parts) for n in range(rank, count * parts, world)]
 
 
 def seed(number, step=0):
-    """Begin this rank's random stream: another one for every seed, step and rank."""
+    """Seed this rank's random stream: a different one for every seed, step and rank. Not collective."""
     words = np.random.SeedSequence([number, step, rank]).generate_state(2, np.uint32)
     torch.manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
 
 
 def restarted(folder):
-    """Whether torchrun has started this run before, with these same words, after a rank of it had ended."""
+    """Whether torchrun has restarted this run after one of its ranks had ended."""
     try:
         launch = json.loads((folder / "config.json").read_text("utf-8"))["launch"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -170,22 +176,22 @@ def restarted(folder):
 
 
 def launch_name():
-    """What torchrun calls this start of a run; None without it."""
+    """torchrun's name of this start of a run; None without torchrun. Not collective."""
     return os.environ.get("TORCHELASTIC_RUN_ID")
 
 
-# ---- the model on many ranks -------------------------------------------------------------------
+# ---- the model on several ranks ----------------------------------------------------------------
 
 
 def shard(model, device):
-    """Split a model's weights over all ranks, each layer's on its own, in place; returns it.
+    """Shard a model's weights over all ranks (FSDP2), one unit a layer, in place; returns it.
 
-    What the mechanisms' masks depend on (a few numbers) stays whole on each: their plans read it outside of `forward`.
+    The few parameters that masks depend on stay whole on each rank: mechanisms read them outside of `forward`.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh, masks = init_device_mesh(device.split(":")[0], (world,)), set(whole_parameters(model))
+    mesh, masks = init_device_mesh(device.split(":")[0], (world,)), set(unsharded_parameters(model))
     for p in masks:
         p.data = p.data.to(device)
     for layer in model.layers:
@@ -194,14 +200,15 @@ def shard(model, device):
     return fully_shard(model, mesh=mesh, ignored_params=masks)
 
 
-def whole_parameters(model):
-    """The parameters that `shard` leaves whole, in the same order on each rank: the masks', and scalars (FSDP limit)."""
+def unsharded_parameters(model):
+    """The parameters that `shard` leaves whole, in the same order on each rank: the masks', and scalars, which FSDP refuses.
+    Not collective."""
     masks = {id(p) for attention in model.attentions() for p in attention.mask_parameters()}
     return [p for p in model.parameters() if id(p) in masks or p.dim() == 0]
 
 
 def is_sharded(x):
-    """Whether a tensor, or the first of a model's weights, is split over ranks."""
+    """Whether a tensor, or the first weight of a model, is sharded. Not collective."""
     if world == 1:
         return False
     from torch.distributed.tensor import DTensor
@@ -209,48 +216,65 @@ def is_sharded(x):
     return isinstance(x if hasattr(x, "shape") else next(x.parameters()), DTensor)
 
 
-def synchronised(model, forward):
-    """What to call in training in the place of `forward` (the model, or torch.compile's of it): with DDP around it."""
+def wrap(model, compile=False):
+    """The module to call in training in place of `model`: compiled by torch.compile if `compile` is true, and in DDP if
+    there are several ranks and the model is not sharded."""
+    net = hardware.compiled(model) if compile else model
     if world == 1 or is_sharded(model):
-        return forward
-    return nn.parallel.DistributedDataParallel(forward, forward_sync_buffers=False, gradient_as_bucket_view=True)
+        return net
+    return nn.parallel.DistributedDataParallel(net, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
 
 @contextlib.contextmanager
-def piece(model, forward, last):
-    """Around the forward and backward pass of a piece of a step: gradients meet after the last one alone."""
-    with contextlib.nullcontext() if last or not hasattr(forward, "no_sync") else forward.no_sync():
-        if is_sharded(model):
-            model.set_requires_gradient_sync(last)
+def gradient_sync(net, enabled):
+    """Within it, the backward pass of `net` (from `wrap`) averages gradients over ranks, or only accumulates them."""
+    with contextlib.nullcontext() if enabled or not hasattr(net, "no_sync") else net.no_sync():
+        if is_sharded(net):
+            net.set_requires_gradient_sync(enabled)
         yield
 
 
-def mean_of_whole(model):
-    """The mean over ranks of the gradients that FSDP leaves alone: after the last piece of a step."""
+def micro_batches(net, source, step, count):
+    """Yield (x, y, lengths, share) of this rank's part of a step of `count` micro-batches, read from `source`.
+
+    share: of the step's targets; the shares of all ranks add up to 1. `net` (from `wrap`) averages gradients over ranks
+    in the backward pass of the last part only. Raises Stop or a UserError of any rank on all ranks.
+    """
+    parts, mine = split_micro_batches(count)
+    for micro, part in mine:
+        index = step * count + micro, part, parts
+        with gradient_sync(net, enabled=(micro, part) == mine[-1]):
+            yield *on_all_ranks(source.batch, *index), source.share(*index) / count
+
+
+def backward(loss):
+    """Accumulate the gradients of this rank's share of the loss, so that their mean over ranks is that of the sum."""
+    (world * loss if world > 1 else loss).backward()
+
+
+def clip_grad_norm(model, max_norm):
+    """After the last backward pass of a step: scale the gradients so that their norm over all ranks is at most max_norm
+    (0: no limit). Returns the norm before that, a tensor."""
     if is_sharded(model):
-        for p in whole_parameters(model):
+        for p in unsharded_parameters(model):  # FSDP does not average these
             torch_dist.all_reduce(p.grad)
             p.grad /= world
-
-
-def clip(parameters, most):
-    """Scale gradients so that their norm, over all ranks, is at most `most`. Returns the norm before that, a tensor."""
-    kinds = {}  # sharded and whole tensors do not mix
-    for p in parameters:
+    kinds = {}  # sharded and whole tensors cannot be in one call
+    for p in model.parameters():
         if p.grad is not None:
             kinds.setdefault(is_sharded(p), []).append(p)
     norms = [nn.utils.get_total_norm([p.grad for p in kind]) for kind in kinds.values()]
     norms = [norm.full_tensor() if is_sharded(norm) else norm for norm in norms]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     for kind in kinds.values():
-        nn.utils.clip_grads_with_norm_(kind, most, norm)
+        nn.utils.clip_grads_with_norm_(kind, max_norm or math.inf, norm)
     return norm
 
 
-def split_like(tensor, p):
-    """A whole tensor, split over ranks as the weight p of its shape is."""
-    if not is_sharded(p):
+def distribute_like(tensor, like):
+    """A whole tensor, sharded as `like`, which has its shape."""
+    if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(tensor, p.device_mesh, p.placements)
+    return distribute_tensor(tensor, like.device_mesh, like.placements)

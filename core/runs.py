@@ -1,4 +1,4 @@
-"""A run as a folder: one process holds it, its files are at every moment whole, and how to leave it in order."""
+"""The folder of a run: its lock, files that are replaced atomically, its log; and the signals that stop a run."""
 
 import contextlib
 import hashlib
@@ -14,25 +14,30 @@ from core.config import UserError, short_repr
 
 try:
     import fcntl
-except ImportError:  # Windows: there nothing guards a folder against a second run
+except ImportError:  # Windows: folders are not locked
     fcntl = None
 
 
 class SaveError(UserError):
-    """Something could not be written; what was there before is unchanged."""
+    """A file could not be written; the previous file is intact."""
+
+
+def save_error(path, reason):
+    return SaveError(f"could not write {path}: {reason}; the previous file is intact")
 
 
 @contextlib.contextmanager
 def locked(folder):
-    """Hold out_dir, which is made where it is missing, for this process alone: another one is refused with UserError.
+    """Lock out_dir, which is created if it is missing, for this process. Raises UserError if another process holds it.
 
-    The system takes the lock back when the process ends, however it ends; the file `lock` that stays means nothing.
+    The system releases the lock when the process ends, however it ends. The file `lock` that remains has no meaning.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / "lock", "a+b", buffering=0)
     except OSError as error:
-        raise UserError(f"cannot write into {folder}: {error.strerror}; give another --out_dir, or see to the rights to this one")
+        raise UserError(f"cannot write into {folder}: {error.strerror}; give another --out_dir, or change the permissions of "
+                        "this one")
     with file:
         try:
             if fcntl:
@@ -44,21 +49,20 @@ def locked(folder):
                             "or give another --out_dir")
         except OSError:
             pass  # a file system without locks, as some network drives are
-        with contextlib.suppress(OSError):  # for people alone
+        with contextlib.suppress(OSError):  # for the message above
             file.truncate(0)
             file.write(str(os.getpid()).encode())
         yield
 
 
-EARLIER = "earlier.part"  # an earlier run's files on their way out of a folder
+EARLIER = "earlier.part"  # holds an earlier run's files while they are moved out of a folder
 RUN_FILE = re.compile(  # what train.py, plot.py and compare.py write into a run's folder, whole or half written
     r"(config\.json|log\.jsonl|result\.json|(ckpt|ckpt-previous|best)\.pt|predictions-(train|val|test)\.npz"
     r"|(curves|kept|confusion|roc)\.png|(spans|heat|reviews)(-.+)?\.png)(\.part)?|(ckpt|best)-\d+\.shards")
 
 
 def check_folder(folder):
-    """Raise UserError, before anything is touched, where out_dir holds anything but a run's files: a new run would be mixed
-    with it, and the next one would not know what to move aside."""
+    """Raise UserError, before anything is changed, if out_dir holds anything but a run's files."""
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     for name in names:
         if name not in ("lock", EARLIER) and not RUN_FILE.fullmatch(name):
@@ -67,9 +71,9 @@ def check_folder(folder):
 
 
 def prepare_folder(folder):
-    """Clear out_dir, which is locked, for a new run: an earlier run's files are moved aside, not overwritten, and no others.
+    """Move an earlier run's files, and no others, out of out_dir, which is locked.
 
-    Killed half way, the next call moves the rest to the same place.
+    If the process is killed half way, the next call moves the rest to the same place.
     """
     folder = folder.resolve()
     earlier, names = folder / EARLIER, [path.name for path in folder.iterdir() if RUN_FILE.fullmatch(path.name)]
@@ -84,7 +88,7 @@ def prepare_folder(folder):
 
 
 def mend_log(path, step, evaluated):
-    """Drop what a run resumed at `step` writes again, and a line cut by a crash. evaluated: the step last evaluated."""
+    """Drop the records that a run resumed at `step` writes again, and damaged lines. evaluated: the last evaluated step."""
     kept = []
     for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
         try:
@@ -98,10 +102,9 @@ def mend_log(path, step, evaluated):
 
 
 def write_whole(path, write, keep=None):
-    """Write a file that is at every moment whole, old or new: `write` gets it open for bytes.
+    """Write a file atomically: `write` gets it open for bytes, under another name.
 
-    keep: a name beside it under which the old file stays, where the file system knows hard links.
-    Raises SaveError where the system refuses.
+    keep: a name beside it under which the old file stays, if the file system has hard links. Raises SaveError.
     """
     temporary = path.with_name(path.name + ".part")
     try:
@@ -110,36 +113,36 @@ def write_whole(path, write, keep=None):
             file.flush()
             os.fsync(file.fileno())
         if keep and path.exists():
-            keep_as(path, path.with_name(keep))
+            link_as(path, path.with_name(keep))
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides what the system said
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save raises its own error
         if not isinstance(cause, OSError):
             raise
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise SaveError(f"could not write {path}: {cause.strerror}; what was there before is unchanged")
+        raise save_error(path, cause.strerror)
 
 
-def keep_as(path, name):
-    """Let the file `path` have the other name, too; nothing where that cannot be."""
+def link_as(path, name):
+    """Give the file `path` another name, too, if the file system has hard links."""
     link = name.with_name(name.name + ".part")
     with contextlib.suppress(OSError):
         link.unlink(missing_ok=True)
         os.link(path, link)
         os.replace(link, name)
     with contextlib.suppress(OSError):
-        link.unlink(missing_ok=True)  # it stays where both were names of one file already
+        link.unlink(missing_ok=True)  # it remains if both were names of one file already
 
 
 def digest(file, size=None):
     """The sha256 of a file that is open for bytes, or of its first `size` bytes, in hexadecimal."""
-    found, left = hashlib.sha256(), file.seek(0, os.SEEK_END) if size is None else size
+    sha256, left = hashlib.sha256(), file.seek(0, os.SEEK_END) if size is None else size
     file.seek(0)
-    while left and (piece := file.read(min(left, 1 << 20))):
-        found.update(piece)
-        left -= len(piece)
-    return found.hexdigest()
+    while left and (block := file.read(min(left, 1 << 20))):
+        sha256.update(block)
+        left -= len(block)
+    return sha256.hexdigest()
 
 
 def write_text(path, text):
@@ -147,7 +150,7 @@ def write_text(path, text):
 
 
 def start_wandb(project, name, settings):
-    """wandb, with a run begun. Raises UserError where it is not installed."""
+    """The module wandb, with a run started. Raises UserError if it is not installed."""
     try:
         import wandb
     except ImportError:
@@ -157,27 +160,27 @@ def start_wandb(project, name, settings):
 
 
 class Log:
-    """log.jsonl, and the terminal: one line that rewrites itself, or plain lines in a file."""
+    """Writes log.jsonl and prints: on a terminal a line that is overwritten, else plain lines."""
 
     def __init__(self, folder, wandb):
         self.path, self.wandb, self.live = folder / "log.jsonl", wandb, sys.stdout.isatty()
-        self.waiting = b""  # what could not be written yet
+        self.waiting = b""  # records that could not be written yet
 
     def __call__(self, record, text, keep=False):
-        """Log a record. `keep`: its text stays on the terminal; else the next one takes its place."""
+        """Log a record and print `text`. keep: the text stays on the terminal; else the next one overwrites it."""
         if self.wandb:
             named = {f"{record['split']}/{k}": v for k, v in record.items() if k not in ("split", "step")}
             self.wandb.summary.update(named) if "whole" in record else self.wandb.log(named, step=record["step"])
         width = shutil.get_terminal_size().columns - 1
         if not self.live:
-            self.say(text)
+            self.print(text)
         else:
-            self.say(f"\r{text:<{width}}" if keep else f"\r{text[:width]:<{width}}", end="\n" if keep else "")
+            self.print(f"\r{text:<{width}}" if keep else f"\r{text[:width]:<{width}}", end="\n" if keep else "")
         self.waiting += json.dumps(record).encode() + b"\n"
         self.flush()
 
-    def say(self, text, end="\n"):
-        """Print; into a file on a full disk nothing, which is no reason to stop."""
+    def print(self, text, end="\n"):
+        """Print. Output that goes to a file on a full disk is lost, which does not stop the run."""
         try:
             print(text, end=end, flush=True)
         except BrokenPipeError:
@@ -186,8 +189,7 @@ class Log:
             pass
 
     def flush(self, sync=False):
-        """Write what waits, whole or not at all; sync: onto the disk itself. Raises SaveError where the system refuses;
-        it waits on then."""
+        """Write the waiting records, all or none; sync: onto the disk itself. Raises SaveError; they wait on then."""
         end = None
         try:
             with open(self.path, "ab", buffering=0) as file:
@@ -200,47 +202,50 @@ class Log:
         except OSError as error:
             with contextlib.suppress(OSError):
                 if end is not None:
-                    os.truncate(self.path, end)  # half a line would spoil the next one
-            raise SaveError(f"could not write {self.path}: {error.strerror}; what was there before is unchanged")
+                    os.truncate(self.path, end)  # half a line would damage the next one
+            raise save_error(self.path, error.strerror)
 
 
-# ---- words for the terminal -------------------------------------------------------------------
+# ---- text for the terminal --------------------------------------------------------------------
 
 
-def say(result):
-    """Scores in words."""
-    units = {"loss": "{:.4f} nats", "bits_per_byte": "{:.4f}"}
-    return ", ".join(f"{name.replace('_', ' ')} {units.get(name, '{:.4f}').format(value)}" for name, value in result.items())
+def format_scores(scores):
+    """{name: value} as text: 'loss 1.2345 nats, bits per byte 1.7810'."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4f}{' nats' * (name == 'loss')}" for name, value in scores.items())
 
 
 def format_stats(stats):
-    """The mean over layers and heads of each of the mechanisms' numbers, in words that go on after the scores."""
-    found = {}
+    """The mean over layers and heads of each of the mechanisms' statistics as text to append to the scores.
+
+    stats: a dict for each layer, of numbers, lists of numbers, and other values, which are ignored.
+    """
+    numbers = {}
     for layer in stats:
         for name, value in layer.items():
             values = value if isinstance(value, list) else [value]
-            found.setdefault(name, []).extend(x for x in values if isinstance(x, (int, float)))
-    means = {name.replace("_", " "): sum(values) / len(values) for name, values in found.items() if values}
+            numbers.setdefault(name, []).extend(x for x in values if isinstance(x, (int, float)))
+    means = {name.replace("_", " "): sum(values) / len(values) for name, values in numbers.items() if values}
     return "".join(f", {name} {mean:,.0f}" if abs(mean) >= 100 else f", {name} {mean:.3g}" for name, mean in means.items())
 
 
 def clock(seconds):
+    """Seconds as text: 1:05, or 1:00:05."""
     minutes, seconds = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
 
 
-# ---- how to leave -----------------------------------------------------------------------------
+# ---- signals ----------------------------------------------------------------------------------
 
 
 class Stop(Exception):
-    """Ctrl-C or SIGTERM, raised where nothing is half done."""
+    """SIGINT or SIGTERM arrived; raised at points where the run can be saved."""
 
 
-asked = deque()  # signals that came; no list, which would be a setting of the scripts that import it
+asked = deque()  # signals that arrived; no list, which would be a setting of the scripts that import it
 
 
 def install_signal_handlers():
-    """From now on the first SIGINT or SIGTERM is kept for `dist.leave_if_asked`; a second one kills."""
+    """Record the first SIGINT or SIGTERM for `dist.leave_if_asked`; a second one ends the process."""
     asked.clear()
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda number, frame: (asked.append(number), signal.signal(number, signal.SIG_DFL)))

@@ -1,4 +1,4 @@
-"""The times of a run: of training alone, with evaluations, and the time left."""
+"""The times of a run: of training alone, with evaluations, and the remaining time."""
 
 import contextlib
 import time
@@ -32,7 +32,7 @@ class Stopwatch:
         self.per_batch = seconds / batches
 
     def lap(self, steps):
-        """End a lap of so many steps; return its seconds. The first one is not used for `left`: its first step takes longer."""
+        """End a lap of so many steps; return its seconds. `left` ignores the first lap, whose first step takes longer."""
         now = time.perf_counter()
         seconds, self.lap_start = now - self.lap_start, now
         if not self.first:
@@ -41,7 +41,8 @@ class Stopwatch:
         return seconds
 
     def left(self, steps, batches):
-        """Seconds for these steps at the speed of recent laps, and for evaluations of so many batches; None before the second lap."""
+        """Seconds for so many steps at the speed of recent laps and evaluations of so many batches; None in the first two
+        laps."""
         if not self.laps:
             return None
         done, seconds = map(sum, zip(*self.laps))

@@ -25,7 +25,9 @@ import torch
 
 import model
 import train
-from core import checkpoint, config, dist, download as download_file, hardware
+from core import checkpoint, config, dist, hardware
+from core import download as download_file
+from core.run import Run
 
 MANY = "FAULTS" in os.environ  # `make test-faults`
 COUNTS = {}  # {row of the table: {"injected", "resumed", "refused", "lost"}}
@@ -111,7 +113,7 @@ def as_rank(rank, world, port, kept=False):
     words = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world,
              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in words.items()})
-    dist.rank, dist.world, dist.local, dist.neighbours = rank, world, rank, world
+    dist.rank, dist.world, dist.local_rank, dist.local_world = rank, world, rank, world
 
 
 # ---- faults ------------------------------------------------------------------------------------
@@ -164,8 +166,8 @@ def at_batch(number, action, *details):
 
 
 def slow_steps(seconds):
-    gradients = train.gradients
-    train.gradients = lambda *arguments: (time.sleep(seconds), gradients(*arguments))[1]
+    micro_batches = Run.micro_batches
+    Run.micro_batches = lambda *arguments: (time.sleep(seconds), micro_batches(*arguments))[1]
 
 
 def truncate(path, size):
@@ -244,14 +246,14 @@ def die():
 
 def count_bytes(path):
     """Into a file: {step: bytes that this machine had sent itself before it, ...}."""
-    gradients, marks = train.gradients, {}
+    micro_batches, marks = Run.micro_batches, {}
 
-    def counted(*arguments):
-        marks[arguments[3]] = hardware.sent_bytes()
+    def counted(run, net, source, step):
+        marks[step] = hardware.sent_bytes()
         Path(path).write_text(json.dumps(marks))
-        return gradients(*arguments)
+        return micro_batches(run, net, source, step)
 
-    train.gradients = counted
+    Run.micro_batches = counted
 
 
 def terminate():

@@ -1,4 +1,4 @@
-"""Faults of a set of reviews, counted like those of test_faults.py: flipped labels and offsets, and a forged meta.json."""
+"""Faults of a set of reviews, counted like the other faults: flipped labels and offsets, and a forged meta.json."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from fault_injection import count, several
-from test_faults import assert_nothing_lost, fit, half_done
+from fault_runs import assert_nothing_lost, fit, half_done
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
 FILES = [f"{split}{part}.bin" for split in ("train", "val") for part in ("", ".offsets", ".labels")]

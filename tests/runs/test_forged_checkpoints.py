@@ -9,7 +9,7 @@ import zipfile
 import pytest
 import torch
 from fault_injection import count
-from test_faults import INTERVAL, line
+from fault_runs import INTERVAL, line
 from test_forged_files import special, within
 from test_sample import CHARS, MARKED, REVIEWS, write_checkpoint
 

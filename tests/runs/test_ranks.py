@@ -21,10 +21,10 @@ import numpy as np
 import pytest
 import torch
 from fault_injection import count, end, program, several
-from test_train import log_of
+from training_runs import log_of
 
 from core import dist
-from core.checkpoint import Facts
+from core.shards import MetadataUnpickler
 from core.dataset import Dataset, batches
 from helpers import ROOT, Trap
 from model import load
@@ -136,7 +136,7 @@ def test_each_rank_reads_its_own_part(text, reviews, monkeypatch):
                 dealt, shares = [], []
                 for rank in range(world):
                     monkeypatch.setattr(dist, "rank", rank)
-                    parts, own = dist.pieces(micro_batches)
+                    parts, own = dist.split_micro_batches(micro_batches)
                     dealt.append(own)
                     shares.append([whole.share(micro, part, parts) for micro, part in own])
                 assert len({len(own) for own in dealt}) == 1
@@ -158,7 +158,7 @@ def test_an_evaluation_is_shared(count, world, monkeypatch):
     dealt = []
     for rank in range(world):
         monkeypatch.setattr(dist, "rank", rank)
-        dealt.append(dist.own(count))
+        dealt.append(dist.rank_indices(count))
     assert len({len(own) for own in dealt}) == 1 and set(sum(dealt, [])) == set(range(count))
     assert max(map(len, dealt)) == -(-count // world)
 
@@ -261,7 +261,7 @@ def test_no_pickle_of_shards_runs_code(kind, tmp_path):
     sprung = tmp_path / "sprung"
     value = {"trap": Trap(sprung), "foreign": {"storage_meta": np.zeros(1)}, "builtin": open}[kind]
     with pytest.raises(pickle.UnpicklingError, match="which no checkpoint needs"):
-        Facts(io.BytesIO(pickle.dumps(value))).load()
+        MetadataUnpickler(io.BytesIO(pickle.dumps(value))).load()
     assert not sprung.exists()
 
 
@@ -300,7 +300,7 @@ def test_a_disk_full_for_one_rank(alone, text, tmp_path, which):
     processes = begin(2, out, text, "--shard=True", "--init_from=resume", faults=[("file_limit", (20_000,))], of=which)
     ends = [end(process) for process in processes]
     assert [code for code, _ in ends] == [2, 2], ends
-    wanted = "could not write .*shards: File too large; what was there before is unchanged"
+    wanted = "could not write .*shards: File too large; the previous file is intact"
     assert all(re.search(wanted, said) for _, said in ends), ends
     assert before == {path.name: path.read_bytes() for path in out.glob("ckpt.pt")}
     fit(2, out, text, "--shard=True", "--init_from=resume")
@@ -335,7 +335,7 @@ def test_a_store_that_remembers_the_dead(alone, text, tmp_path):
 def test_refused(text, tmp_path):
     for arguments, said in ((("--batch_size=1",), "2 ranks cannot share gradient_accumulation_steps=1 batches of batch_size=1"),
                             (("--device=mps",), "device mps is not there"),
-                            (("--shard=True", "--dtype=float16"), "shard=True knows no dtype=float16")):
+                            (("--shard=True", "--dtype=float16"), "training expects dtype 'auto', 'float32' or 'bfloat16', got 'float16'")):
         for code, words in [end(process) for process in begin(2, tmp_path / "out", text, *arguments)]:
             assert code == 2 and said in words, words
     assert not (tmp_path / "out").exists()

@@ -12,7 +12,7 @@ from test_sample import BYTES, CHARS, MARKED, REVIEWS, write_checkpoint
 import plot
 import sample
 import train
-from core import heat, readers
+from core import heat, readers, runs
 from core.config import UserError, plain_values, run_main
 from core.dataset import Dataset, batches
 from core.mechanisms import mechanisms
@@ -174,7 +174,7 @@ def test_meta(text, reviews, tmp_path):
     folders = {}
     for name, folder in (("text", text), ("reviews", reviews)):
         folders[name] = tmp_path / name
-        train.Path(folders[name]).mkdir()
+        folders[name].mkdir()
         for file in folder.iterdir():
             (folders[name] / file.name).write_bytes(file.read_bytes())
     metas = {name: json.loads((folder / "meta.json").read_text()) for name, folder in folders.items()}
@@ -224,7 +224,7 @@ def test_log(fair, tmp_path):
     @example([json.dumps({"step": 10**400, "split": "val", "loss": 1}), '{"step": 1e999, "split": "val", "loss": NaN}'])
     def read(lines):
         write(lines)
-        train.mend_log(path, 10, 10)
+        runs.mend_log(path, 10, 10)
         write(lines)
         try:
             readers.read_log(path)

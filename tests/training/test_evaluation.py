@@ -2,24 +2,22 @@
 
 import json
 import math
+import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from test_train import SMALL, log_of
+from training_runs import SMALL, assert_same, evaluate_again, fit, log_of, scores_of
 
 import train
 from core import evaluation, prepare
 from core.dataset import Dataset, batches
 from core.evaluation import evaluate
-from helpers import call, write_bytes
+from helpers import write_bytes
 from model import GPT, GPTConfig, load
 
 pytestmark = pytest.mark.usefixtures("quick")
-
-
-def fit(out, data, *arguments):
-    return call(train, f"--out_dir={out}", f"--dataset={data}", *SMALL, *arguments)
 
 
 def mean_loss(model, groups):
@@ -74,11 +72,8 @@ def test_validation_is_of_the_validation_split(tmp_path):
 
 def test_a_classifiers_best_is_the_most_accurate(reviews, tmp_path, monkeypatch):
     scores = iter([(0.5, 1.0), (0.75, 2.0), (0.6, 0.5)])  # the loss is least where the accuracy is not best
-    true = train.evaluate
 
-    def told(model, data, split, count=0):
-        if not count:
-            return true(model, data, split, count)
+    def told(*arguments):
         accuracy, loss = next(scores)
         return {"loss": loss, "accuracy": accuracy}, None
 
@@ -89,9 +84,8 @@ def test_a_classifiers_best_is_the_most_accurate(reviews, tmp_path, monkeypatch)
 
 
 def test_patience_counts_across_a_stop(text, tmp_path, monkeypatch, capsys):
-    losses, true = iter([1.0, 2.0, 3.0, 0.5]), train.evaluate
-    monkeypatch.setattr(train, "evaluate", lambda model, data, split, count=0:
-                        ({"loss": next(losses)}, None) if count else true(model, data, split, count))
+    losses = iter([1.0, 2.0, 3.0, 0.5])
+    monkeypatch.setattr(train, "evaluate", lambda *arguments: ({"loss": next(losses)}, None))
     assert not fit(tmp_path, text, "--max_iters=5", "--patience=2")  # evaluated at steps 0 and 5
     assert not fit(tmp_path, text, "--max_iters=15", "--patience=2", "--init_from=resume")
     assert "no better validation in 2 evaluations: stopped" in capsys.readouterr().out
@@ -126,7 +120,94 @@ def test_the_order_in_which_ranks_are_done_changes_no_bit(request, texts, monkey
     def dealt(found):  # as three ranks would hand them in
         return [{n: part for n, part in found.items() if n % 3 == rank} for rank in (2, 0, 1)]
 
-    monkeypatch.setattr(evaluation.dist, "gather", dealt)
+    monkeypatch.setattr(evaluation.dist, "all_gather", dealt)
     shared = evaluate(model, data, "val", 2, "cpu", "float32")
     assert json.dumps(alone[0]) == json.dumps(shared[0])
     assert data.kind == "lm" or np.array_equal(alone[1], shared[1])
+
+
+def test_the_last_scores_are_of_the_whole_split(folder, tmp_path):
+    assert not fit(tmp_path, folder, "--max_iters=5", "--eval_test=True")
+    last = [scores_of(record) for record in log_of(tmp_path) if record.pop("whole", False)]
+    best = torch.load(tmp_path / "best.pt")["state"]["step"]
+    assert last == [{"step": best, "split": split, **evaluate_again(tmp_path, folder, split)} for split in ("val", "test")]
+
+
+def test_predictions(reviews, tmp_path):
+    """Of each text of a split, in the order of its file, what the best weights say."""
+    assert not fit(tmp_path, reviews, "--max_iters=5", "--eval_test=True")
+    (model, _), data = load(tmp_path / "best.pt"), Dataset(reviews)
+    for split in ("val", "test"):
+        tokens, offsets, labels = data.texts(split)
+        texts = [torch.tensor(tokens[a:b][:16].astype(int))[None] for a, b in zip(offsets, offsets[1:])]
+        with np.load(tmp_path / f"predictions-{split}.npz") as found, torch.no_grad():
+            assert found["label"].tolist() == labels.tolist() and len(set(map(len, texts))) >= 1
+            expected = [model(text)[0].softmax(-1)[0, 1].item() for text in texts]
+            assert found["p"].tolist() == pytest.approx(expected, rel=1e-5) and len(set(expected)) > 3
+
+
+def test_training_scores(folder, tmp_path, capsys):
+    """eval_train adds the training split's scores to each validation; the rest of the run is as without it."""
+    assert not fit(tmp_path / "plain", folder, "--max_iters=5")
+    assert not fit(tmp_path / "both", folder, "--max_iters=5", "--eval_train=True", "--eval_iters=0")
+    records = [r for r in log_of(tmp_path / "both", "val") if "whole" not in r]
+    (model, _), data = load(tmp_path / "both" / "ckpt.pt"), Dataset(folder)
+    with torch.no_grad():
+        each = [model(x, y, lengths)[1].item() * (y != -1).sum().item() for x, y, lengths in batches(data, "train", 4, 16).in_order()]
+        count = sum((y != -1).sum().item() for _, y, _ in batches(data, "train", 4, 16).in_order())
+    assert records[-1]["train_loss"] == pytest.approx(sum(each) / count, rel=1e-5)
+    assert ("train_accuracy" in records[-1]) == (data.kind == "classify") and "train loss" in capsys.readouterr().out
+    one, other = (torch.load(tmp_path / name / "ckpt.pt")["model"] for name in ("plain", "both"))
+    assert_same(one, other)
+
+
+def test_work_is_counted(text, tmp_path):
+    """Tokens read times what the model says that training on one takes; a stop and a start count nothing twice."""
+    assert not fit(tmp_path, text, "--max_iters=3", "--log_interval=2")
+    assert not fit(tmp_path, text, "--max_iters=7", "--log_interval=2", "--init_from=resume")
+    last = log_of(tmp_path)[-1]
+    model, _ = load(tmp_path / "best.pt")
+    tokens = json.loads((tmp_path / "config.json").read_text())["settings"]
+    tokens = 7 * tokens["batch_size"] * tokens["block_size"] * tokens["gradient_accumulation_steps"]
+    assert last["whole"] and last["work"] == pytest.approx(tokens * model.estimate_flops(16))
+
+
+def test_eval_only(folder, tmp_path, capsys, refused):
+    assert "no checkpoint at" in refused(train, f"--out_dir={tmp_path / 'out'}", f"--dataset={folder}", "--eval_only=True")
+    assert not fit(tmp_path / "out", folder, "--max_iters=5")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    capsys.readouterr()
+    for line, splits in (((), ["val"]), (("--eval_test=True",), ["val", "test"])):
+        assert not fit(tmp_path / "out", folder, "--eval_only=True", *line)
+        said = re.findall(r"^(val|test): loss ([\d.]+) nats", capsys.readouterr().out, re.M)
+        assert [split for split, _ in said] == splits
+        for split, loss in said:
+            assert float(loss) == pytest.approx(evaluate_again(tmp_path / "out", folder, split)["loss"].expected, abs=1e-4)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+
+
+def test_the_test_split_is_opened_only_when_asked(folder, tmp_path, monkeypatch, refused):
+    copy, opened = tmp_path / "data", []
+    shutil.copytree(folder, copy)
+    array = Dataset.array
+    monkeypatch.setattr(Dataset, "array", lambda self, name, *more: (opened.append(name), array(self, name, *more))[1])
+    for file in copy.glob("test.*"):
+        file.unlink()
+    assert not fit(tmp_path / "out", copy, "--max_iters=2")
+    assert opened and not any(name.startswith("test") for name in opened)
+    line = refused(train, f"--out_dir={tmp_path / 'other'}", f"--dataset={copy}", *SMALL, "--eval_test=True")
+    assert re.search(r"test.*\.bin: expected [\d,]+ bytes, found 0", line) and not (tmp_path / "other").exists()
+
+
+def test_no_test_split_is_said_before_the_training(tmp_path, refused):
+    data = write_bytes(tmp_path / "data", train="abc" * 20, val="abc")
+    line = refused(train, f"--out_dir={tmp_path / 'out'}", f"--dataset={data}", *SMALL, "--eval_test=True")
+    assert "has no split 'test'; it has train, val" in line and not (tmp_path / "out").exists()
+
+
+def test_evaluation_does_not_touch_the_training(text, tmp_path):
+    """How often and how long is evaluated changes no weight, with dropout, which draws from the random stream."""
+    for n, line in enumerate((("--eval_interval=2", "--eval_iters=0"), ("--eval_interval=9",))):
+        assert not fit(tmp_path / str(n), text, "--max_iters=9", "--dropout=0.2", *line)
+    one, other = (torch.load(tmp_path / n / "ckpt.pt")["model"] for n in "01")
+    assert_same(one, other)

@@ -4,8 +4,11 @@ import re
 
 import pytest
 
+import core.run
 import train
 from core import stopwatch
+from core.run import Run
+from core.runs import clock as clock_text
 from helpers import call
 
 
@@ -53,29 +56,31 @@ SMALL = ("--block_size=8", "--n_layer=1", "--n_head=1", "--n_embd=8", "--batch_s
 
 def test_a_run_says_its_times(text, tmp_path, quick, clock, monkeypatch, capsys):
     """A step takes 2 s, the first one 500 s; a batch of an evaluation 3 s, with 16 of them at the end."""
-    gradients, evaluate = train.gradients, train.evaluate
+    micro_batches, evaluate = Run.micro_batches, core.run.evaluate
 
-    def slow_gradients(*arguments):
-        clock[0] += 500 if arguments[3] == 0 else 2
-        return gradients(*arguments)
+    def slow_micro_batches(run, net, source, step):
+        clock[0] += 500 if step == 0 else 2
+        return micro_batches(run, net, source, step)
 
-    def slow_evaluate(model, data, split, count=0):
-        clock[0] += 3 * (count or 16)
-        return evaluate(model, data, split, count)
+    def slow_evaluate(*arguments):
+        clock[0] += 3 * (arguments[6] if len(arguments) == 7 else 16)
+        return evaluate(*arguments)
 
-    monkeypatch.setattr(train, "gradients", slow_gradients)
+    monkeypatch.setattr(Run, "micro_batches", slow_micro_batches)
+    monkeypatch.setattr(core.run, "evaluate", slow_evaluate)
     monkeypatch.setattr(train, "evaluate", slow_evaluate)
     assert call(train, f"--out_dir={tmp_path / 'out'}", f"--dataset={text}", *SMALL) is None
     out = capsys.readouterr().out
     left = dict(re.findall(r"^step (\d+)/20: .*?(?:, ([\d:]+) left)?$", out, re.M))
     # of step 2: 17 steps, the evaluations at 10 and 20, and the 16 batches of the last one
-    assert left == {"0": "", **{str(n): train.clock(2 * (19 - n) + 6 * (1 + (n < 10)) + 48) for n in range(2, 20, 2)}}
+    assert left == {"0": "", **{str(n): clock_text(2 * (19 - n) + 6 * (1 + (n < 10)) + 48) for n in range(2, 20, 2)}}
     assert re.search(r"^10:04 in all; sample with", out, re.M)  # 500 + 19 * 2, three evaluations of 6 s and one of 48: 604 s
 
 
 def test_a_resumed_run_counts_what_was_before(text, tmp_path, quick, clock, monkeypatch, capsys):
-    gradients = train.gradients
-    monkeypatch.setattr(train, "gradients", lambda *arguments: (clock.__setitem__(0, clock[0] + 60), gradients(*arguments))[1])
+    micro_batches = Run.micro_batches
+    monkeypatch.setattr(Run, "micro_batches",
+                        lambda *arguments: (clock.__setitem__(0, clock[0] + 60), micro_batches(*arguments))[1])
     common = (f"--out_dir={tmp_path / 'out'}", f"--dataset={text}", *SMALL, "--log_interval=1")
     assert call(train, *common) is None
     assert "\n20:00 in all" in capsys.readouterr().out

@@ -1,12 +1,13 @@
 """What a training step does to the weights, against the same steps written out by hand."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from test_train import log_of
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from training_runs import SMALL, fit, log_of
 
 import train
 from core import dist
@@ -102,3 +103,89 @@ def test_each_rank_has_a_random_stream_of_its_own(monkeypatch):
         assert draws[2, 2, 0] == tuple(torch.randint(2**31, (8,)).tolist())
     assert len(set(draws.values())) == len(draws) == 9
     assert len(np.unique(list(draws.values()))) == 72
+
+
+def test_learning_rate(monkeypatch):
+    for key, value in {"learning_rate": 1.0, "min_lr": 0.1, "warmup_iters": 4, "max_iters": 24, "lr_decay_iters": 0}.items():
+        monkeypatch.setattr(train, key, value)
+    assert [train.get_lr(step) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert train.get_lr(9) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert train.get_lr(14) == pytest.approx(0.55) and train.get_lr(24) == train.get_lr(99) == pytest.approx(0.1)
+    monkeypatch.setattr(train, "lr_schedule", "linear")
+    assert [train.get_lr(step) for step in (4, 9, 14, 24, 99)] == pytest.approx([1.0, 0.775, 0.55, 0.1, 0.1])
+    monkeypatch.setattr(train, "lr_decay_iters", 14)
+    assert [train.get_lr(step) for step in (9, 14, 20)] == pytest.approx([0.55, 0.1, 0.1])
+    monkeypatch.setattr(train, "decay_lr", False)
+    assert [train.get_lr(step) for step in (0, 4, 99)] == pytest.approx([0.2, 1.0, 1.0])
+    monkeypatch.setattr(train, "warmup_iters", 0)
+    assert train.get_lr(0) == 1.0
+
+
+def test_gradients_are_not_cast(text, tmp_path, monkeypatch):
+    """Autocast is for the forward pass alone: in the backward pass it would round the engine's float32 sums."""
+    make, seen = train.new_model, []
+
+    def watched(config):
+        model = make(config)
+        model.embedding.weight.register_hook(lambda grad: seen.append(torch.is_autocast_enabled("cpu")))
+        return model
+
+    monkeypatch.setattr(train, "new_model", watched)
+    assert not fit(tmp_path, text, "--max_iters=2", "--dtype=bfloat16")
+    assert seen == [False, False]
+
+
+def test_accumulated_gradients(text, tmp_path, monkeypatch):
+    """Two halves of a batch give the step of the whole, within float32 rounding. (Two runs with 2 x 8 and 1 x 16 texts
+    see different texts: batches are numbered through, and each draws its own. So the halves are cut here.)"""
+
+    class Halves:
+        def __init__(self, source):
+            self.source = source
+
+        def batch(self, number, *part):
+            x, y, _ = self.source.batch(number // 2)
+            half = slice(8 * (number % 2), 8 * (number % 2) + 8)
+            return x[half], y[half], None
+
+        def share(self, *part):
+            return 1.0
+
+    assert not fit(tmp_path / "whole", text, "--max_iters=5", "--batch_size=16")
+    monkeypatch.setattr(train, "batches", lambda data, split, size, *more: batches(data, split, size, *more)
+                        if split != "train" else Halves(batches(data, split, 16, *more)))
+    assert not fit(tmp_path / "halves", text, "--max_iters=5", "--batch_size=8", "--gradient_accumulation_steps=2")
+    whole, halves = log_of(tmp_path / "whole", "train"), log_of(tmp_path / "halves", "train")
+    for one, other in zip(whole, halves):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
+def test_dropout_is_on_in_training_and_off_in_evaluation(text, tmp_path):
+    for n, line in enumerate(("--dropout=0.0", "--dropout=0.5")):
+        assert not fit(tmp_path / str(n), text, "--max_iters=1", line)
+    (val, plain, *_), (same, dropped, *_) = log_of(tmp_path / "0"), log_of(tmp_path / "1")
+    assert val == same and plain["loss"] != dropped["loss"]
+
+
+def test_seeds(text, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert not fit(tmp_path / name, text, "--max_iters=3", f"--seed={seed}")
+    assert log_of(tmp_path / "a") == log_of(tmp_path / "b") != log_of(tmp_path / "c")
+
+
+def test_compiled(toy, tmp_path, asked):
+    """What torch.compile wraps leaves no trace in the checkpoint, and changes losses by rounding only."""
+    small = ("--max_iters=3", "--n_layer=1", "--block_size=8")
+    assert not fit(tmp_path / "compiled", toy, *small, "--compile=True")
+    assert len(asked) == 1 and not fit(tmp_path / "plain", toy, *small)
+    one, other = (torch.load(tmp_path / name / "ckpt.pt")["model"].keys() for name in ("compiled", "plain"))
+    assert one == other
+    for one, other in zip(log_of(tmp_path / "compiled"), log_of(tmp_path / "plain")):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+def test_compile_without_a_compiler(text, tmp_path, refused, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    line = refused(train, f"--out_dir={tmp_path / 'out'}", f"--dataset={text}", *SMALL, "--compile=True")
+    assert "compile=True needs a C++ compiler on a CPU and found none" in line
