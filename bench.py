@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from core import dist, hardware
+from core import dist, hardware, timing
 from core.config import Text, UserError, check_choice, configure, run_main, convert
 from core.inference import convert_for_inference
 from core.mechanisms import mechanism
@@ -126,7 +126,7 @@ def shape_of(text):
 
 
 def side_by_side(calls):
-    return hardware.side_by_side(calls, device, repeat, budget)
+    return timing.side_by_side(calls, device, repeat, budget)
 
 
 def mebibytes(count):
@@ -278,34 +278,27 @@ def adamw(model):
     return torch.optim.AdamW(model.parameter_groups(0.1), lr=1e-3, betas=(0.9, 0.99), fused=True)
 
 
-def training_step(x, y, model, penalty, optimizer, precision):
-    """A training step on x and y of any model with nanoGPT's interface."""
-    with hardware.autocast(x.device.type, precision):
-        loss = model(x, y)[1]
-    (loss + penalty()).backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
 def bench_step(rows, T):
     """Training steps, each of batch_size texts of T tokens; of a classifier where causal is False."""
     x = torch.randint(vocab_size, (batch_size, T), device=device)
     y = torch.randint(vocab_size, x.shape, device=device) if causal else torch.randint(2, (batch_size,), device=device)
-    runs = {}  # {name: (FLOP for a token, what `training_step` takes besides the batch)}
+    batch, runs = [(x, y, None, 1.0)], {}  # {name: (FLOP per token, model, what is called, optimizer, precision)}
     for row in rows:
         model = ours(row, T)
-        how = model.penalty, adamw(model), dtype
-        runs[row.label] = model.estimate_flops(T), model, *how
+        cost, optimizer = model.estimate_flops(T), adamw(model)
+        runs[row.label] = cost, model, model, optimizer, dtype
         if compile:
-            runs[f"{row.label}, compiled"] = runs[row.label][0], hardware.compiled(model), *how
+            runs[f"{row.label}, compiled"] = cost, model, hardware.compiled(model), optimizer, dtype
     if peer:
         other, cost = nanogpt(T), ours(parse("dense"), T).estimate_flops(T)
+        other.penalty = lambda: 0.0
         with contextlib.redirect_stdout(None):
             optimizer = other.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device)
         for precision in ["float32"] + [dtype] * (dtype != "float32"):  # on a CPU it trains in float32
-            runs[f"nanoGPT, {precision}"] = cost, other, lambda: 0.0, optimizer, precision
-    costs = side_by_side([lambda how=how: training_step(x, y, *how) for _, *how in runs.values()])
+            runs[f"nanoGPT, {precision}"] = cost, other, other, optimizer, precision
+    costs = side_by_side([lambda model=model, net=net, optimizer=optimizer, precision=precision:
+                          timing.training_step(model, net, optimizer, batch, device, precision)
+                          for _, model, net, optimizer, precision in runs.values()])
     return add_ratios([{
         "step": name, "ms": 1e3 * cost.seconds, "tokens/s": x.numel() / cost.seconds,
         **work(operations * x.numel(), cost.seconds), "MiB more": mebibytes(cost.memory), "repeats": cost.rounds,

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 import bench
-from core import hardware
+from core import hardware, timing
 from core.config import UserError, check_choice, configure, run_main
 from core.inference import convert_for_inference
 from model import GPT, GPTConfig
@@ -75,7 +75,7 @@ def worker():
 
     def training():
         while True:
-            bench.training_step(x, y, trained, trained.penalty, optimizer, dtype)
+            timing.training_step(trained, trained, optimizer, [(x, y, None, 1.0)], "cpu", dtype)
             yield x.numel()
 
     def measured(what, seconds):

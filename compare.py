@@ -15,31 +15,34 @@ from core import startup  # first: torch reads its settings when it is loaded
 
 import json
 import math
+import runpy
 import shlex
+import signal
 import sys
-from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 import train
-from core import charts, hardware
+from core import ROOT, charts, dist, hardware, timing
 from core.checkpoint import PREVIOUS
 from core.config import UserError, check_choice, configure, plain_values, run_main
 from core.dataset import Dataset, batches
 from core.dist import leave_if_asked
 from core.heat import read_reviews
 from core.inference import encode, predict
+from core.launch import check_size
 from core.meta import difference
 from core.readers import read_log, read_predictions
+from core.report import SCORES, summarize, table
 from core.runs import Stop, asked, check_folder, clock, locked, write_text
-from core.stats import LEVEL, chance, holm, interval, mcnemar, standard_error
 from core.tokenizer import Tokenizer
-from model import load
+from model import load, new_model
 
-TRAIN = plain_values(vars(train))  # its defaults, before any run has changed them
+TRAIN = plain_values(vars(train))  # its defaults
 
 out_dir = "out-compare"
 results = ""  # where FILE.json, FILE.md and FILE.png go, without the ending; default: out_dir/comparison
@@ -55,7 +58,6 @@ hard = ""  # of classifiers: a file of {"text", "label", "kind"} lines that are 
 prompts = []  # of language models: what is likeliest to come next is told
 resamples = 2000  # of the bootstrap
 
-SCORES = {"bits_per_byte": -1, "accuracy": 1, "f1": 1, "precision": 1, "recall": 1, "auc": 1, "loss": -1}  # 1: more is better
 SHARED = ("eval_test", "eval_train", "device", "dtype")  # settings without which scores or times are not comparable
 INSTEAD = {  # arguments of train.py that the comparison sets, and what to do instead of giving them
     "--seed": "give seeds of compare.py", "--max_iters": "give budget and amount of compare.py",
@@ -102,43 +104,55 @@ def slug(name):
 # ---- what a variant costs ----------------------------------------------------------------------
 
 
-def set_up(variant):
-    """(model, its source of batches), with train.py's settings as in a run of the variant."""
-    vars(train).update(TRAIN | variant.settings)
-    train.check(variant.settings)
-    train.device = hardware.pick_device(train.device)
-    train.dtype = hardware.pick_dtype(train.dtype, train.device)
-    data = Dataset(train.dataset, train.task)
-    model, _ = train.build(data, dict(variant.settings), dict(variant.options))
-    return model.train(), batches(data, "train", train.batch_size, train.block_size)
+class Machine(NamedTuple):
+    """What all variants are measured and trained on."""
+
+    device: str
+    dtype: str
 
 
-def typical_steps(variant):
-    """(a call that trains for five steps, from one with short texts to one with long ones; operations of a mean step,
+def pick_machine(variants):
+    """The `Machine` of variants, which share these settings."""
+    device = hardware.pick_device(variants[0].settings["device"])
+    return Machine(device, hardware.pick_dtype(variants[0].settings["dtype"], device))
+
+
+def set_up(variant, device):
+    """(model, its source of batches), as in a run of the variant."""
+    settings = SimpleNamespace(**variant.settings)
+    data = Dataset(settings.dataset, settings.task)
+    check_size(variant.settings, data, device)
+    torch.manual_seed(settings.seed)
+    model = new_model(train.model_config(variant.settings, dict(variant.options), data)).to(device)
+    return model.train(), batches(data, "train", settings.batch_size, settings.block_size)
+
+
+def typical_steps(variant, machine):
+    """(a call that trains for five steps, from one with short texts to one with long ones; FLOP of a mean step,
     parameters)."""
-    model, source = set_up(variant)
-    settings, forward = plain_values(vars(train)), hardware.compiled(model) if train.compile else model
-    optimizer = torch.optim.AdamW(model.parameter_groups(0.0), lr=0.0, betas=(train.beta1, train.beta2), fused=True)  # a rate of 0: the weights stay as they are
-    scaler = torch.amp.GradScaler(train.device.split(":")[0], enabled=train.dtype == "float16")
+    model, source = set_up(variant, machine.device)
+    net, passes = dist.wrap(model, variant.settings["compile"]), variant.settings["gradient_accumulation_steps"]
+    optimizer = torch.optim.AdamW(model.parameter_groups(0.0), lr=0.0, fused=True)  # a rate of 0: the weights stay as they are
     texts = [source.batch(step)[0] for step in range(50)]
-    work = sum(x.numel() * model.estimate_flops(x.size(1)) for x in texts) / len(texts) * train.gradient_accumulation_steps
+    work = sum(x.numel() * model.estimate_flops(x.size(1)) for x in texts) / len(texts) * passes
     chosen = sorted(range(len(texts)), key=lambda step: texts[step].size(1))[5::10]
 
+    def micro_batches(step):
+        for micro in range(passes):
+            batch = source.batch(step * passes + micro)
+            yield *(t if t is None else t.to(machine.device) for t in batch), 1 / passes
+
     def call():
-        vars(train).update(settings)
         for step in chosen:
-            train.gradients(model, forward, source, step, scaler, optimizer, Counter())
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            timing.training_step(model, net, optimizer, micro_batches(step), machine.device, machine.dtype)
 
     return call, work, model.parameter_count()
 
 
-def measure(variants):
-    """{name: what it costs}: seconds of a step, all variants side by side, operations of a step, parameters."""
-    calls, works, counts = zip(*map(typical_steps, variants))
-    costs = hardware.side_by_side(calls, train.device, 9, budget=120)
+def measure(variants, machine):
+    """{name: what it costs}: seconds of a step, all variants side by side, FLOP of a step, parameters."""
+    calls, works, counts = zip(*(typical_steps(variant, machine) for variant in variants))
+    costs = timing.side_by_side(calls, machine.device, 9, budget=120)
     return {variant.name: {"seconds_per_step": cost.seconds / 5, "work_per_step": work, "parameters": count}
             for variant, cost, work, count in zip(variants, costs, works, counts)}
 
@@ -154,7 +168,8 @@ def costs_of(variants):
     except (OSError, ValueError, KeyError, TypeError):
         pass
     print(f"measuring a step of {len(variants)} variants, side by side ...", flush=True)
-    found = {"variants": of, "costs": measure(variants), "machine": hardware.describe(), "dtype": train.dtype}
+    machine = pick_machine(variants)
+    found = {"variants": of, "costs": measure(variants, machine), "machine": hardware.describe(), "dtype": machine.dtype}
     write_text(path, json.dumps(found, indent=1))
     return found["costs"], found["machine"], found["dtype"]
 
@@ -222,13 +237,27 @@ def is_result(result, folder, wanted):
         return False
 
 
+def run_training(arguments):
+    """Run train.py as `python train.py ARGUMENTS` does, with global names of its own, in this process. Returns its exit
+    code, None or 0 for a finished run."""
+    line, sys.argv = sys.argv, ["train.py", *map(str, arguments)]
+    try:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    except SystemExit as end:
+        return end.code
+    finally:
+        sys.argv = line
+
+
 def train_one(variant, seed, steps):
     """Train one run, or the rest of it, and return its result. Raises Stop where the user stops it."""
     folder, arguments, wanted = plan(variant, seed, steps)
     resume = (folder / "ckpt.pt").exists() and same(folder / "config.json", wanted)
-    vars(train).update(TRAIN)
-    if train.main([*arguments, f"--init_from={'resume' if resume else 'scratch'}", "--eval_only=False"]):
+    code = run_training([*arguments, f"--init_from={'resume' if resume else 'scratch'}", "--eval_only=False"])
+    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
         raise Stop
+    if code:  # train.py has printed why
+        sys.exit(code)
     return read_result(variant, seed, steps)
 
 
@@ -299,119 +328,12 @@ def continue_prompts(model, tokenizer, device):
     return {"next": found}
 
 
-# ---- statistics --------------------------------------------------------------------------------
-
-
-def right_answers(variant, seed):
-    """Whether each text of the split that was judged is told right, (N,)."""
-    folder = Path(out_dir) / f"{slug(variant)}-{seed}"
+def right_answers(result):
+    """Whether each text of the split that was judged is classified correctly, (N,)."""
+    folder = Path(out_dir) / f"{slug(result['variant'])}-{result['seed']}"
     path = next(p for p in (folder / "predictions-test.npz", folder / "predictions-val.npz") if p.exists())
     p, labels = read_predictions(path)
     return (p > 0.5) == labels
-
-
-def held_against(first, runs, score, kind):
-    """How the runs of one variant differ from those of the first, seed by seed: mean, interval, p, and of classifiers
-    McNemar's exact test for each pair of models."""
-    pairs = list(zip(first, runs))
-    means = np.array([b["scores"][score] - a["scores"][score] for a, b in pairs])
-    found, difference = {}, means
-    if kind == "classify":
-        right = np.array([[right_answers(r["variant"], r["seed"]) for r in pair] for pair in pairs])  # (seeds, 2, texts)
-        difference = right[:, 1].astype(np.float32) - right[:, 0]
-        only = [[int((a & ~b).sum()), int((b & ~a).sum())] for a, b in right]
-        found["mcnemar"] = [{"only_first": a, "only_this": b, "p": mcnemar(a, b)} for a, b in only]
-    error = standard_error(difference, np.random.default_rng(0), resamples)
-    mean = float(means.mean())
-    p = chance(mean / error, len(pairs) - 1) if error > 0 else float(mean == 0)
-    return {**interval(mean, error, len(pairs)), "p": p, **found}
-
-
-def compare(found, costs):
-    """The comparison's rows, one a variant, from its runs' results, {name: [result, ...]}."""
-    rows, first = [], next(iter(found.values()))
-    kind, score = "classify" if "accuracy" in first[0]["scores"] else "lm", next(s for s in SCORES if s in first[0]["scores"])
-    for name, runs in found.items():
-        mean = lambda key: None if runs[0][key] is None else float(np.mean([r[key] for r in runs]))  # noqa: E731
-        row = {"variant": name, "parameters": costs[name]["parameters"], "steps": runs[0]["steps"],
-               "seconds_per_step": costs[name]["seconds_per_step"],
-               "minutes": runs[0]["steps"] * costs[name]["seconds_per_step"] / 60, "work": mean("work"),
-               "kept_share": mean("kept_share"), "scores": {}, "difference": None}
-        for s in runs[0]["scores"]:
-            values = np.array([r["scores"][s] for r in runs])
-            row["scores"][s] = interval(values.mean(), standard_error(values), len(runs))
-        if "train_curve" in runs[0]:
-            row["train_first"], row["train_last"] = (float(np.mean([r["train_curve"][n][1] for r in runs])) for n in (1, -1))
-            row["spread"] = float(np.mean([np.std([v for _, v in r["curve"][1:]], ddof=1) for r in runs]))
-        if "hard" in runs[0]:
-            row["hard"] = {kind: float(np.mean([r["hard"][kind] for r in runs])) for kind in runs[0]["hard"]}
-        if "next" in runs[0]:
-            row["next"] = {prompt: Counter(r["next"][prompt][0] for r in runs).most_common(1)[0] for prompt in runs[0]["next"]}
-        if runs is not first:
-            row["difference"] = held_against(first, runs, score, kind)
-        rows.append(row)
-    others = [row["difference"] for row in rows[1:]]
-    for difference, p in zip(others, holm([d["p"] for d in others])):
-        better = difference["mean"] * SCORES[score] > 0
-        difference |= {"p_holm": p, "verdict": "no difference shown" if p >= LEVEL else "better" if better else "worse"}
-    return {"kind": kind, "score": score, "split": first[0]["split"], "variants": rows}
-
-
-# ---- the table ---------------------------------------------------------------------------------
-
-
-def table(summary):
-    """The comparison as Markdown, all that a reader needs beside the figures included."""
-    score, rows, percent = summary["score"], summary["variants"], summary["kind"] == "classify"
-
-    def show(x, sign=""):
-        return f"{100 * x:{sign}.1f}" if percent else f"{x:{sign}.3f}"
-
-    def span(x, sign=""):
-        return f"{show(x['mean'], sign)} [{show(x['low'], sign)}, {show(x['high'], sign)}]"
-
-    def lines(head, body):
-        return ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(map(str, line))} |" for line in body)]
-
-    machine, unit = summary["machine"], " (%)" if percent else ""
-    contexts = {row["block_size"] for row in rows}
-    context = f"a context of {min(contexts)} tokens"
-    if len(contexts) > 1:
-        context = "contexts of different lengths, which are part of the score"
-    text = [f"**{summary['title']}.** {len(summary['seeds'])} seeds; every run gets the same "
-            f"{summary['budget']}, {summary['amount']:,g}{' x 1e12 operations' if summary['budget'] == 'work' else ''}, of "
-            f"{summary['dataset']}; {score.replace('_', ' ')}{unit} of the {summary['split']} split, {context}, with the "
-            f"weights that did best on validation. {machine['gpu'] or machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, "
-            f"products in {summary['dtype']}. In brackets 95 % intervals; p after Holm. `{summary['command']}`"]
-    first = rows[0]["variant"]
-    head = ["variant", f"{score.replace('_', ' ')}{unit}", f"against {first}", "p", "verdict"]
-    head += ["McNemar: seeds better / worse"] * percent + ["context"] * (len(contexts) > 1)
-    head += ["steps", "minutes", "work (TFLOP)", "kept share", "parameters"]
-    body = []
-    for row in rows:
-        d, cells = row["difference"], [row["variant"], span(row["scores"][score])]
-        cells += [span(d, "+"), f"{d['p_holm']:.3f}", d["verdict"]] if d else ["", "", ""]
-        if percent:
-            shown = [test["only_this"] - test["only_first"] for test in (d or {}).get("mcnemar", []) if test["p"] < LEVEL]
-            cells.append(f"{sum(x > 0 for x in shown)} / {sum(x < 0 for x in shown)}" if d else "")
-        cells += [f"{row['block_size']:,}"] * (len(contexts) > 1)
-        cells += [f"{row['steps']:,}", f"{row['minutes']:.1f}", f"{row['work'] / 1e12:,.1f}"]
-        cells += ["" if row["kept_share"] is None else f"{row['kept_share']:.0%}", f"{row['parameters']:,}"]
-        body.append(cells)
-    text += lines(head, body)
-    if percent:
-        names = [s for s in rows[0]["scores"] if s not in (score, "loss")]
-        text += lines(["variant", *names], [[row["variant"], *(span(row["scores"][s]) for s in names)] for row in rows])
-    if "train_first" in rows[0]:
-        text += lines(["variant", "training split, first evaluation", "training split, last", "spread of validation over evaluations"],
-                      [[row["variant"], *(show(row[key]) for key in ("train_first", "train_last", "spread"))] for row in rows])
-    if "hard" in rows[0]:
-        text += lines(["hard reviews, right (%)", *rows[0]["hard"]],
-                      [[row["variant"], *(f"{100 * x:.0f}" for x in row["hard"].values())] for row in rows])
-    if "next" in rows[0]:
-        text += lines(["after", *(row["variant"] for row in rows)],
-                      [[prompt, *("{} ({})".format(*row["next"][prompt]) for row in rows)] for prompt in rows[0]["next"]])
-    return "\n".join(text) + "\n"
 
 
 # ---- the script --------------------------------------------------------------------------------
@@ -443,7 +365,6 @@ def check_variants(chosen):
             if (here := variant.settings[key]) != (there := first.settings[key]):
                 raise UserError(f"variants must have the same {key}: {first.name!r} has {there!r}, {variant.name!r} has "
                                 f"{here!r}; give it in base")
-        vars(train).update(TRAIN | variant.settings)
         train.check(variant.settings)
         own = Dataset(variant.settings["dataset"], variant.settings["task"])
         for split in ["train", "val"] + ["test"] * variant.settings["eval_test"]:
@@ -525,7 +446,7 @@ def run_all(chosen):
         print(f"\nstopped with {len(found)} of {len(todo)} runs done; start it again to go on")
         return 128 + asked[0]
     by_name = {variant.name: [r for r in found if r["variant"] == variant.name] for variant in chosen}
-    compared = compare(by_name, costs)
+    compared = summarize(by_name, costs, right_answers, resamples)
     for row, variant in zip(compared["variants"], chosen):
         row["block_size"] = variant.settings["block_size"]
     summary = {"compare": path.name, "title": title or path.name, "budget": budget, "amount": amount,

@@ -145,15 +145,19 @@ def mechanism_options(settings):
     return options_of(settings["model"], settings["attention"])
 
 
+def model_config(settings, options, data):
+    """The GPTConfig of these settings, for the vocabulary and the classes of a Dataset."""
+    shape = {field.name: settings[field.name] for field in fields(GPTConfig) if field.name in settings}
+    return GPTConfig(**shape, vocab_size=data.vocab_size, n_class=len(data.classes), options=options)
+
+
 def build_model(run, settings, options):
     """A new model with weights from the seed, or the one in out_dir, whose shape then replaces that of the settings."""
     if not run.is_new:
         return run.load_model(mechanism_options(settings))
     check_size(settings, run.data, run.device)
     torch.manual_seed(seed)
-    shape = {field.name: settings[field.name] for field in fields(GPTConfig) if field.name in settings}
-    config = GPTConfig(**shape, vocab_size=run.data.vocab_size, n_class=len(run.data.classes), options=options)
-    return run.place(new_model(config))
+    return run.place(new_model(model_config(settings, options, run.data)))
 
 
 def main(arguments=None):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from core import ROOT, explain, hardware, inference, readers
+from core import ROOT, explain, hardware, inference, readers, timing
 from core.config import UserError
 from core.tokenizer import UNKNOWN, words
 
@@ -202,5 +202,5 @@ def time_attention(layers, T, device, dtype):
         torch.autograd.grad(layer.attend(*inputs), inputs + layer.mask_parameters(), grad)
 
     with _measuring:
-        costs = hardware.side_by_side([lambda layer=layer: train(layer) for layer in layers], device, 7, 3.0)
+        costs = timing.side_by_side([lambda layer=layer: train(layer) for layer in layers], device, 7, 3.0)
     return [cost.seconds for cost in costs]

@@ -6,12 +6,10 @@ import math
 import os
 import platform
 import shutil
-import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -159,47 +157,6 @@ def faster_number(one, other, trial=4, share=0.03):
         left = max(0.1, count * abs(mean[one] - mean[other]) / share)
         while left > 0:
             left -= yield faster
-
-
-class Cost(NamedTuple):
-    """What one of the calls of `side_by_side` takes."""
-
-    seconds: float  # the median
-    memory: float  # the most bytes beyond what was held before; nan where unknown
-    rounds: int  # that the median is of
-
-
-def side_by_side(calls, device="cpu", times=5, budget=math.inf):
-    """The `Cost` of each of `calls`, run in turn so that what else the machine does falls on all of them.
-
-    `times` rounds, or as many as begin within `budget` seconds but at least 3. Two rounds before
-    them (one where it takes longer than the budget) are not timed: in the second the memory is
-    taken, when what the first had to load and to compile is there. Calls of less than a second run
-    once more, untimed, before each time: as in a loop, and not with the caches and the memory as
-    calls of many seconds leave them.
-    """
-    taken = [[] for _ in calls]
-    for _ in range(2):
-        began = time.perf_counter()
-        memory, quick = [], []
-        for call in calls:
-            before = time.perf_counter()
-            memory.append(memory_of(call, device))
-            quick.append(time.perf_counter() - before < 1)
-        if time.perf_counter() - began > budget:
-            break
-    began, rounds = time.perf_counter(), 0
-    while rounds < times and (rounds < 3 or time.perf_counter() - began < budget):
-        for call, again, seconds in zip(calls, quick, taken):
-            if again:
-                call()
-            synchronize(device)
-            start = time.perf_counter()
-            call()
-            synchronize(device)
-            seconds.append(time.perf_counter() - start)
-        rounds += 1
-    return [Cost(statistics.median(seconds), most, rounds) for seconds, most in zip(taken, memory)]
 
 
 def compiled(model):

@@ -192,7 +192,7 @@ def test_a_gain_is_converted_for_inference_and_trains(monkeypatch):
     model, idx = GPT(GPTConfig(n_layer=1, n_head=3, n_embd=24, block_size=64, attention="mine")), torch.zeros(1, 5).long()
     model(idx, idx)[1].backward()
     assert model.layers[0].attention.gain.grad != 0
-    assert dist.whole_parameters(model) == [model.layers[0].attention.gain]  # FSDP refuses to shard a scalar
+    assert dist.unsharded_parameters(model) == [model.layers[0].attention.gain]  # FSDP refuses to shard a scalar
     assert convert_for_inference(model, torch.bfloat16)(idx)[0].dtype == torch.bfloat16
 
 

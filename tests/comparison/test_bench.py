@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import bench
-from core import hardware
+from core import hardware, timing
 from core.config import UserError
 from helpers import call
 
@@ -116,7 +116,7 @@ def test_backward_reaches_the_mask(monkeypatch, settings, quick):
     """The gradients that are measured are those of q, k, v and of the mechanism's own parameters."""
     seen, grad = [], torch.autograd.grad
     settings(device="cpu", dtype="float32", head_size=8,
-             side_by_side=lambda calls: [call() or hardware.Cost(1.0, 1, 1) for call in calls])
+             side_by_side=lambda calls: [call() or timing.Cost(1.0, 1, 1) for call in calls])
     rows = [bench.parse(text) for text in (f"{SPANS} use_triangle_wave_masking=True", "dense")]
     monkeypatch.setattr(torch.autograd, "grad", lambda y, inputs, *more, **how: (
         seen.append([tuple(x.shape) for x in inputs]) or grad(y, inputs, *more, **how)))
@@ -199,7 +199,7 @@ def test_layer_measures_both_passes(settings, quick):
     """First all that train, then the forward passes alone, which keep nothing for a backward pass."""
     taken = []
     settings(device="cpu", dtype="float32", head_size=8, side_by_side=lambda calls: [
-        taken.append(call()) or hardware.Cost(float(n + 1), 2**20 * n, 3) for n, call in enumerate(calls)])
+        taken.append(call()) or timing.Cost(float(n + 1), 2**20 * n, 3) for n, call in enumerate(calls)])
     rows = bench.bench_layer([bench.parse("dense"), bench.parse(SPANS)], 1, 2, 30)
     assert [row["ms"] for row in rows] == [1e3, 2e3, 3e3] and [row["forward, ms"] for row in rows] == [4e3, 5e3, 6e3]
     assert [row["MiB more"] for row in rows] == [0, 1, 2] and [row["times masked"] for row in rows] == [3, 1.5, 1]
@@ -243,7 +243,7 @@ def test_sample_counts_its_tokens(settings, peer, quick):
     """In one call a token for each that is counted; the peer draws a sixteenth of them."""
     drawn = []
     settings(device="cpu", dtype="float32", n_layer=1, n_head=1, n_embd=8, vocab_size=11, tokens=32, peer=str(peer),
-             side_by_side=lambda calls: [drawn.append(call()) or hardware.Cost(2.0, 0, 1) for call in calls])
+             side_by_side=lambda calls: [drawn.append(call()) or timing.Cost(2.0, 0, 1) for call in calls])
     ours, theirs = bench.bench_sample([bench.parse("dense")], 12)
     assert len(drawn[0]) == 32 and drawn[1].shape == (1, 12 + 2)
     assert (ours["tokens/s"], theirs["tokens/s"]) == (16, 1)
@@ -280,31 +280,31 @@ def test_refused(refused, quick, arguments, says):
 def test_side_by_side():
     """Calls alternate, each timed right after itself; two rounds are not counted, and the middle time is taken."""
     order = []
-    costs = hardware.side_by_side([lambda: order.append("a"), lambda: order.append("b")], times=4)
+    costs = timing.side_by_side([lambda: order.append("a"), lambda: order.append("b")], times=4)
     assert order == ["a", "b"] * 2 + ["a", "a", "b", "b"] * 4
     assert [cost.rounds for cost in costs] == [4, 4] and all(cost.seconds > 0 for cost in costs)
     slow = [0, 0, 0, 0, 0, 0.2, 0.2, 0]
-    assert hardware.side_by_side([lambda: time.sleep(slow.pop(0))], times=3)[0].seconds < 0.1 and not slow
+    assert timing.side_by_side([lambda: time.sleep(slow.pop(0))], times=3)[0].seconds < 0.1 and not slow
 
 
 def test_long_calls_are_not_repeated(monkeypatch):
     calls, clock = [], iter(range(0, 10**6, 2))
     monkeypatch.setattr(hardware.time, "perf_counter", lambda: next(clock))
-    hardware.side_by_side([lambda: calls.append(0)], times=3)
+    timing.side_by_side([lambda: calls.append(0)], times=3)
     assert len(calls) == 2 + 3
 
 
 @pytest.mark.parametrize("times, budget, rounds", [(9, 0.0, 1 + 2 * 3), (2, 0.0, 1 + 2 * 2), (9, 60.0, 2 + 2 * 9)])
 def test_long_rounds_are_measured_less_often(times, budget, rounds):
     calls = []
-    (cost,) = hardware.side_by_side([lambda: calls.append(0)], times=times, budget=budget)
+    (cost,) = timing.side_by_side([lambda: calls.append(0)], times=times, budget=budget)
     assert len(calls) == rounds and cost.rounds == (min(times, 3) if budget == 0 else times)
 
 
 def test_memory_is_of_a_call_alone():
     """What an earlier call took, and what is kept, is not the call's."""
     kept = []
-    big, small, keeps = hardware.side_by_side([
+    big, small, keeps = timing.side_by_side([
         lambda: torch.ones(2**25).sum(), lambda: torch.ones(2**23).sum(), lambda: kept or kept.append(torch.ones(2**24))])
     if not math.isnan(big.memory):
         assert 120 < big.memory / 2**20 < 140 and 30 < small.memory / 2**20 < 45 and keeps.memory / 2**20 < 8

@@ -14,8 +14,8 @@ import torch
 from fault_injection import end, program
 
 import compare
-import train
-from core import hardware, stats
+from core import dist, hardware, stats, timing
+from core.report import summarize
 from helpers import ROOT, call
 from model import load
 
@@ -23,22 +23,14 @@ SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=8", "--dtype=float32", "--log_in
 HARD = [{"text": "so good", "label": 1, "kind": "plain"}, {"text": "not so good", "label": 0, "kind": "negation"}]
 
 
-@pytest.fixture(autouse=True)
-def train_as_it_was():
-    """compare.py sets train.py's own settings, which other tests have yet to read."""
-    before = dict(vars(train))
-    yield
-    vars(train).update(before)
-
-
 @pytest.fixture
 def timed(monkeypatch, quick):
     """Steps of `dense` take a second, of everything else two."""
     def side_by_side(calls, *_, **__):
         calls[0]()  # it can be called
-        return [hardware.Cost(5.0 * (1 if n == 0 else 2), 0, 1) for n in range(len(calls))]
+        return [timing.Cost(5.0 * (1 if n == 0 else 2), 0, 1) for n in range(len(calls))]
 
-    monkeypatch.setattr(hardware, "side_by_side", side_by_side)
+    monkeypatch.setattr(timing, "side_by_side", side_by_side)
     monkeypatch.setattr(compare, "draw", lambda path: None)
 
 
@@ -57,8 +49,8 @@ def read(folder):
 def test_text(text, tmp_path, timed, monkeypatch):
     """Every variant and seed runs once, the table tells all, and a second call trains nothing."""
     trained = []
-    main = train.main
-    monkeypatch.setattr(train, "main", lambda arguments: trained.append(arguments) or main(arguments))
+    run_training = compare.run_training
+    monkeypatch.setattr(compare, "run_training", lambda arguments: trained.append(arguments) or run_training(arguments))
     call(compare, *settings(tmp_path, text, prompts=["import "]))
     summary = read(tmp_path)
     assert len(trained) == 4 and [row["variant"] for row in summary["variants"]] == ["dense", "local"]
@@ -90,16 +82,24 @@ def test_text(text, tmp_path, timed, monkeypatch):
 
 def test_the_same_data_for_all(text, tmp_path, timed, monkeypatch):
     """Variants see the same batches in the same order; seeds see others."""
-    seen, gradients = {}, train.gradients
+    seen, run_training, micro_batches = {}, compare.run_training, dist.micro_batches
 
-    def watched(model, forward, source, step, *rest):
-        if train.learning_rate and train.out_dir != "out":
-            seen.setdefault((train.attention, train.seed), []).append(source.batch(step)[0].tolist())
-        return gradients(model, forward, source, step, *rest)
+    def train_watched(arguments):
+        key = ("sparse" if "--attention=sparse" in arguments else "dense", next(a for a in arguments if "--seed=" in a))
 
-    monkeypatch.setattr(train, "gradients", watched)
+        def watched(*inputs):
+            for batch in micro_batches(*inputs):
+                seen.setdefault(key, []).append(batch[0].tolist())
+                yield batch
+
+        monkeypatch.setattr(dist, "micro_batches", watched)
+        return run_training(arguments)
+
+    monkeypatch.setattr(compare, "run_training", train_watched)
     call(compare, *settings(tmp_path, text))
-    assert seen["dense", 1] == seen["sparse", 1] != seen["dense", 2] == seen["sparse", 2] and len(seen["dense", 1]) == 4
+    one, two = "--seed=1", "--seed=2"
+    assert seen["dense", one] == seen["sparse", one] != seen["dense", two] == seen["sparse", two]
+    assert len(seen["dense", one]) == 4
 
 
 def test_one_precision_for_all(text, tmp_path, timed, monkeypatch):
@@ -125,14 +125,21 @@ def test_budgets(budget, amount, steps, monkeypatch):
 def test_what_a_step_costs(reviews, tmp_path, monkeypatch, quick):
     """Timed are five batches from short to long, the weights stay as they are, and work is the mean over fifty."""
     monkeypatch.setattr(compare, "base", [f"--dataset={reviews}", "--block_size=96", "--batch_size=2", *SMALL])
-    call_five, work, count = compare.typical_steps(compare.parse("dense:"))
-    model, source = compare.set_up(compare.parse("dense:"))
-    seen, gradients = [], train.gradients
-    monkeypatch.setattr(train, "gradients", lambda model, *rest: seen.append((rest[2], model)) or gradients(model, *rest))
+    variant, machine = compare.parse("dense:"), compare.Machine("cpu", "float32")
+    call_five, work, count = compare.typical_steps(variant, machine)
+    model, source = compare.set_up(variant, "cpu")
+    seen, training_step = [], timing.training_step
+
+    def watched(model, net, optimizer, batches, *rest):
+        batches = list(batches)
+        seen.append((model, batches))
+        training_step(model, net, optimizer, batches, *rest)
+
+    monkeypatch.setattr(timing, "training_step", watched)
     call_five()
-    widths = [source.batch(step)[0].size(1) for step, _ in seen]
+    widths = [batches[0][0].size(1) for _, batches in seen]
     assert len(seen) == 5 and widths == sorted(widths) and widths[0] < widths[-1]
-    assert all(torch.equal(a, b) for a, b in zip(seen[0][1].state_dict().values(), model.state_dict().values()))
+    assert all(torch.equal(a, b) for a, b in zip(seen[0][0].state_dict().values(), model.state_dict().values()))
     every = [source.batch(step)[0] for step in range(50)]
     assert work == pytest.approx(sum(x.numel() * model.estimate_flops(x.size(1)) for x in every) / 50)
     assert count == model.parameter_count()
@@ -221,7 +228,7 @@ def test_verdicts(a, b, verdict):
                     "scores": {"bits_per_byte": x + n / 1000, "loss": x}} for n, x in enumerate(values)]
             for name, values in (("first", a), ("second", b))}
     cost = {"parameters": 1, "seconds_per_step": 1.0, "work_per_step": 1.0}
-    assert compare.compare(runs, {"first": cost, "second": cost})["variants"][1]["difference"]["verdict"] == verdict
+    assert summarize(runs, {"first": cost, "second": cost}, None, 100)["variants"][1]["difference"]["verdict"] == verdict
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])

@@ -4,10 +4,9 @@ import json
 
 import pytest
 from fault_injection import count
-from test_compare import settings, timed, train_as_it_was  # noqa: F401
+from test_compare import settings, timed  # noqa: F401
 
 import compare
-import train
 from helpers import call
 
 pytestmark = pytest.mark.usefixtures("timed")
@@ -15,9 +14,9 @@ pytestmark = pytest.mark.usefixtures("timed")
 
 @pytest.fixture
 def trained(monkeypatch):
-    """The arguments of each call of train.main."""
-    calls, main = [], train.main
-    monkeypatch.setattr(train, "main", lambda arguments: calls.append(arguments) or main(arguments))
+    """The arguments of each run of train.py."""
+    calls, run_training = [], compare.run_training
+    monkeypatch.setattr(compare, "run_training", lambda arguments: calls.append(arguments) or run_training(arguments))
     return calls
 
 

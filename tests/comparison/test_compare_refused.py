@@ -3,10 +3,9 @@
 import json
 
 import pytest
-from test_compare import settings, timed, train_as_it_was  # noqa: F401
+from test_compare import settings, timed  # noqa: F401
 
 import compare
-import train
 from helpers import call, write_bytes, write_reviews
 
 pytestmark = pytest.mark.usefixtures("timed")
@@ -16,7 +15,7 @@ SET_BY_COMPARE = [("seed=3", "seeds"), ("max_iters=9", "amount"), ("warmup_iters
 
 @pytest.fixture
 def never_trained(monkeypatch):
-    monkeypatch.setattr(train, "main", lambda arguments: pytest.fail("a run was begun"))
+    monkeypatch.setattr(compare, "run_training", lambda arguments: pytest.fail("a run was begun"))
 
 
 @pytest.fixture
@@ -54,7 +53,7 @@ def test_other_scores(told, text, change):
 def test_the_same_data_by_another_name(text, tmp_path, monkeypatch):
     """A link to the data, or a task that is the data's own, is no other data."""
     (tmp_path / "link").symlink_to(text)
-    monkeypatch.setattr(train, "main", lambda arguments: pytest.fail("begun"))
+    monkeypatch.setattr(compare, "run_training", lambda arguments: pytest.fail("begun"))
     with pytest.raises(pytest.fail.Exception, match="begun"):
         call(compare, *settings(tmp_path / "out", text, "a:", f"b: --dataset={tmp_path / 'link'} --task=lm"))
 

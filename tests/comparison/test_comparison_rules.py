@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import compare
-import train
+from core import report
 from core.tokenizer import Tokenizer
 
 COST = {"parameters": 1, "seconds_per_step": 1.0, "work_per_step": 1.0}
@@ -15,11 +15,9 @@ COST = {"parameters": 1, "seconds_per_step": 1.0, "work_per_step": 1.0}
 
 @pytest.fixture(autouse=True)
 def settings_as_they_were():
-    """compare.py sets train.py's own settings, which other tests have yet to read."""
-    before = dict(vars(train)), dict(vars(compare))
+    before = dict(vars(compare))
     yield
-    vars(train).update(before[0])
-    vars(compare).update(before[1])
+    vars(compare).update(before)
 
 
 def results(name, scores, **more):
@@ -31,10 +29,10 @@ def results(name, scores, **more):
 def test_a_verdict_is_after_holm(monkeypatch):
     """Of three differences that alone would each be shown only the surest stays one."""
     given = {"b": (-0.1, 0.04), "c": (0.1, 0.001), "d": (0.1, 0.03)}
-    monkeypatch.setattr(compare, "held_against", lambda first, runs, *_:
+    monkeypatch.setattr(report, "difference_from", lambda first, runs, *_:
                         {"mean": given[runs[0]["variant"]][0], "low": -1, "high": 1, "p": given[runs[0]["variant"]][1]})
     runs = {name: results(name, (2.0, 2.1)) for name in "abcd"}
-    rows = compare.compare(runs, dict.fromkeys(runs, COST))["variants"]
+    rows = report.summarize(runs, dict.fromkeys(runs, COST), None, 100)["variants"]
     assert rows[0]["difference"] is None
     assert [row["difference"]["p_holm"] for row in rows[1:]] == pytest.approx([0.06, 0.003, 0.06])
     assert [row["difference"]["verdict"] for row in rows[1:]] == ["no difference shown", "worse", "no difference shown"]
@@ -43,8 +41,8 @@ def test_a_verdict_is_after_holm(monkeypatch):
 def test_a_difference_is_seed_by_seed():
     """What the seeds have in common is taken off: the same gain at each shows, however far apart the seeds are."""
     shared = np.array([1.0, 5.0, 9.0, 2.0])
-    rows = compare.compare({"a": results("a", shared), "b": results("b", shared - np.array([0.10, 0.11, 0.09, 0.10]))},
-                           {"a": COST, "b": COST})["variants"]
+    runs = {"a": results("a", shared), "b": results("b", shared - np.array([0.10, 0.11, 0.09, 0.10]))}
+    rows = report.summarize(runs, {"a": COST, "b": COST}, None, 100)["variants"]
     difference = rows[1]["difference"]
     assert difference["mean"] == pytest.approx(-0.1) and difference["verdict"] == "better"
     # the standard error of the four differences, 0.00816 / 2, times Student's 3.182
@@ -87,6 +85,6 @@ def test_answers_are_of_the_test_split_where_it_was_opened(tmp_path, monkeypatch
     monkeypatch.setattr(compare, "out_dir", str(tmp_path))
     (tmp_path / "dense-1").mkdir()
     np.savez(tmp_path / "dense-1" / "predictions-val.npz", p=np.array([0.9, 0.9, 0.2]), label=np.array([1, 0, 1]))
-    assert compare.right_answers("dense", 1).tolist() == [True, False, False]
+    assert compare.right_answers({"variant": "dense", "seed": 1}).tolist() == [True, False, False]
     np.savez(tmp_path / "dense-1" / "predictions-test.npz", p=np.array([0.4, 0.51, 0.1, 0.8]), label=np.array([0, 1, 1, 0]))
-    assert compare.right_answers("dense", 1).tolist() == [True, True, False, False]
+    assert compare.right_answers({"variant": "dense", "seed": 1}).tolist() == [True, True, False, False]

@@ -134,7 +134,7 @@ def test_ended_while_a_run_is_moved_aside(tmp_path, monkeypatch, after):
 
 def test_compare_removes_no_other_folder(text, tmp_path, refused, monkeypatch):
     """Where a run's folder was begun by something else."""
-    monkeypatch.setattr(compare, "measure", lambda variants: {v.name: {"seconds_per_step": 1, "work_per_step": 1, "parameters": 1}
+    monkeypatch.setattr(compare, "measure", lambda variants, machine: {v.name: {"seconds_per_step": 1, "work_per_step": 1, "parameters": 1}
                                                               for v in variants})
     folder = tmp_path / "out" / "dense-1"
     folder.mkdir(parents=True)

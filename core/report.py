@@ -1,0 +1,118 @@
+"""Comparisons in numbers and words: what the results of several seeds show, and the table of it."""
+
+from collections import Counter
+
+import numpy as np
+
+from core.stats import LEVEL, chance, holm, interval, mcnemar, standard_error
+
+SCORES = {"bits_per_byte": -1, "accuracy": 1, "f1": 1, "precision": 1, "recall": 1, "auc": 1, "loss": -1}  # 1: more is better
+
+
+def difference_from(first, runs, score, right_answers, resamples):
+    """How the results of one variant differ from those of the first, seed by seed: mean, interval, p, and for classifiers
+    McNemar's exact test of each pair of models.
+
+    right_answers: of classifiers, a function of a result: whether each text is classified correctly, (N,); else None.
+    resamples: of the bootstrap.
+    """
+    pairs = list(zip(first, runs))
+    means = np.array([b["scores"][score] - a["scores"][score] for a, b in pairs])
+    tests, difference = {}, means
+    if right_answers:
+        right = np.array([[right_answers(result) for result in pair] for pair in pairs])  # (seeds, 2, texts)
+        difference = right[:, 1].astype(np.float32) - right[:, 0]
+        only = [[int((a & ~b).sum()), int((b & ~a).sum())] for a, b in right]
+        tests["mcnemar"] = [{"only_first": a, "only_this": b, "p": mcnemar(a, b)} for a, b in only]
+    error = standard_error(difference, np.random.default_rng(0), resamples)
+    mean = float(means.mean())
+    p = chance(mean / error, len(pairs) - 1) if error > 0 else float(mean == 0)
+    return {**interval(mean, error, len(pairs)), "p": p, **tests}
+
+
+def summarize(results, costs, right_answers, resamples):
+    """The comparison's rows, one for each variant, from the results of its runs, {name: [result, ...]}, and what a step of
+    each costs. right_answers, resamples: see `difference_from`."""
+    rows, first = [], next(iter(results.values()))
+    kind, score = "classify" if "accuracy" in first[0]["scores"] else "lm", next(s for s in SCORES if s in first[0]["scores"])
+    for name, runs in results.items():
+        mean = lambda key: None if runs[0][key] is None else float(np.mean([r[key] for r in runs]))  # noqa: E731
+        row = {"variant": name, "parameters": costs[name]["parameters"], "steps": runs[0]["steps"],
+               "seconds_per_step": costs[name]["seconds_per_step"],
+               "minutes": runs[0]["steps"] * costs[name]["seconds_per_step"] / 60, "work": mean("work"),
+               "kept_share": mean("kept_share"), "scores": {}, "difference": None}
+        for s in runs[0]["scores"]:
+            values = np.array([r["scores"][s] for r in runs])
+            row["scores"][s] = interval(values.mean(), standard_error(values), len(runs))
+        if "train_curve" in runs[0]:
+            row["train_first"], row["train_last"] = (float(np.mean([r["train_curve"][n][1] for r in runs])) for n in (1, -1))
+            row["spread"] = float(np.mean([np.std([v for _, v in r["curve"][1:]], ddof=1) for r in runs]))
+        if "hard" in runs[0]:
+            row["hard"] = {kind: float(np.mean([r["hard"][kind] for r in runs])) for kind in runs[0]["hard"]}
+        if "next" in runs[0]:
+            row["next"] = {prompt: Counter(r["next"][prompt][0] for r in runs).most_common(1)[0] for prompt in runs[0]["next"]}
+        if runs is not first:
+            row["difference"] = difference_from(first, runs, score, right_answers if kind == "classify" else None, resamples)
+        rows.append(row)
+    others = [row["difference"] for row in rows[1:]]
+    for difference, p in zip(others, holm([d["p"] for d in others])):
+        better = difference["mean"] * SCORES[score] > 0
+        difference |= {"p_holm": p, "verdict": "no difference shown" if p >= LEVEL else "better" if better else "worse"}
+    return {"kind": kind, "score": score, "split": first[0]["split"], "variants": rows}
+
+
+# ---- the table ---------------------------------------------------------------------------------
+
+
+def table(summary):
+    """The comparison as Markdown, all that a reader needs beside the figures included."""
+    score, rows, percent = summary["score"], summary["variants"], summary["kind"] == "classify"
+
+    def show(x, sign=""):
+        return f"{100 * x:{sign}.1f}" if percent else f"{x:{sign}.3f}"
+
+    def span(x, sign=""):
+        return f"{show(x['mean'], sign)} [{show(x['low'], sign)}, {show(x['high'], sign)}]"
+
+    def lines(head, body):
+        return ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(map(str, line))} |" for line in body)]
+
+    machine, unit = summary["machine"], " (%)" if percent else ""
+    contexts = {row["block_size"] for row in rows}
+    context = f"a context of {min(contexts)} tokens"
+    if len(contexts) > 1:
+        context = "contexts of different lengths, which are part of the score"
+    text = [f"**{summary['title']}.** {len(summary['seeds'])} seeds; every run gets the same "
+            f"{summary['budget']}, {summary['amount']:,g}{' x 1e12 operations' if summary['budget'] == 'work' else ''}, of "
+            f"{summary['dataset']}; {score.replace('_', ' ')}{unit} of the {summary['split']} split, {context}, with the "
+            f"weights that did best on validation. {machine['gpu'] or machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, "
+            f"products in {summary['dtype']}. In brackets 95 % intervals; p after Holm. `{summary['command']}`"]
+    first = rows[0]["variant"]
+    head = ["variant", f"{score.replace('_', ' ')}{unit}", f"against {first}", "p", "verdict"]
+    head += ["McNemar: seeds better / worse"] * percent + ["context"] * (len(contexts) > 1)
+    head += ["steps", "minutes", "work (TFLOP)", "kept share", "parameters"]
+    body = []
+    for row in rows:
+        d, cells = row["difference"], [row["variant"], span(row["scores"][score])]
+        cells += [span(d, "+"), f"{d['p_holm']:.3f}", d["verdict"]] if d else ["", "", ""]
+        if percent:
+            shown = [test["only_this"] - test["only_first"] for test in (d or {}).get("mcnemar", []) if test["p"] < LEVEL]
+            cells.append(f"{sum(x > 0 for x in shown)} / {sum(x < 0 for x in shown)}" if d else "")
+        cells += [f"{row['block_size']:,}"] * (len(contexts) > 1)
+        cells += [f"{row['steps']:,}", f"{row['minutes']:.1f}", f"{row['work'] / 1e12:,.1f}"]
+        cells += ["" if row["kept_share"] is None else f"{row['kept_share']:.0%}", f"{row['parameters']:,}"]
+        body.append(cells)
+    text += lines(head, body)
+    if percent:
+        names = [s for s in rows[0]["scores"] if s not in (score, "loss")]
+        text += lines(["variant", *names], [[row["variant"], *(span(row["scores"][s]) for s in names)] for row in rows])
+    if "train_first" in rows[0]:
+        text += lines(["variant", "training split, first evaluation", "training split, last", "spread of validation over evaluations"],
+                      [[row["variant"], *(show(row[key]) for key in ("train_first", "train_last", "spread"))] for row in rows])
+    if "hard" in rows[0]:
+        text += lines(["hard reviews, right (%)", *rows[0]["hard"]],
+                      [[row["variant"], *(f"{100 * x:.0f}" for x in row["hard"].values())] for row in rows])
+    if "next" in rows[0]:
+        text += lines(["after", *(row["variant"] for row in rows)],
+                      [[prompt, *("{} ({})".format(*row["next"][prompt]) for row in rows)] for prompt in rows[0]["next"]])
+    return "\n".join(text) + "\n"
