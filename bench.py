@@ -1,4 +1,5 @@
-"""Speed, memory and work, beside a peer in the same run: python bench.py attention|layer|step|sample|ranks|load [--key=value]
+"""Speed, memory and work, beside a peer in the same run: python bench.py attention|layer|step|sample|ranks|load
+[--key=value]
 
 attention  forward and backward of attention alone, against PyTorch's fused call, and how each grows with T
 layer      a whole attention layer, training and forward pass, against the masked T x T form of adaptive span
@@ -36,6 +37,7 @@ from core.config import Text, UserError, check_choice, configure, run_main, conv
 from core.inference import convert_for_inference
 from core.mechanisms import mechanism
 from core.ops import split_heads
+from core.report import print_table
 from model import GPT, GPTConfig
 
 mechanisms = []  # what is measured, see above; empty: the mode's own list (ROWS)
@@ -346,9 +348,10 @@ def bench_sample(rows, context):
 def bench_ranks(rows, T):
     """Training steps of all ranks, each of batch_size texts in one or four forward passes: bytes that a rank sends.
 
-    They are read off this machine's own network, where ranks on a CPU meet, and stand beside what a ring of R sends for each
-    float32 number: an all-gather and a reduce-scatter (R - 1) / R of its four bytes each. DDP does one of each with the
-    gradients at the last backward pass; FSDP then scatters them, and gathers the weights before every forward and backward one.
+    They are read off this machine's own network, where ranks on a CPU meet, and stand beside what a ring of R sends for
+    each float32 number: an all-gather and a reduce-scatter (R - 1) / R of its four bytes each. DDP does one of each
+    with the gradients at the last backward pass; FSDP then scatters them, and gathers the weights before every forward
+    and backward one.
     """
     if dist.world < 2:
         raise UserError("many ranks are to be measured: torchrun --standalone --nproc_per_node=2 bench.py ranks")
@@ -398,24 +401,6 @@ def bench_ranks(rows, T):
 # ---- the script ------------------------------------------------------------------------------
 
 
-def show(rows):
-    """Print rows as a Markdown table."""
-    def cell(name, value):
-        if value is None:
-            return "-"
-        if isinstance(value, float):
-            if name.endswith("^"):
-                return f"{value:.2f}"
-            return f"{value:.1%}" if name.startswith(("pairs", "of ")) else f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
-        return str(value)
-
-    table = [list(rows[0])] + [[cell(*item) for item in row.items()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    table.insert(1, ["-" * width for width in widths])
-    for line in table:
-        print("| " + " | ".join(text.ljust(width) for text, width in zip(line, widths)) + " |")
-
-
 def main():
     global device
     modes = {"attention": bench_attention, "layer": bench_layer, "step": bench_step, "sample": bench_sample, "ranks": bench_ranks}
@@ -461,7 +446,7 @@ def measure(bench, mode, rows, places):
     tables = {"rows": found, "growth": growth(found) if mode == "attention" else []}
     for table in filter(None, tables.values()):
         print()
-        show(table)
+        print_table(table)
     if results and dist.rank == 0:
         measured = {row.label: {"attention": row.attention, "kernel": row.kernel, **row.options} for row in rows}
         saved = {"machine": machine, "dtype": dtype, "matmul_gflops": rate / 1e9, "mechanisms": measured, **tables}

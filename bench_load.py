@@ -1,10 +1,12 @@
-"""Training and sampling of train.py's default model on an idle machine and beside one busy process a core, by OpenMP's settings:
+"""Training and sampling of train.py's default model on an idle machine and beside one busy process a core, by OpenMP's
+settings:
 
 python bench.py load [--spin_counts='["", "2000", "20000", "passive"]'] [--results=FILE] [--key=value]
 
-Each setting has a worker process. The workers take turns of `seconds`, first on the idle machine, then beside each kind of
-busy process, so that what else the machine does falls on all settings. The table shows the medians of all rounds. The shares
-are of the idle speed of the first setting, which should be "": libgomp's own spin count. Needs a CPU that nothing else uses.
+Each setting has a worker process. The workers take turns of `seconds`, first on the idle machine, then beside each kind
+of busy process, so that what else the machine does falls on all settings. The table shows the medians of all rounds.
+The shares are of the idle speed of the first setting, which should be "": libgomp's own spin count. Needs a CPU that
+nothing else uses.
 """
 
 from core import startup  # first: torch reads its settings when it is loaded
@@ -22,10 +24,10 @@ from pathlib import Path
 
 import torch
 
-import bench
 from core import hardware, timing
 from core.config import UserError, check_choice, configure, run_main
 from core.inference import convert_for_inference
+from core.report import print_table
 from model import GPT, GPTConfig
 from train import batch_size, block_size, n_embd, n_head, n_layer
 
@@ -185,7 +187,7 @@ def main(arguments):
           f"{startup.SPIN_COUNT:,}\n")
     measured = measure_all([*arguments, f"--dtype={dtype}"])
     rows = table(measured)
-    bench.show(rows)
+    print_table(rows)
     if results:
         saved = {"machine": machine, "dtype": dtype, "seconds": seconds, "rows": rows,
                  "rounds": [{"spin count": spin_count, "load": load, "what": WORK[what], "tokens/s": values}

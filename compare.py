@@ -77,7 +77,8 @@ class Variant(NamedTuple):
 
 
 def parse(text):
-    """The `Variant` of a text like 'local: --attention=sparse --window=64'. Raises UserError for what it cannot have."""
+    """The `Variant` of a text like 'local: --attention=sparse --window=64'. Raises UserError for what it cannot
+    have."""
     name, colon, rest = text.partition(":") if isinstance(text, str) else ("", "", "")
     if not colon or not name.strip():
         raise UserError(f"variants: expected texts like 'local: --attention=sparse --window=64', got {text!r}")
@@ -132,7 +133,8 @@ def typical_steps(variant, machine):
     parameters)."""
     model, source = set_up(variant, machine.device)
     net, passes = dist.wrap(model, variant.settings["compile"]), variant.settings["gradient_accumulation_steps"]
-    optimizer = torch.optim.AdamW(model.parameter_groups(0.0), lr=0.0, fused=True)  # a rate of 0: the weights stay as they are
+    # a rate of 0: the weights stay as they are
+    optimizer = torch.optim.AdamW(model.parameter_groups(0.0), lr=0.0, fused=True)
     texts = [source.batch(step)[0] for step in range(50)]
     work = sum(x.numel() * model.estimate_flops(x.size(1)) for x in texts) / len(texts) * passes
     chosen = sorted(range(len(texts)), key=lambda step: texts[step].size(1))[5::10]
@@ -282,7 +284,8 @@ def read_result(variant, seed, steps):
 
 
 def read_run(folder, device, dtype):
-    """Scores, curves and costs of a run, as far as its log has them; with answers to `hard` and `prompts` by best.pt."""
+    """Scores, curves and costs of a run, as far as its log has them; with answers to `hard` and `prompts` by
+    best.pt."""
     records, whole = read_log(folder / "log.jsonl")
     records = [r for r in records if r["split"] == "val"]
     if not (whole and records):
@@ -303,7 +306,8 @@ def read_run(folder, device, dtype):
 
 
 def hard_reviews(classes=("negative", "positive")):
-    """The reviews in the file `hard`, [{"text", "label", "kind"}]. Raises UserError where one lacks a label or a kind."""
+    """The reviews in the file `hard`, [{"text", "label", "kind"}]. Raises UserError where one lacks a label or a
+    kind."""
     rows = read_reviews(hard, classes)
     for row in rows:
         if row["label"] is None or not row["kind"]:
@@ -349,7 +353,8 @@ def check():
     if len(variants) < 2 or len({slug(str(text).partition(":")[0]) for text in variants}) < len(variants):
         raise UserError(f"variants: expected at least two of different names, got {variants}")
     if evaluations < 1 or resamples < 100 or not 0 <= warmup < 1:
-        raise UserError(f"expected evaluations >= 1, resamples >= 100 and 0 <= warmup < 1, got {evaluations}, {resamples}, {warmup}")
+        raise UserError("expected evaluations >= 1, resamples >= 100 and 0 <= warmup < 1, got "
+                        f"{evaluations}, {resamples}, {warmup}")
     for key, values in (("base", base), ("prompts", prompts)):
         if not all(isinstance(value, str) for value in values):
             raise UserError(f"{key}: expected texts, got {values}")
@@ -358,7 +363,8 @@ def check():
 
 
 def check_variants(chosen):
-    """Raise UserError for variants that no comparison can have, and for `hard` and `prompts` that they cannot answer."""
+    """Raise UserError for variants that no comparison can have, and for `hard` and `prompts` that they cannot
+    answer."""
     first, data = chosen[0], None
     for variant in chosen:
         for key in SHARED:

@@ -161,7 +161,8 @@ def build_model(run, settings, options):
 
 
 def main(arguments=None):
-    """Train with `arguments` (default: the command line). Returns the exit code of a run that was stopped, else None."""
+    """Train with `arguments` (default: the command line). Returns the exit code of a run that was stopped, else
+    None."""
     began = STARTED if __name__ == "__main__" else time.perf_counter()
     settings, options = configure(globals(), arguments, mechanism_options)
     check(settings)

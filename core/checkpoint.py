@@ -1,7 +1,8 @@
-"""Checkpoints: files that are replaced atomically, that carry their own digest, and that run no code when they are read.
+"""Checkpoints: files that are replaced atomically, that carry their own digest, and that run no code when they are
+read.
 
-A checkpoint is a dict of tensors and plain values in one file that ends in its sha256. For a sharded model (`dist.shard`)
-see shards.py.
+A checkpoint is a dict of tensors and plain values in one file that ends in its sha256. For a sharded model
+(`dist.shard`) see shards.py.
 """
 
 import math
@@ -235,7 +236,8 @@ def load(path, config_class, build, device="cpu", options=None, **changes):
 
 
 def check_best(path, state):
-    """Raise UserError for a damaged best.pt before the training; if it is missing, count the best score from here on."""
+    """Raise UserError for a damaged best.pt before the training; if it is missing, count the best score from here
+    on."""
     try:
         check_whole(path)
     except FileNotFoundError:
@@ -248,15 +250,17 @@ def check_best(path, state):
 
 
 def restore(path, checkpoint, state, model, optimizer, seed, device, dtype):
-    """Restore everything but the weights, which are loaded already, from the checkpoint at `path`: `state` and `optimizer`
-    in place, the random stream. Prints what differs. Raises UserError if the checkpoint's state is of another model."""
+    """Restore everything but the weights, which are loaded already, from the checkpoint at `path`: `state` and
+    `optimizer` in place, the random stream. Prints what differs. Raises UserError if the checkpoint's state is of
+    another model."""
     for name, now in (("device", device.split(":")[0]), ("dtype", dtype)):
         if checkpoint.get(name, now) != now:
             print(f"checkpoint: {name} was {checkpoint[name]!r}, is now {now!r}: the losses from here on differ by rounding, "
                   "and with dropout by its random stream, from those of an unbroken run")
     kinds = {"state": STATE, "random": listing(record({}), 2**20)}
     try:
-        record(kinds, {"scaler": mapping(number(0, math.inf), 10)})(checkpoint, "it")  # earlier versions: float16's scaler
+        # earlier versions: float16's scaler
+        record(kinds, {"scaler": mapping(number(0, math.inf), 10)})(checkpoint, "it")
         expect(checkpoint["random"], "the random stream of a rank at least", checkpoint["random"], "random")
         state |= checkpoint["state"]
         restore_optimizer(path, checkpoint, model, optimizer)

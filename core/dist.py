@@ -24,7 +24,8 @@ from core.config import UserError
 from core.runs import Stop, asked
 
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # this machine
+# this machine
+local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 groups = []  # keeps the process group until the process ends: if DDP holds the last reference, its destructor deadlocks
 RANK_LOST = "onnection closed", "onnection reset", "Broken pipe", "gloo", "NCCL", "timed out"  # in torch's errors
 
@@ -147,8 +148,8 @@ def on_rank0(function, *arguments):
 
 
 def rank_indices(count):
-    """The indices below `count` that this rank works on: every `world`-th. All ranks get equally many: the last index is
-    repeated if `count` is no multiple of `world`. Not collective."""
+    """The indices below `count` that this rank works on: every `world`-th. All ranks get equally many: the last index
+    is repeated if `count` is no multiple of `world`. Not collective."""
     return [min(n, count - 1) for n in range(rank, -(-count // world) * world, world)]
 
 
@@ -201,8 +202,8 @@ def shard(model, device):
 
 
 def unsharded_parameters(model):
-    """The parameters that `shard` leaves whole, in the same order on each rank: the masks', and scalars, which FSDP refuses.
-    Not collective."""
+    """The parameters that `shard` leaves whole, in the same order on each rank: the masks', and scalars, which FSDP
+    refuses. Not collective."""
     masks = {id(p) for attention in model.attentions() for p in attention.mask_parameters()}
     return [p for p in model.parameters() if id(p) in masks or p.dim() == 0]
 

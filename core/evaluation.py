@@ -11,8 +11,8 @@ from core.dataset import batches
 
 @torch.no_grad()
 def evaluate(model, data, split, batch_size, device, dtype, count=0):
-    """(scores, p) of a split. scores: a dict of floats, the loss in nats and the task's other scores. p: for a classifier
-    on the whole split the probability of class 1 of each text, (N,) in the file's order, else None.
+    """(scores, p) of a split. scores: a dict of floats, the loss in nats and the task's other scores. p: for a
+    classifier on the whole split the probability of class 1 of each text, (N,) in the file's order, else None.
 
     count: number of batches, spread evenly over the split; 0: all of them. Raises Stop or DataChanged on all ranks.
     """

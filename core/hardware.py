@@ -54,10 +54,11 @@ BURST = 0.004  # seconds that a product of `burst_rate` takes at most: about a t
 
 @lru_cache
 def matmul_rate(device, dtype):
-    """Floating-point operations per second of matrix products: on a CPU the sum over its threads, which compute side by side.
+    """Floating-point operations per second of matrix products: on a CPU the sum over its threads, which compute side by
+    side.
 
-    Each thread has its own product. If they shared one, they would wait for each other at its end, and on a busy machine
-    one of them is hardly ever running: the rate would be that of the other processes' time slices.
+    Each thread has its own product. If they shared one, they would wait for each other at its end, and on a busy
+    machine one of them is hardly ever running: the rate would be that of the other processes' time slices.
     """
     if device != "cpu":
         return burst_rate(device, dtype)
@@ -72,8 +73,8 @@ def matmul_rate(device, dtype):
 def burst_rate(device, dtype):
     """Floating-point operations per second in the best of many short bursts, each a product of two n x n matrices.
 
-    n grows while a burst stays short: longer ones are interrupted on a busy machine, and take seconds on a CPU that emulates
-    bfloat16.
+    n grows while a burst stays short: longer ones are interrupted on a busy machine, and take seconds on a CPU that
+    emulates bfloat16.
     """
     rate = 0.0
     for n in (8192,) if device.startswith("cuda") else (128, 256, 512, 1024):
@@ -87,8 +88,8 @@ def burst_rate(device, dtype):
 def shortest(call, device="cpu", enough=0.05, budget=0.2, agree=5):
     """Seconds of the shortest of many calls, after one that is not timed.
 
-    They go on for `enough` seconds, and then until `agree` of them took at most 1.05 times as long as the shortest, or the
-    `budget` of seconds is spent.
+    They go on for `enough` seconds, and then until `agree` of them took at most 1.05 times as long as the shortest, or
+    the `budget` of seconds is spent.
     """
     call()
     synchronize(device)
@@ -113,10 +114,11 @@ def synchronize(device):
 
 
 def adapt_threads(tokens, device):
-    """Yield from an iterator that decodes tokens, each on a CPU with one thread or with all, whichever is faster at the moment.
+    """Yield from an iterator that decodes tokens, each on a CPU with one thread or with all, whichever is faster at the
+    moment.
 
-    Decoding has a barrier after every small product. On an idle machine it gains from all threads; beside other processes
-    one thread, which waits for none, is faster.
+    Decoding has a barrier after every small product. On an idle machine it gains from all threads; beside other
+    processes one thread, which waits for none, is faster.
     """
     if device != "cpu" or THREADS == 1:
         yield from tokens
@@ -138,11 +140,12 @@ def adapt_threads(tokens, device):
 
 
 def faster_number(one, other, trial=4, share=0.03):
-    """A generator of the number of threads for the next token, to which the seconds of that token are sent: the faster one.
+    """A generator of the number of threads for the next token, to which the seconds of that token are sent: the faster
+    one.
 
-    The first token, with the prompt, gets `other`. Then both numbers are tried for `trial` tokens each, the other one for
-    less if it is slow, and the faster one follows. When the trial's loss has become that `share` of the time, or 0.1
-    seconds at least have gone, the next trial begins: other processes come and go.
+    The first token, with the prompt, gets `other`. Then both numbers are tried for `trial` tokens each, the other one
+    for less if it is slow, and the faster one follows. When the trial's loss has become that `share` of the time, or
+    0.1 seconds at least have gone, the next trial begins: other processes come and go.
     """
     yield other
     while True:

@@ -45,8 +45,8 @@ def print_changes(checkpoint, settings, free):
 
 
 def check_size(settings, data, device):
-    """Raise UserError if the weights, or the tokens of a batch, exceed the memory by far: the system would end the process
-    without a message, or swap."""
+    """Raise UserError if the weights, or the tokens of a batch, exceed the memory by far: the system would end the
+    process without a message, or swap."""
     given = SimpleNamespace(**settings)
     room, C = hardware.memory_size(device) * (dist.world if given.shard else 1), given.n_embd
     model_bytes = 16 * (12 * C * C * given.n_layer * (given.model == "gpt") + C * data.vocab_size)

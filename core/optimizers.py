@@ -1,7 +1,7 @@
 """The state of any optimiser: what checkpoints save of it, and how it is restored.
 
-A checkpoint holds {name of the weight: {key: tensor or number}}, so it does not depend on the order of the weights or on
-the number of ranks. Hyperparameters of the groups are not saved: they follow the settings.
+A checkpoint holds {name of the weight: {key: tensor or number}}, so it does not depend on the order of the weights or
+on the number of ranks. Hyperparameters of the groups are not saved: they follow the settings.
 """
 
 import torch
@@ -31,7 +31,8 @@ class Optimizers:
 
 
 def state_of(optimizer):
-    """{weight: the dict of its state}, of each weight that the optimiser updates; these are the optimiser's own dicts."""
+    """{weight: the dict of its state}, of each weight that the optimiser updates; these are the optimiser's own
+    dicts."""
     each = getattr(optimizer, "optimizers", (optimizer,))
     return {p: one.state[p] for one in each for group in one.param_groups for p in group["params"]}
 
@@ -55,7 +56,8 @@ def as_tensors(named):
 
 
 def initialize_state(optimizer):
-    """Let an optimiser create its state: a step with zero gradients and a learning rate of 0. Weights stay as they are."""
+    """Let an optimiser create its state: a step with zero gradients and a learning rate of 0. Weights stay as they
+    are."""
     rates = [group["lr"] for group in optimizer.param_groups]
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     before = [p.detach().clone() for p in weights]
@@ -73,8 +75,8 @@ def initialize_state(optimizer):
 
 
 def check_tensor(name, tensor, shape, dtype=None):
-    """Raise ValueError unless a value of a checkpoint is a complete floating-point tensor of this shape (None: any), or of
-    this dtype."""
+    """Raise ValueError unless a value of a checkpoint is a complete floating-point tensor of this shape (None: any), or
+    of this dtype."""
     expect(torch.is_tensor(tensor) and tensor.layout == torch.strided, "a tensor", tensor, name)
     expect(tensor.dtype == dtype if dtype else tensor.is_floating_point(), dtype or "floating point", tensor.dtype, name)
     expect(shape is None or tensor.shape == shape, f"the shape {shape and tuple(shape)}", tuple(tensor.shape), name)
@@ -83,7 +85,8 @@ def check_tensor(name, tensor, shape, dtype=None):
 
 
 def checked_value(name, key, value, like):
-    """`value` of a checkpoint on the device, or the ranks, of `like`, which the optimiser created. Raises ValueError."""
+    """`value` of a checkpoint on the device, or the ranks, of `like`, which the optimiser created. Raises
+    ValueError."""
     place = f"{key} of {name}"
     if torch.is_tensor(like):
         check_tensor(place, value, like.shape, like.dtype)
@@ -108,7 +111,8 @@ def restore_optimizer(path, checkpoint, model, optimizer):
         restore_shards(path, checkpoint["shards"], named)
     else:
         saved = checkpoint["optimizer"]
-        if not saved and not checkpoint["state"]["step"]:  # of earlier versions, which saved nothing before the first step
+        # of earlier versions, which saved nothing before the first step
+        if not saved and not checkpoint["state"]["step"]:
             saved = dict.fromkeys(named, {})
         restore_values(saved, named)
     if has_state and checkpoint["state"]["step"] and not any(named.values()):
@@ -116,7 +120,8 @@ def restore_optimizer(path, checkpoint, model, optimizer):
 
 
 def check_keys(name, saved, expected):
-    """Raise ValueError unless a weight's saved state has the expected keys or is empty, as that of an unused weight is."""
+    """Raise ValueError unless a weight's saved state has the expected keys or is empty, as that of an unused weight
+    is."""
     if saved and saved != expected:
         raise ValueError(f"{name} has {', '.join(sorted(saved))}; what configure_optimizer returns expects "
                          f"{', '.join(sorted(expected)) or 'nothing'}")

@@ -6,12 +6,13 @@ import numpy as np
 
 from core.stats import LEVEL, chance, holm, interval, mcnemar, standard_error
 
-SCORES = {"bits_per_byte": -1, "accuracy": 1, "f1": 1, "precision": 1, "recall": 1, "auc": 1, "loss": -1}  # 1: more is better
+# 1: more is better
+SCORES = {"bits_per_byte": -1, "accuracy": 1, "f1": 1, "precision": 1, "recall": 1, "auc": 1, "loss": -1}
 
 
 def difference_from(first, runs, score, right_answers, resamples):
-    """How the results of one variant differ from those of the first, seed by seed: mean, interval, p, and for classifiers
-    McNemar's exact test of each pair of models.
+    """How the results of one variant differ from those of the first, seed by seed: mean, interval, p, and for
+    classifiers McNemar's exact test of each pair of models.
 
     right_answers: of classifiers, a function of a result: whether each text is classified correctly, (N,); else None.
     resamples: of the bootstrap.
@@ -31,8 +32,8 @@ def difference_from(first, runs, score, right_answers, resamples):
 
 
 def summarize(results, costs, right_answers, resamples):
-    """The comparison's rows, one for each variant, from the results of its runs, {name: [result, ...]}, and what a step of
-    each costs. right_answers, resamples: see `difference_from`."""
+    """The comparison's rows, one for each variant, from the results of its runs, {name: [result, ...]}, and what a step
+    of each costs. right_answers, resamples: see `difference_from`."""
     rows, first = [], next(iter(results.values()))
     kind, score = "classify" if "accuracy" in first[0]["scores"] else "lm", next(s for s in SCORES if s in first[0]["scores"])
     for name, runs in results.items():
@@ -85,7 +86,8 @@ def table(summary):
     text = [f"**{summary['title']}.** {len(summary['seeds'])} seeds; every run gets the same "
             f"{summary['budget']}, {summary['amount']:,g}{' x 1e12 operations' if summary['budget'] == 'work' else ''}, of "
             f"{summary['dataset']}; {score.replace('_', ' ')}{unit} of the {summary['split']} split, {context}, with the "
-            f"weights that did best on validation. {machine['gpu'] or machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, "
+            f"weights that did best on validation. {machine['gpu'] or machine['processor']}, {machine['threads']} threads, "
+            f"torch {machine['torch']}, "
             f"products in {summary['dtype']}. In brackets 95 % intervals; p after Holm. `{summary['command']}`"]
     first = rows[0]["variant"]
     head = ["variant", f"{score.replace('_', ' ')}{unit}", f"against {first}", "p", "verdict"]
@@ -107,7 +109,8 @@ def table(summary):
         names = [s for s in rows[0]["scores"] if s not in (score, "loss")]
         text += lines(["variant", *names], [[row["variant"], *(span(row["scores"][s]) for s in names)] for row in rows])
     if "train_first" in rows[0]:
-        text += lines(["variant", "training split, first evaluation", "training split, last", "spread of validation over evaluations"],
+        text += lines(["variant", "training split, first evaluation", "training split, last",
+                       "spread of validation over evaluations"],
                       [[row["variant"], *(show(row[key]) for key in ("train_first", "train_last", "spread"))] for row in rows])
     if "hard" in rows[0]:
         text += lines(["hard reviews, right (%)", *rows[0]["hard"]],
@@ -116,3 +119,21 @@ def table(summary):
         text += lines(["after", *(row["variant"] for row in rows)],
                       [[prompt, *("{} ({})".format(*row["next"][prompt]) for row in rows)] for prompt in rows[0]["next"]])
     return "\n".join(text) + "\n"
+
+
+def print_table(rows):
+    """Print rows, dicts with the same keys, as a Markdown table."""
+    def cell(name, value):
+        if value is None:
+            return "-"
+        if isinstance(value, float):
+            if name.endswith("^"):
+                return f"{value:.2f}"
+            return f"{value:.1%}" if name.startswith(("pairs", "of ")) else f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+        return str(value)
+
+    table = [list(rows[0])] + [[cell(*item) for item in row.items()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    table.insert(1, ["-" * width for width in widths])
+    for line in table:
+        print("| " + " | ".join(text.ljust(width) for text, width in zip(line, widths)) + " |")

@@ -94,7 +94,8 @@ class Run:
         return dist.shard(model, self.device) if self.given.shard and dist.world > 1 else model.to(self.device)
 
     def choose_precision(self, model):
-        """Set `dtype`, print what the run computes on and how, and return the context of forward passes in this dtype."""
+        """Set `dtype`, print what the run computes on and how, and return the context of forward passes in this
+        dtype."""
         if dist.local_rank == 0:
             self.data.check_files()
         dtype, saved = self.given.dtype, self.checkpoint or {}
@@ -178,8 +179,8 @@ class Run:
         return [t if t is None else t.to(self.device, non_blocking=True) for t in tensors]
 
     def check_finite(self, step, loss, grad_norm):
-        """Raise UserError if the loss or the norm of the gradient is not finite: before the weights are changed on a CPU,
-        at the steps of the log elsewhere, where reading them waits for the device."""
+        """Raise UserError if the loss or the norm of the gradient is not finite: before the weights are changed on a
+        CPU, at the steps of the log elsewhere, where reading them waits for the device."""
         self.last_loss = loss
         if step % self.given.log_interval == 0 or self.device == "cpu":
             self.raise_if_not_finite(float(loss), "the training loss")
@@ -252,8 +253,8 @@ class Run:
         save_all(self.folder / "ckpt.pt", meta, self.model, self.optimizer, PREVIOUS)
 
     def try_save(self, write, *arguments):
-        """Call a function that writes, on all ranks; returns whether it could. If not, on_save_error says whether the run
-        stops; it always stops at the last step."""
+        """Call a function that writes, on all ranks; returns whether it could. If not, on_save_error says whether the
+        run stops; it always stops at the last step."""
         try:
             write(*arguments)
             return True

@@ -66,7 +66,8 @@ def check_folder(folder):
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     for name in names:
         if name not in ("lock", EARLIER) and not RUN_FILE.fullmatch(name):
-            raise UserError(f"{folder} holds {short_repr(name)}, which is no file of a run of train.py: give another --out_dir, or "
+            raise UserError(f"{folder} holds {short_repr(name)}, which is no file of a run of train.py: give "
+                            "another --out_dir, or "
                             "move it away")
 
 
@@ -88,7 +89,8 @@ def prepare_folder(folder):
 
 
 def mend_log(path, step, evaluated):
-    """Drop the records that a run resumed at `step` writes again, and damaged lines. evaluated: the last evaluated step."""
+    """Drop the records that a run resumed at `step` writes again, and damaged lines. evaluated: the last evaluated
+    step."""
     kept = []
     for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
         try:

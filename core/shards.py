@@ -17,8 +17,8 @@ from core.runs import digest, save_error
 def write_shards(path, parts):
     """Write tensors of which every rank holds a part into a new folder beside `path`; called by all ranks.
 
-    parts: {"model": {name: tensor}, ...}. Returns what `read_shards` needs: {"folder", "files": {name: sha256}, "names" of
-    the model's tensors}. Raises SaveError.
+    parts: {"model": {name: tensor}, ...}. Returns what `read_shards` needs: {"folder", "files": {name: sha256}, "names"
+    of the model's tensors}. Raises SaveError.
     """
     import torch.distributed.checkpoint as dcp
 

@@ -2,7 +2,8 @@
 
 import math
 
-import mpmath  # comes with torch; scipy.stats takes the file sparse.py beside this one for a package of that name, and fails
+# comes with torch; scipy.stats takes the file sparse.py beside this one for a package of that name, and fails
+import mpmath
 import numpy as np
 
 LEVEL = 0.05  # of a verdict; intervals hold 1 - LEVEL

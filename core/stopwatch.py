@@ -32,7 +32,8 @@ class Stopwatch:
         self.per_batch = seconds / batches
 
     def lap(self, steps):
-        """End a lap of so many steps; return its seconds. `left` ignores the first lap, whose first step takes longer."""
+        """End a lap of so many steps; return its seconds. `left` ignores the first lap, whose first step takes
+        longer."""
         now = time.perf_counter()
         seconds, self.lap_start = now - self.lap_start, now
         if not self.first:
@@ -41,8 +42,8 @@ class Stopwatch:
         return seconds
 
     def left(self, steps, batches):
-        """Seconds for so many steps at the speed of recent laps and evaluations of so many batches; None in the first two
-        laps."""
+        """Seconds for so many steps at the speed of recent laps and evaluations of so many batches; None in the first
+        two laps."""
         if not self.laps:
             return None
         done, seconds = map(sum, zip(*self.laps))

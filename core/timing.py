@@ -54,7 +54,8 @@ def side_by_side(calls, device="cpu", times=5, budget=math.inf):
 def training_step(model, net, optimizer, batches, device, dtype):
     """One training step, as the loop of train.py does it: gradients of all batches, clipped, and an update.
 
-    net: `model`, or what torch.compile made of it. batches: (x, y, lengths or None, share of the loss) each, on the device.
+    net: `model`, or what torch.compile made of it. batches: (x, y, lengths or None, share of the loss) each, on the
+    device.
     """
     for x, y, lengths, share in batches:
         with hardware.autocast(device, dtype):
