@@ -12,6 +12,8 @@ mechanism and checks that they all agree. The class itself is dense attention.
 Letters: B batch, T time, C channels, H heads, D head size; n queries, m keys.
 """
 
+from core import startup  # first: torch reads its settings when it is loaded
+
 import math
 from functools import cached_property
 from types import SimpleNamespace

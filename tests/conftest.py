@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--attention", default="", help="the one mechanism that tests/test_contract.py holds to the laws")
+    parser.addoption("--attention", default="", help="the one mechanism that tests/attention/test_contract.py holds to the laws")
 
 
 @pytest.fixture(scope="session")
