@@ -4,20 +4,26 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-.PHONY: train test test-faults bench demo test-demo clean
+.PHONY: train check test test-faults bench demo test-demo clean
 
 train: .venv/installed
 	$(RUN) data/stdlib/prepare.py
 	$(RUN) train.py config/train_stdlib.py
 	$(RUN) sample.py --out_dir=out-stdlib --num_samples=2 --max_new_tokens=400
 
-test: .venv/installed-test
-	$(RUN) -m pytest -q -n 2 tests --ignore=tests/demo
+# In a minute: the layout, the documents, the laws of one mechanism, the model and the settings.
+check: .venv/installed-test
+	$(RUN) -m pytest -q tests/test_house.py -rP
+	$(RUN) -m pytest -q -n 2 tests/test_docs.py tests/models tests/settings/test_configurator.py tests/datasets/test_dataset.py
+	$(RUN) -m pytest -q -n 2 tests/attention/test_contract.py --attention=sparse
 
-# Each fault many times, where `test` tries it a few times; the counts go to results/faults.json.
+test: .venv/installed-test
+	$(RUN) -m pytest -q -n 2 tests --ignore=tests/demo --ignore=tests/faults
+
+# What no run may lose: kills, full disks, damaged files, lost ranks. The counts go to results/faults.json.
 test-faults: .venv/installed-test
-	FAULTS=1 $(RUN) -m pytest -q -n 2 tests/runs tests/comparison/test_compare_faults.py tests/datasets/test_prepare_folders.py \
-		tests/pictures/test_forged_files.py tests/settings/test_input.py -k "not test_ranks or dies or nodes or disk"
+	FAULTS=1 $(RUN) -m pytest -q -n 2 tests/faults tests/runs/test_forged_checkpoints.py tests/runs/test_run_folders.py \
+		tests/datasets/test_prepare_folders.py tests/pictures/test_forged_files.py tests/settings/test_input.py
 
 bench: .venv/installed
 	$(RUN) bench.py attention

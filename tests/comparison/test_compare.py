@@ -2,16 +2,11 @@
 
 import json
 import math
-import os
-import random
-import signal
 import statistics
-import time
 
 import numpy as np
 import pytest
 import torch
-from fault_injection import end, program
 
 import compare
 from core import dist, hardware, stats, timing
@@ -229,42 +224,6 @@ def test_verdicts(a, b, verdict):
             for name, values in (("first", a), ("second", b))}
     cost = {"parameters": 1, "seconds_per_step": 1.0, "work_per_step": 1.0}
     assert summarize(runs, {"first": cost, "second": cost}, None, 100)["variants"][1]["difference"]["verdict"] == verdict
-
-
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_stopped_at_any_moment(text, tmp_path, how):
-    """Stopped again and again and started again: the same table, to the last character."""
-    def arguments(folder):
-        return settings(folder, text, amount=100, evaluations=5, results=tmp_path / folder.name / "table")
-
-    whole, broken = tmp_path / "a", tmp_path / "b"
-    code, said = end(program("compare", *arguments(whole)))
-    assert code == 0, said
-    broken.mkdir()
-    (broken / "speeds.json").write_bytes((whole / "speeds.json").read_bytes())  # times are measured once, and differ
-    def written():
-        return sum(log.stat().st_size for log in broken.glob("*/log.jsonl"))
-
-    moment, stopped = random.Random(3), 0
-    for attempt in range(60):
-        process, before = program("compare", *arguments(broken)), written()
-        if attempt % 4 != 1:  # most while a run goes on, some at whatever comes first
-            while process.is_alive() and written() <= before:
-                time.sleep(0.005)
-        time.sleep(moment.uniform(0, 0.2))
-        if process.is_alive():
-            os.kill(process.pid, how)
-            stopped += 1
-        code, said = end(process)
-        if code == 0:
-            break
-        assert code in (-how, 128 + how), said
-    assert code == 0 and stopped >= 2, (stopped, said)
-    mine, other = ((folder / "table.md").read_text().replace(str(folder), "") for folder in (broken, whole))
-    assert mine == other
-    a, b = (json.loads((folder / "table.json").read_text()) for folder in (whole, broken))
-    strip = lambda runs: [{k: v for k, v in r.items() if k != "seconds"} for r in runs]  # noqa: E731
-    assert strip(a["runs"]) == strip(b["runs"]) and a["variants"] == b["variants"]
 
 
 @pytest.mark.parametrize("change, said", [

@@ -1,4 +1,4 @@
-"""SIGKILL, signals that ask, and several runs in one folder. `make test` tries each a few times, `make test-faults` many."""
+"""SIGKILL, signals that ask, and several runs in one folder: each a few times, and many times in `make test-faults`."""
 
 import os
 import random
@@ -14,7 +14,7 @@ from fault_injection import count, end, several
 from fault_runs import MAX, assert_nothing_lost, begin, fit, half_done, line, lost
 
 from core.runs import digest
-from helpers import ROOT, call
+from helpers import ROOT
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork, and their signals")
 

@@ -7,8 +7,7 @@ import re
 import pytest
 import torch
 from fault_injection import count, several
-from fault_runs import assert_nothing_lost, content, fit, half_done, lost
-
+from fault_runs import assert_nothing_lost, fit, half_done, lost
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork, and their signals")
 
