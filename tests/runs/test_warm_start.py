@@ -57,7 +57,8 @@ def source_fixture(name, data, *arguments):
 
 dense = source_fixture("dense", "text")
 spans = source_fixture("spans", "text", "--use_adaptive_attention=True", "--softness_span_mask=4", "--span_init=[5]")
-learned = source_fixture("learned", "text", "--pos=learned", "--tie=False", "--norm=layernorm", "--bias=True")
+learned = source_fixture("learned", "text", "--pos=learned", "--tie=False", "--norm=layernorm", "--bias=True",
+                         "--dropout=0.1")
 classifier = source_fixture("classifier", "reviews")
 
 
@@ -81,7 +82,7 @@ def write_tokens(folder, meta):
 
 @pytest.mark.parametrize("name, settings", [
     ("dense", {}), ("spans", {"attention": "adaptive_attention_span", "softness_span_mask": 4, "span_init": [5]}),
-    ("learned", {"pos": "learned", "tie": False, "norm": "layernorm", "bias": True})])
+    ("learned", {"pos": "learned", "tie": False, "norm": "layernorm", "bias": True, "dropout": 0.0})])
 def test_the_first_loss_is_the_source_s(name, settings, request, text, tmp_path):
     source = request.getfixturevalue(name)
     assert not warm(tmp_path / "out", source, text, "--max_iters=0", "--eval_iters=0")
@@ -194,6 +195,15 @@ def test_other_block_sizes(learned, text, tmp_path, capsys, block_size):
     said = capsys.readouterr().out
     assert ("left: 128 parameters in 8 of 16 rows of positions\n" if block_size == 8 else
             "new: 128 parameters in 8 of 24 rows of positions\n") in said
+
+
+def test_a_head_that_is_tied_now(learned, text, tmp_path, capsys):
+    assert not warm(tmp_path / "out", learned, text, "--max_iters=0", "--tie=True")
+    found, source = weights_of(tmp_path / "out" / "best.pt"), weights_of(learned / "best.pt")
+    assert torch.equal(found["embedding.weight"], source["embedding.weight"])
+    assert torch.equal(found["head.weight"], source["embedding.weight"]) and not torch.equal(*(
+        source[f"{name}.weight"] for name in ("embedding", "head")))
+    assert "new: 0 parameters\n  left: 4,096 parameters in head\n" in capsys.readouterr().out
 
 
 def test_a_language_model_becomes_a_classifier(dense, reviews, tmp_path, capsys):
