@@ -27,13 +27,16 @@ from core.evaluation import evaluate
 from core.optimizers import Optimizers  # for configure_optimizer, when you edit it
 from core.run import Run
 from core.launch import check_size
+from core.warm_start import WarmStart, check_init_from
 from model import GPTConfig, load, new_model, options_of
 
 # ---- settings: every name here is a key of the command line and of config files ---------------
 
 # the run
 out_dir = "out"
-init_from = "scratch"  # or 'resume': continue from out_dir/ckpt.pt; or 'auto': resume if that exists
+# or 'resume': continue from out_dir/ckpt.pt; or 'auto': resume if that exists; or a run's folder, or a checkpoint file:
+# begin with its weights and the model settings that are not given (core/warm_start.py)
+init_from = "scratch"
 seed = 1337  # of weights, dropout and the order of the data
 on_save_error = "stop"  # for example if the disk is full; or 'warn': train on and try again at the next evaluation
 eval_only = False  # evaluate out_dir's best.pt and exit
@@ -113,7 +116,7 @@ def check(settings):
     given = SimpleNamespace(**settings)
     if not given.out_dir:
         raise UserError("out_dir expects the path of a folder, got nothing")
-    check_choice("init_from", given.init_from, ("scratch", "resume", "auto"))
+    check_init_from(given.init_from)
     check_choice("on_save_error", given.on_save_error, ("stop", "warn"))
     check_choice("lr_schedule", given.lr_schedule, ("cosine", "linear"))
     if given.dtype == "float16" and not given.eval_only:
@@ -152,21 +155,26 @@ def model_config(settings, options, data):
 
 
 def build_model(run, settings, options):
-    """A new model with weights from the seed, or the one in out_dir, whose shape then replaces that of the settings."""
+    """A new model with weights from the seed or from init_from, or the one in out_dir, whose shape then replaces that of
+    the settings."""
     if not run.is_new:
         return run.load_model(mechanism_options(settings))
     check_size(settings, run.data, run.device)
     torch.manual_seed(seed)
-    return run.place(new_model(model_config(settings, options, run.data)))
+    model = new_model(model_config(settings, options, run.data))
+    if run.warm.path:
+        run.warm.copy_into(model, run.data.meta)
+    return run.place(model)
 
 
 def main(arguments=None):
     """Train with `arguments` (default: the command line). Returns the exit code of a run that was stopped, else
     None."""
     began = STARTED if __name__ == "__main__" else time.perf_counter()
-    settings, options = configure(globals(), arguments, mechanism_options)
+    warm = WarmStart(GPTConfig)
+    settings, options = configure(globals(), arguments, mechanism_options, warm.inherit)
     check(settings)
-    with dist.setup(hardware.pick_device(device)) as dev, Run(settings, options, dev, load, began) as run:
+    with dist.setup(hardware.pick_device(device)) as dev, Run(settings, options, dev, load, began, warm) as run:
         model = build_model(run, settings, options)
         autocast = run.choose_precision(model)
         if eval_only:

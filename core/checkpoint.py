@@ -5,6 +5,7 @@ A checkpoint is a dict of tensors and plain values in one file that ends in its 
 (`dist.shard`) see shards.py.
 """
 
+import contextlib
 import math
 import zipfile
 from dataclasses import fields, replace
@@ -91,7 +92,8 @@ def beside(path):
 # ---- what a checkpoint holds ------------------------------------------------------------------
 
 FIELD = {bool: flag, int: number(0, 2**31, whole=True), float: number(), str: text(), dict: mapping(plain, 1000)}
-PLAIN_ENTRIES = optional_record({"settings": mapping(plain, 1000), "device": text(), "dtype": text()})
+PLAIN_ENTRIES = optional_record({"settings": mapping(plain, 1000), "device": text(), "dtype": text(),
+                                 "warm_start": mapping(plain, 10)})
 STATE = optional_record({"step": COUNT, "evaluated": number(-1, 1e15, whole=True), "best": number(-math.inf, math.inf),
                      "best_step": COUNT, "worse": COUNT, "seconds": number(0), "work": number(0)})
 
@@ -200,6 +202,29 @@ def read(path, config_class, device):
         raise ValueError(error)
 
 
+@contextlib.contextmanager
+def explained(path):
+    """Turn an error of reading the checkpoint at `path` into a UserError: the file is missing, damaged or foreign."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if path.exists():
+            raise UserError(f"{path} is damaged: {error.filename} beside it is missing; {beside(path)}")
+        raise UserError(f"no checkpoint at {path}; train one first: python train.py --out_dir={path.parent}")
+    except UserError:
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{path} is damaged or not a checkpoint of train.py ({reason}); {beside(path)}")
+
+
+def check_finite(weights):
+    """Raise ValueError for a weight of {name: tensor} that is not finite."""
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise ValueError(f"{name} holds numbers that are not finite")
+
+
 def load(path, config_class, build, device="cpu", options=None, **changes):
     """(model in evaluation mode, checkpoint) from a file that `train.py` wrote.
 
@@ -208,7 +233,7 @@ def load(path, config_class, build, device="cpu", options=None, **changes):
     Raises UserError if the file is missing, damaged or no checkpoint, or if its weights do not fit or are not finite.
     """
     path = Path(path)
-    try:
+    with explained(path):
         checkpoint, config, shapes = read(path, config_class, device)
         given = {key: value for key, value in (options or {}).items() if config.options.get(key, value) != value}
         config = replace(config, **changes, options={**config.options, **given})
@@ -220,18 +245,7 @@ def load(path, config_class, build, device="cpu", options=None, **changes):
             read_shards(path, checkpoint["shards"], {"model": state})
         else:
             model.load_state_dict(checkpoint["model"])
-        for name, weight in state.items():
-            if not weight.isfinite().all():
-                raise ValueError(f"{name} holds numbers that are not finite")
-    except FileNotFoundError as error:
-        if path.exists():
-            raise UserError(f"{path} is damaged: {error.filename} beside it is missing; {beside(path)}")
-        raise UserError(f"no checkpoint at {path}; train one first: python train.py --out_dir={path.parent}")
-    except UserError:
-        raise
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"{path} is damaged or not a checkpoint of train.py ({reason}); {beside(path)}")
+        check_finite(state)
     return model.to(device).eval(), checkpoint
 
 

@@ -155,12 +155,12 @@ def plain_values(space):
     return {key: value for key, value in space.items() if key.islower() and key[0] != "_" and type(value) in PLAIN}
 
 
-def configure(script, arguments=None, more=None):
-    """Set the globals `script` from the command line.
+def configure(script, arguments=None, more=None, inherit=None):
+    """Set the globals `script` from the command line. Returns (the script's settings, the further keys' values).
 
-    arguments: the command line (default sys.argv[1:]). more: a function of all settings that returns further keys with
-    their defaults (the options of the chosen mechanism). Returns (the script's settings, the further keys' values).
-    Raises UserError for an unknown key or a value of another type; no global is set then.
+    arguments: default sys.argv[1:]. more: a function of all settings that returns further keys with their defaults (the
+    options of the chosen mechanism). inherit: a function of the settings that returns values, by name, for settings and
+    further keys that are not given. Raises UserError, and sets no global, for an unknown key or a value of another type.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     defaults = plain_values(script)
@@ -168,16 +168,11 @@ def configure(script, arguments=None, more=None):
     if "--help" in arguments or "-h" in arguments:
         print_help(script.get("__doc__"), defaults, aliases)
         sys.exit(0)
-    settings, assigned = dict(defaults), []  # assigned: (key, value, where), in the order of the command line
-    for key, value, where in assignments(arguments, settings):
-        if key in aliases:  # False takes back an earlier True and leaves any other choice
-            is_set, (key, meaning) = convert(key, value, False, where), aliases[key]
-            value = meaning if is_set else defaults[key] if settings[key] == meaning else settings[key]
-        if key in defaults:
-            settings[key] = convert(key, value, defaults[key], where)
-        assigned.append((key, value, where))
+    settings, assigned = assign(arguments, defaults, {})
+    if inherited := inherit(settings) if inherit else {}:
+        settings, assigned = assign(arguments, defaults, inherited)
     further = more(settings) if more else {}
-    options = dict(further)
+    options = further | {key: inherited[key] for key in further if type(inherited.get(key)) is type(further[key])}
     for key, value, where in flatten_options(assigned, settings) if more else assigned:
         if key in further:
             options[key] = convert(key, value, further[key], where)
@@ -189,6 +184,20 @@ def configure(script, arguments=None, more=None):
             raise UserError(f"{where}: unknown key {key!r}{hint}")
     script.update(settings)
     return settings, options
+
+
+def assign(arguments, defaults, inherited):
+    """(settings, [(key, value, where)] as assigned in order): `defaults`, replaced by the values in `inherited`, then
+    by those of a command line."""
+    settings, assigned = {key: inherited.get(key, value) for key, value in defaults.items()}, []
+    for key, value, where in assignments(arguments, settings):
+        if key in ALIASES and ALIASES[key][0] in defaults:  # False takes back an earlier True; other choices stay
+            is_set, (key, meaning) = convert(key, value, False, where), ALIASES[key]
+            value = meaning if is_set else defaults[key] if settings[key] == meaning else settings[key]
+        if key in defaults:
+            settings[key] = convert(key, value, defaults[key], where)
+        assigned.append((key, value, where))
+    return settings, assigned
 
 
 def print_help(doc, defaults, aliases):
@@ -248,11 +257,9 @@ def read_config_file(name, settings):
         if isinstance(error, SyntaxError):
             line, reason = error.lineno or 1, error.msg
         raise UserError(f"{name}, line {line}: {type(error).__name__}: {reason}")
-    return [
-        (key, value) for key, value in space.items()
-        if key[0] != "_" and not isinstance(value, types.ModuleType) and not callable(value)
-        and (key not in settings or value is not settings[key])
-    ]
+    public = {key: value for key, value in space.items() if key[0] != "_" and not callable(value)}
+    return [(key, value) for key, value in public.items() if not isinstance(value, types.ModuleType)
+            and (key not in settings or value is not settings[key])]
 
 
 def convert(key, value, default, where):

@@ -28,24 +28,25 @@ class Run:
     """One training run in its folder, used as a context manager: SIGINT, SIGTERM and changed data end it saved.
 
     settings: train.py's, a dict, in which a checkpoint's model replaces the given one; options: the mechanism's;
-    load: model.load; began: time.perf_counter() at the start of the process.
+    load: model.load; began: time.perf_counter() at the start of the process; warm: a `warm_start.WarmStart`.
     Raises UserError for data that cannot be read and for a folder that holds something else.
     """
 
-    def __init__(self, settings, options, device, load, began):
+    def __init__(self, settings, options, device, load, began, warm):
         self.settings, self.options, self.device, self.load, self.began = settings, options, device, load, began
         self.given = SimpleNamespace(**settings)
         self.folder, self.data = Path(self.given.out_dir), open_data(self.given)
         self.state = {"step": 0, "evaluated": -1, "best": math.inf, "best_step": 0, "worse": 0, "seconds": 0.0, "work": 0.0}
         self.checkpoint = self.watch = self.exit_code = None
+        self.warm, self.origin = warm, warm.origin  # origin: what config.json and checkpoints hold of a warm start
         self.exits = contextlib.ExitStack()
         self.tokens, self.read = 0, Counter()  # since the last log_step; {length: tokens and padding} since tally
         self.last_loss = 0.0
         hardware.keep_freed_memory()
         init_from = self.given.init_from
-        if init_from == "auto" or init_from == "scratch" and dist.restarted(self.folder):
+        if init_from == "auto" or init_from != "resume" and dist.restarted(self.folder):
             init_from = "resume" if (self.folder / "ckpt.pt").exists() else "scratch"
-        self.is_new = init_from == "scratch" and not self.given.eval_only
+        self.is_new = init_from != "resume" and not self.given.eval_only
         if self.is_new:
             dist.on_rank0(check_folder, self.folder)
 
@@ -86,7 +87,7 @@ class Run:
             raise UserError(f"{self.folder} was trained on other data ({checkpoint['settings'].get('dataset')}) than "
                             f"{self.data.folder} holds ({other}); give its dataset and task")
         self.settings.update({key: value for key, value in asdict(model.config).items() if key in self.settings})
-        self.checkpoint = checkpoint
+        self.checkpoint, self.origin = checkpoint, {k: v for k, v in checkpoint.items() if k == "warm_start"}
         return self.place(model)
 
     def place(self, model):
@@ -147,7 +148,7 @@ class Run:
         write_text(self.folder / "config.json", json.dumps({
             "settings": self.settings, "options": self.model.config.options, "device": self.device, "dtype": self.dtype,
             "source": self.data.meta["source"], "parameters": self.model.parameter_count(), "machine": hardware.describe(),
-            "ranks": dist.world, "launch": dist.launch_name()}, indent=1))
+            "ranks": dist.world, "launch": dist.launch_name(), **self.origin}, indent=1))
 
     # ---- the loop --------------------------------------------------------------------------
 
@@ -243,7 +244,8 @@ class Run:
     def checkpoint_meta(self, **more):
         """What a checkpoint holds besides tensors."""
         return {"model_config": asdict(self.model.config), "settings": self.settings, "source": self.data.meta["source"],
-                "meta": self.data.meta, "state": self.state, "device": self.device.split(":")[0], "dtype": self.dtype, **more}
+                "meta": self.data.meta, "state": self.state, "device": self.device.split(":")[0], "dtype": self.dtype,
+                **self.origin, **more}
 
     def save_last(self):
         self.tally()

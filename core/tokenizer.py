@@ -116,6 +116,18 @@ class Tokenizer:
             return self._encoding.encode_ordinary_batch(texts)
         return [self.encode(text) for text in texts]
 
+    def token_keys(self):
+        """
+        A key for each id, a list: the token's bytes, or "mark" or "unknown" (str). Tokens of two tokenizers are the
+        same if their keys are equal.
+        """
+        keys = list(self._bytes)
+        if self.kind in ("chars", "words") and UNKNOWN in self._ids:
+            keys[self._ids[UNKNOWN]] = "unknown"
+        if self.mark is not None:
+            keys[self.mark] = "mark"
+        return keys
+
     def checked(self, i):
         """An id as an int. Raises ValueError if it is outside the vocabulary."""
         if not 0 <= (i := int(i)) < self.vocab_size:
