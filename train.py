@@ -63,6 +63,7 @@ dropout = 0.0
 bias = False
 pos = "rope"
 norm = "rmsnorm"
+activation = "gelu"
 tie = True
 pool = "mean"
 attention = "dense"
