@@ -70,7 +70,7 @@ def shape_of(config):
     expect(config.get("model_type") == "gpt2", "the model_type gpt2", config.get("model_type"))
     SHAPE(config, "it")
     for key, value in FIXED.items():
-        expect(config.get(key, value) == value, value, config[key], key)
+        expect(config.get(key, value) == value, value, config.get(key), key)
     width = 4 * config["n_embd"]
     expect(config.get("n_inner") in (None, width), width, config.get("n_inner"), "n_inner")
     activation = config.get("activation_function", "gelu_new")

@@ -53,7 +53,7 @@ def read_checkpoint(path):
 
 
 def optimizer_state(saved, weights):
-    """{name in model.py: {key: tensor}} of AdamW's state in nanoGPT's checkpoint (dict); None if it is that of others.
+    """{name in model.py: {key: tensor}} of AdamW's state in nanoGPT's checkpoint (dict); None if it holds another one.
 
     nanoGPT numbers the weights in the order of the model, matrices first, then vectors, without the tied head.
     weights: {name in model.py: tensor}.
@@ -61,12 +61,17 @@ def optimizer_state(saved, weights):
     state = saved.get("optimizer", {}).get("state", {})
     names = [name for name in weights if name != "head.weight"]
     names = [name for is_matrix in (True, False) for name in names if (weights[name].dim() > 1) == is_matrix]
-    if not names or state.keys() != set(range(len(names))):
+    if state.keys() != set(range(len(names))):
         return None
-    named = {name: {key: gpt2.cut_rows({name: value})[name] if value.dim() else value for key, value in state[n].items()}
-             for n, name in enumerate(names)}
-    fits = all(value.shape in ((), weights[name].shape) for name, values in named.items() for value in values.values())
-    return named if fits else None
+    named = {}
+    for n, name in enumerate(names):
+        values = {key: state[n].get(key) for key in ("step", "exp_avg", "exp_avg_sq")}
+        if not all(torch.is_tensor(value) for value in values.values()):
+            return None
+        named[name] = {key: value if key == "step" else gpt2.cut_rows({name: value})[name] for key, value in values.items()}
+        if any(named[name][key].shape != weights[name].shape for key in ("exp_avg", "exp_avg_sq")):
+            return None
+    return named
 
 
 # ---- data --------------------------------------------------------------------------------------
