@@ -61,7 +61,7 @@ def import_run(source):
     model = exchange.build(file, saved, GPTConfig, new_model)
     exchange.write_run(folder, model, saved, identity(file))
     config, state, tokenizer = model.config, saved["state"], saved["meta"]["tokenizer"]
-    loss = f", validation score {state['best']:.4f}" if math.isfinite(state["best"]) else ""
+    loss = f", validation loss {state['best']:.4f}" if config.causal and math.isfinite(state["best"]) else ""
     resume = "" if saved.get("optimizer") else "; without the state of an optimiser, so it cannot be resumed"
     print(f"{file}: step {state['step']}{loss}, {config.n_layer} layers of {config.n_embd}, "
           f"{model.parameter_count():,} parameters, tokenizer {tokenizer} of {config.vocab_size:,}{resume}\n"

@@ -10,7 +10,7 @@ from dataclasses import asdict
 import torch
 
 from core import gpt2
-from core.checkpoint import ModelEdited, build_with_weights, checked_config, save
+from core.checkpoint import STATE, ModelEdited, build_with_weights, checked_config, save
 from core.config import UserError, one_line
 from core.readers import check_regular, mapping, read_json, record, text
 from core.runs import SaveError, check_folder, locked, prepare_folder, write_text, write_whole
@@ -40,7 +40,7 @@ def write_run(folder, model, checkpoint, origin):
     resumed. origin: a dict that says where the weights come from, for config.json. Raises UserError for a folder of
     something else, SaveError if the system refuses to write.
     """
-    state, best = checkpoint["state"], checkpoint["state"]["best"]
+    state = checkpoint["state"]
     meta = {"kind": "lm" if model.config.causal else "classify", **checkpoint["meta"]}
     settings = {**checkpoint["settings"], **{key: value for key, value in asdict(model.config).items() if key != "options"}}
     saved = {"model_config": asdict(model.config), "settings": settings, "source": origin, "meta": meta, "state": state,
@@ -52,8 +52,9 @@ def write_run(folder, model, checkpoint, origin):
         if checkpoint.get("optimizer"):
             stream = torch.Generator().manual_seed(0).get_state()
             save(folder / "ckpt.pt", {**saved, "optimizer": checkpoint["optimizer"], "random": [{"random": stream}]})
-        score = [{"step": state["best_step"], "split": "val", "loss": best}] if model.config.causal and best < math.inf else []
-        write_text(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in score))
+        is_scored = model.config.causal and state["best"] < math.inf
+        score = json.dumps({"step": state["best_step"], "split": "val", "loss": state["best"]}) + "\n" if is_scored else ""
+        write_text(folder / "log.jsonl", score)
         write_text(folder / "config.json", json.dumps({
             "settings": settings, "options": model.config.options, "device": "cpu", "dtype": "float32", "source": origin,
             "parameters": model.parameter_count()}, indent=1))
@@ -92,8 +93,8 @@ def weight_files(folder):
     return files
 
 
-EXPORTED = record(dict.fromkeys(("model_config", "meta", "state"), record({})))
-STATE = {"step": 0, "evaluated": -1, "best": math.inf, "best_step": 0, "worse": 0, "seconds": 0.0, "work": 0.0}
+EXPORTED = record({"model_config": record({}), "meta": record({}), "state": STATE})
+NEW_STATE = {"step": 0, "evaluated": -1, "best": math.inf, "best_step": 0, "worse": 0, "seconds": 0.0, "work": 0.0}
 OF_THE_DATA = ("source", "splits", "split_rule", "options", "partial")  # entries of a meta.json that no model needs
 
 
@@ -110,12 +111,13 @@ def read_safetensors(files):
             weights = read_tensors(files)
             if is_tied(config["model_config"]) and "embedding.weight" in weights:
                 weights.setdefault("head.weight", weights["embedding.weight"])
-            return {**config, "model": weights, "settings": {}, "state": {**STATE, **config["state"]}}
+            return {"model_config": config["model_config"], "model": weights, "meta": config["meta"], "settings": {},
+                    "state": {**NEW_STATE, **config["state"]}}
         shape = gpt2.shape_of(config)
         model_config, weights = gpt2.model_of(gpt2.rename(read_tensors(files), transposed=True), shape)
     except (ValueError, KeyError) as error:
         raise UserError(f"{path.parent} holds no GPT-2 of Hugging Face, and no export of a run ({one_line(error)})")
-    return {"model_config": model_config, "model": weights, "settings": {}, "state": STATE}
+    return {"model_config": model_config, "model": weights, "settings": {}, "state": NEW_STATE}
 
 
 def is_tied(model_config):

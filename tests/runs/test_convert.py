@@ -51,7 +51,7 @@ def test_a_checkpoint_of_nanogpt(tmp_path, data, bias, prefix, capsys):
     net, out = PlainGPT(**SHAPE, bias=bias), tmp_path / "out"
     source = write_nanogpt(tmp_path / "nano", net, prefix=prefix)
     assert not call(convert, source, f"--out_dir={out}", f"--meta={data / 'meta.pkl'}")
-    assert "step 7, validation score 2.5000, 2 layers of 16" in capsys.readouterr().out
+    assert "step 7, validation loss 2.5000, 2 layers of 16" in capsys.readouterr().out
     assert_same_logits(out, net)
     assert json.loads((out / "log.jsonl").read_text()) == {"step": 7, "split": "val", "loss": 2.5}
     config = json.loads((out / "config.json").read_text())
