@@ -10,7 +10,7 @@ SOURCE is recognised by its content:
     FILE.safetensors that --to wrote             a run
 
 The tokenizer of an imported model is GPT-2's, or the characters that nanoGPT's meta.pkl holds. No pickle is run: what
-is more than tensors and plain values is refused. safetensors is a package of requirements.txt.
+is more than tensors and plain values is refused.
 """
 
 from core import startup  # first: torch reads its settings when it is loaded
@@ -31,7 +31,7 @@ to = ""  # export to this file
 
 
 def read_weights(source):
-    """(checkpoint, as core/checkpoint.py describes it, and the file it is from) of weights in a file or folder.
+    """(checkpoint, as core/checkpoint.py describes it, and what it was read from) of weights in a file or folder.
 
     Raises UserError for anything else.
     """
@@ -43,7 +43,8 @@ def read_weights(source):
         if not files:
             raise UserError(f"{source}: expected nanoGPT's ckpt.pt, or its train.bin and val.bin, or GPT-2 of Hugging Face "
                             "(config.json and model.safetensors), found none of them; give another SOURCE")
-        saved, file, mark = exchange.read_safetensors(files), files[0], True
+        saved, mark = exchange.read_safetensors(files), True
+        file = files[0] if len(files) == 1 else source
     else:
         saved, mark = nanogpt.read_checkpoint(file), False
     if "meta" not in saved:
