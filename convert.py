@@ -92,7 +92,7 @@ def main():
             raise UserError(f"to expects a file whose name ends in .safetensors, got {to!r}")
         return export_run(source)
     if Path(out_dir).resolve() in (source.resolve(), source.resolve().parent):
-        raise UserError(f"out_dir is the folder of SOURCE: give another one")
+        raise UserError("out_dir is the folder of SOURCE: give another one")
     if foreign.explain_data(source):
         beside = source / "meta.pkl"
         return nanogpt.convert_data(source, Path(out_dir), meta or (beside if beside.exists() else ""))

@@ -13,7 +13,7 @@ from core import gpt2
 from core.checkpoint import STATE, ModelEdited, build_with_weights, checked_config, save
 from core.config import UserError, one_line
 from core.readers import check_regular, mapping, read_json, record, text
-from core.runs import SaveError, check_folder, locked, prepare_folder, write_text, write_whole
+from core.runs import SaveError, locked, prepare_folder, write_text, write_whole
 
 # ---- a run of imported weights -----------------------------------------------------------------
 
@@ -37,27 +37,31 @@ def write_run(folder, model, checkpoint, origin):
     """Write an imported model as a run into `folder`; an earlier run there is moved aside.
 
     best.pt holds the weights; ckpt.pt too, with the optimiser's state, if there is one, so that the training can be
-    resumed. origin: a dict that says where the weights come from, for config.json. Raises UserError for a folder of
-    something else, SaveError if the system refuses to write.
+    resumed. origin: a dict that says where the weights come from, for config.json. Raises SaveError if the system
+    refuses to write; no file of the run remains then.
     """
-    state = checkpoint["state"]
+    config, state = asdict(model.config), checkpoint["state"]
     meta = {"kind": "lm" if model.config.causal else "classify", **checkpoint["meta"]}
-    settings = {**checkpoint["settings"], **{key: value for key, value in asdict(model.config).items() if key != "options"}}
-    saved = {"model_config": asdict(model.config), "settings": settings, "source": origin, "meta": meta, "state": state,
-             "device": "cpu", "dtype": "float32", "model": model.state_dict()}
-    check_folder(folder)
+    settings = {**checkpoint["settings"], **{key: value for key, value in config.items() if key != "options"}}
+    saved = {"model_config": config, "settings": settings, "source": origin, "meta": meta, "state": state, "device": "cpu",
+             "dtype": "float32", "model": model.state_dict()}
+    is_scored = model.config.causal and state["best"] < math.inf
+    score = json.dumps({"step": state["best_step"], "split": "val", "loss": state["best"]}) + "\n" if is_scored else ""
+    described = {"settings": settings, "options": config["options"], "device": "cpu", "dtype": "float32", "source": origin,
+                 "parameters": model.parameter_count()}
     with locked(folder):
         prepare_folder(folder)
-        save(folder / "best.pt", saved)
-        if checkpoint.get("optimizer"):
-            stream = torch.Generator().manual_seed(0).get_state()
-            save(folder / "ckpt.pt", {**saved, "optimizer": checkpoint["optimizer"], "random": [{"random": stream}]})
-        is_scored = model.config.causal and state["best"] < math.inf
-        score = json.dumps({"step": state["best_step"], "split": "val", "loss": state["best"]}) + "\n" if is_scored else ""
-        write_text(folder / "log.jsonl", score)
-        write_text(folder / "config.json", json.dumps({
-            "settings": settings, "options": model.config.options, "device": "cpu", "dtype": "float32", "source": origin,
-            "parameters": model.parameter_count()}, indent=1))
+        try:
+            if optimizer := checkpoint.get("optimizer"):
+                stream = torch.Generator().manual_seed(0).get_state()
+                save(folder / "ckpt.pt", {**saved, "optimizer": optimizer, "random": [{"random": stream}]})
+            save(folder / "best.pt", saved)
+            write_text(folder / "log.jsonl", score)
+            write_text(folder / "config.json", json.dumps(described, indent=1))
+        except SaveError:
+            for name in ("ckpt.pt", "best.pt", "log.jsonl"):
+                (folder / name).unlink(missing_ok=True)
+            raise
 
 
 # ---- safetensors -------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from core.checkpoint import save
 from core.dataset import Dataset
 from core.optimizers import restore_optimizer
 from helpers import call
-from model import GPT, GPTConfig, load
+from model import GPTConfig, load, new_model
 from training_runs import assert_same
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -222,13 +222,13 @@ def test_it_cannot_be_resumed(tmp_path, small_gpt2, data, refused):
 META = {"tokenizer": "chars", "vocab_size": 34, "mark": None, "vocab": CHARACTERS, "kind": "lm", "lossless": True}
 MODELS = {"default": {}, "untied": {"tie": False}, "learned": {"pos": "learned", "norm": "layernorm", "bias": True},
           "window": {"attention": "sparse", "options": {"window": 5}}, "spans": {"attention": "adaptive_attention_span"},
-          "classifier": {"n_class": 2}, "tanh": {"activation": "gelu_tanh"}}
+          "classifier": {"n_class": 2}, "bilstm": {"model": "bilstm", "n_class": 2, "options": {"hidden": 8}}, "tanh": {"activation": "gelu_tanh"}}
 
 
 def write_run(folder, **changes):
     """The best.pt of a small random model."""
     torch.manual_seed(3)
-    model = GPT(GPTConfig(**{**SHAPE, **changes}))
+    model = new_model(GPTConfig(**{**SHAPE, **changes}))
     meta = META | ({"kind": "classify", "classes": ["bad", "good"]} if model.config.n_class else {})
     folder.mkdir()
     save(folder / "best.pt", {"model": model.state_dict(), "model_config": asdict(model.config), "settings": {},
@@ -293,6 +293,16 @@ def test_an_earlier_run_is_moved_aside(tmp_path, data, capsys):
     assert "the earlier run in out is now in out.1" in capsys.readouterr().out
     assert_same_logits(tmp_path / "out.1", PlainGPT(**SHAPE))
     assert_same_logits(out, PlainGPT(**SHAPE, seed=1))
+
+
+def test_a_full_disk_leaves_no_half_of_a_run(trained, tmp_path, data, refused, monkeypatch):
+    def full(path, text):
+        raise runs.save_error(path, "No space left on device")
+
+    monkeypatch.setattr(convert.exchange, "write_text", full)
+    line = refused(convert, tmp_path / "nano", f"--out_dir={trained[2]}", f"--meta={data / 'meta.pkl'}")
+    assert "No space left" in line and [path.name for path in trained[2].iterdir()] == ["lock"]
+    assert load(tmp_path / "out.1" / "ckpt.pt")[1]["state"]["step"] == 7
 
 
 def test_its_curve_is_drawn(trained):
