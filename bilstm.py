@@ -40,7 +40,7 @@ def mechanism_name(attention):
 class BiLSTM(Model):
     """Embedding, BiLSTM, attention, pooling, logits. Padding is neither read nor pooled.
 
-    config: `GPTConfig`; pos, norm and tie must keep their defaults, n_embd is the size of the embedding. Raises
+    config: `GPTConfig`; pos, norm, activation and tie must keep their defaults, n_embd is the size of the embedding. Raises
     UserError for a value that a BiLSTM cannot have.
     """
 
@@ -48,7 +48,7 @@ class BiLSTM(Model):
 
     def __init__(self, config):
         super().__init__(config)
-        for name in ("pos", "norm", "tie"):
+        for name in ("pos", "norm", "activation", "tie"):
             if getattr(config, name) != getattr(GPTConfig, name):
                 raise UserError(f"a BiLSTM has no {name}; leave it out, or use model=gpt")
         if config.causal:

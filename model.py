@@ -9,6 +9,7 @@ Letters: B batch, T time, C channels, V vocabulary.
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -22,6 +23,8 @@ from core.kernels import KERNELS
 from core.mechanisms import mechanism, new_model, options_of
 from core.ops import drop, rms_norm, rotations
 
+ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+
 
 @dataclass
 class GPTConfig:
@@ -34,6 +37,7 @@ class GPTConfig:
     bias: bool = False  # in linear layers and LayerNorm
     pos: str = "rope"  # 'rope', 'learned' or 'sinusoidal'
     norm: str = "rmsnorm"  # 'rmsnorm' or 'layernorm'
+    activation: str = "gelu"  # 'gelu', or 'gelu_tanh': GPT-2's approximation of it
     tie: bool = True  # a language model's head shares the token embedding's weight
     n_class: int = 0  # 0: a language model
     model: str = "gpt"  # or 'bilstm'
@@ -54,6 +58,7 @@ class GPTConfig:
         """Raise UserError for a value that is unknown or out of range, or two values that do not fit."""
         check_choice("pos", self.pos, ("rope", "learned", "sinusoidal"))
         check_choice("norm", self.norm, ("rmsnorm", "layernorm"))
+        check_choice("activation", self.activation, ACTIVATIONS)
         check_choice("pool", self.pool, ("mean", "max", "first"))
         check_choice("kernel", self.kernel, KERNELS)
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -90,12 +95,12 @@ class Block(nn.Module):
         self.attention = attention_class(config, layer)
         self.up = nn.Linear(C, 4 * C, bias=config.bias)
         self.down = nn.Linear(4 * C, C, bias=config.bias)
-        self.dropout = config.dropout
+        self.activation, self.dropout = ACTIVATIONS[config.activation], config.dropout
 
     def forward(self, x, rotation=None, lengths=None, cache=None):
         """rotation, lengths, cache: see `attention.Attention.forward`."""
         x = x + self.attention(self.norm1(x), rotation, lengths, cache)
-        y = self.down(F.gelu(self.up(self.norm2(x))))
+        y = self.down(self.activation(self.up(self.norm2(x))))
         return x + drop(y, self.dropout if self.training else 0.0)
 
 

@@ -66,6 +66,7 @@ dropout = 0.0
 bias = False
 pos = "rope"
 norm = "rmsnorm"
+activation = "gelu"
 tie = True
 pool = "mean"
 attention = "dense"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from core import dist, hardware
+from core import dist, foreign, hardware
 from core.config import UserError, check_choice, convert
 from core.meta import check_meta
 from core.optimizers import as_tensors, check_tensor, optimizer_state, restore_optimizer
@@ -160,6 +160,7 @@ class ModelEdited(UserError):
     """A checkpoint is whole, but the code no longer describes its model."""
 
     def __init__(self, difference):
+        self.difference = difference
         super().__init__(f"{difference}: the model was edited after this training; undo the edit, or train again")
 
 
@@ -188,12 +189,29 @@ def check_fit(path, shapes, model_shapes, options):
             raise ModelEdited(f"the weight {name} in {path} has the shape {shapes[name]}, in the model as built now {shape}")
 
 
+def build_with_weights(path, checkpoint, config, shapes, build, given):
+    """The model of a config with the weights of a checkpoint. given: options in place of the checkpoint's.
+    Raises UserError if the weights do not fit, ValueError if they are not finite."""
+    with torch.random.fork_rng(devices=[]):  # initial weights are replaced: the run's random stream stays
+        model = build(config)
+    state = model.state_dict()
+    check_fit(path, shapes, {name: tuple(weight.shape) for name, weight in state.items()}, given)
+    if "shards" in checkpoint:
+        read_shards(path, checkpoint["shards"], {"model": state})
+    else:
+        model.load_state_dict(checkpoint["model"])
+    check_finite(state)
+    return model
+
+
 def read(path, config_class, device):
     """(checkpoint, its config, {name: shape} of its weights). Raises what `load` explains."""
     sealed = check_whole(path)
     checkpoint = torch.load(path, map_location=device, weights_only=True)
     if checkpoint.get("sealed") and not sealed:
         raise ValueError("its end is missing")
+    if explanation := foreign.explain_checkpoint(path, checkpoint):
+        raise UserError(explanation)
     try:
         return checkpoint, *checked_config(path, checkpoint, config_class)
     except ModelEdited:
@@ -210,7 +228,8 @@ def explained(path):
     except FileNotFoundError as error:
         if path.exists():
             raise UserError(f"{path} is damaged: {error.filename} beside it is missing; {beside(path)}")
-        raise UserError(f"no checkpoint at {path}; train one first: python train.py --out_dir={path.parent}")
+        raise UserError(f"no checkpoint at {path}; "
+                        + (foreign.explain_missing(path) or f"train one first: python train.py --out_dir={path.parent}"))
     except UserError:
         raise
     except Exception as error:
@@ -237,15 +256,7 @@ def load(path, config_class, build, device="cpu", options=None, **changes):
         checkpoint, config, shapes = read(path, config_class, device)
         given = {key: value for key, value in (options or {}).items() if config.options.get(key, value) != value}
         config = replace(config, **changes, options={**config.options, **given})
-        with torch.random.fork_rng(devices=[]):  # initial weights are replaced: the run's random stream stays
-            model = build(config)
-        state = model.state_dict()
-        check_fit(path, shapes, {name: tuple(weight.shape) for name, weight in state.items()}, given)
-        if "shards" in checkpoint:
-            read_shards(path, checkpoint["shards"], {"model": state})
-        else:
-            model.load_state_dict(checkpoint["model"])
-        check_finite(state)
+        model = build_with_weights(path, checkpoint, config, shapes, build, given)
     return model.to(device).eval(), checkpoint
 
 

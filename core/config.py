@@ -16,7 +16,7 @@ import traceback
 import types
 from pathlib import Path
 
-from core import ROOT
+from core import ROOT, foreign
 
 PLAIN = (bool, int, float, str, list)
 ALIASES = {"use_adaptive_attention": ("attention", "adaptive_attention_span")}  # KEY=True means this key and value
@@ -180,7 +180,7 @@ def configure(script, arguments=None, more=None, inherit=None):
             owners = mechanisms_with(key) if more else []
             flags = [f"; add --{alias}=True" for alias, (_, name) in aliases.items() if name in owners]
             belongs = f"; it belongs to --attention={' or '.join(owners)}{''.join(flags)}"
-            hint = belongs if owners else did_you_mean(str(key), [*defaults, *aliases, *further])
+            hint = belongs if owners else foreign.explain_setting(key) or did_you_mean(str(key), [*defaults, *aliases, *further])
             raise UserError(f"{where}: unknown key {key!r}{hint}")
     script.update(settings)
     return settings, options

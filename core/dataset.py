@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from core import ROOT
+from core import ROOT, foreign
 from core.config import UserError, did_you_mean
 from core.meta import digest_of, files_of, read_meta
 from core.tokenizer import Tokenizer
@@ -140,6 +140,8 @@ def find(folder):
     for path in (Path(folder), data / folder, ROOT / folder):
         if (path / "meta.json").exists():
             return path
+        if ((path / "meta.pkl").exists() or path.parent != data) and (explanation := foreign.explain_data(path)):
+            raise UserError(explanation)
     for script in (name, name.split("_")[0]):  # data/imdb_bytes is made by data/imdb/prepare.py
         if (data / script / "prepare.py").exists():
             options = "" if script == name else " (with an option, see its --help)"

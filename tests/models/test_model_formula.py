@@ -29,6 +29,13 @@ def linear(x, module):
     return x @ module.weight.T + (0 if module.bias is None else module.bias)
 
 
+def gelu(x, activation):
+    """x times the normal distribution function, exact or as GPT-2 approximates it (Hendrycks and Gimpel 2016)."""
+    if activation == "gelu_tanh":
+        return x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
+    return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+
+
 def by_hand(model, idx):
     """Logits of one text idx (T,): (T, V), or (n_class,) of a classifier with the mean over its tokens."""
     config, T, C = model.config, len(idx), model.config.n_embd
@@ -50,13 +57,13 @@ def by_hand(model, idx):
         y = scores.exp() / scores.exp().sum(-1, keepdim=True) @ v
         x = x + linear(y.transpose(0, 1).reshape(T, C), layer.attention.proj)
         y = linear(normalised(x, layer.norm2), layer.up)
-        x = x + linear(y * (1 + torch.erf(y / math.sqrt(2))) / 2, layer.down)  # GELU
+        x = x + linear(gelu(y, config.activation), layer.down)
     x = normalised(x, model.norm)
     return linear(x if config.causal else x.mean(0), model.head)
 
 
 @pytest.mark.parametrize("n_class", [0, 2])
-@pytest.mark.parametrize("changes", [{}, {"pos": "sinusoidal"},
+@pytest.mark.parametrize("changes", [{}, {"pos": "sinusoidal"}, {"activation": "gelu_tanh"},
                                      {"bias": True, "norm": "layernorm", "pos": "learned", "tie": False}])
 @torch.no_grad()
 def test_forward_by_hand(changes, n_class):

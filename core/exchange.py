@@ -1,0 +1,157 @@
+"""Runs made of weights from elsewhere, and the weights of runs as safetensors with a config.json beside.
+
+The package safetensors is imported where it is needed.
+"""
+
+import json
+import math
+from dataclasses import asdict
+
+import torch
+
+from core import gpt2
+from core.checkpoint import STATE, ModelEdited, build_with_weights, checked_config, save
+from core.config import UserError, one_line
+from core.readers import check_regular, mapping, read_json, record, text
+from core.runs import SaveError, locked, prepare_folder, write_text, write_whole
+
+# ---- a run of imported weights -----------------------------------------------------------------
+
+
+def build(source, checkpoint, config_class, new_model):
+    """The model of an imported checkpoint (dict with model_config, model, meta, settings).
+
+    source: where it comes from, for messages; config_class, new_model: see `checkpoint.load`. Raises UserError if
+    anything in it does not fit.
+    """
+    try:
+        config, shapes = checked_config(source, checkpoint, config_class)
+        return build_with_weights(source, checkpoint, config, shapes, new_model, {})
+    except ModelEdited as error:
+        raise UserError(error.difference)
+    except (ValueError, KeyError, UserError) as error:
+        raise UserError(f"{source} holds no model that fits ({one_line(error)})")
+
+
+def write_run(folder, model, checkpoint, origin):
+    """Write an imported model as a run into `folder`; an earlier run there is moved aside.
+
+    best.pt holds the weights; ckpt.pt too, with the optimiser's state, if there is one, so that the training can be
+    resumed. origin: a dict that says where the weights come from, for config.json. Raises SaveError if the system
+    refuses to write; no file of the run remains then.
+    """
+    config, state = asdict(model.config), checkpoint["state"]
+    meta = {"kind": "lm" if model.config.causal else "classify", **checkpoint["meta"]}
+    settings = {**checkpoint["settings"], **{key: value for key, value in config.items() if key != "options"}}
+    saved = {"model_config": config, "settings": settings, "source": origin, "meta": meta, "state": state, "device": "cpu",
+             "dtype": "float32", "model": model.state_dict()}
+    is_scored = model.config.causal and state["best"] < math.inf
+    score = json.dumps({"step": state["best_step"], "split": "val", "loss": state["best"]}) + "\n" if is_scored else ""
+    described = {"settings": settings, "options": config["options"], "device": "cpu", "dtype": "float32", "source": origin,
+                 "parameters": model.parameter_count()}
+    with locked(folder):
+        prepare_folder(folder)
+        try:
+            if optimizer := checkpoint.get("optimizer"):
+                stream = torch.Generator().manual_seed(0).get_state()
+                save(folder / "ckpt.pt", {**saved, "optimizer": optimizer, "random": [{"random": stream}]})
+            save(folder / "best.pt", saved)
+            write_text(folder / "log.jsonl", score)
+            write_text(folder / "config.json", json.dumps(described, indent=1))
+        except SaveError:
+            for name in ("ckpt.pt", "best.pt", "log.jsonl"):
+                (folder / name).unlink(missing_ok=True)
+            raise
+
+
+# ---- safetensors -------------------------------------------------------------------------------
+
+
+def read_tensors(paths):
+    """{name: tensor} of safetensors files. Raises UserError for a damaged one."""
+    from safetensors import SafetensorError, safe_open
+
+    tensors = {}
+    for path in paths:
+        check_regular(path)
+        try:
+            with safe_open(path, "pt") as file:
+                tensors |= {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, ValueError) as error:
+            raise UserError(f"{path} is damaged or no safetensors file ({one_line(error, 200)})")
+    return tensors
+
+
+def weight_files(folder):
+    """The safetensors files of a folder, [] of none: those that its index names, or model.safetensors, or the only one."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = read_json(index, record({"weight_map": mapping(text(), 10**6)}), "Hugging Face")["weight_map"].values()
+        files = [folder / name for name in sorted(set(names))]
+        if outside := [path for path in files if path.resolve().parent != folder.resolve()]:
+            raise UserError(f"{index} names {outside[0]}, expected files of its own folder")
+        return files
+    files = sorted(folder.glob("model.safetensors")) or sorted(folder.glob("*.safetensors"))
+    if len(files) > 1:
+        raise UserError(f"{folder} holds {len(files)} safetensors files, and none is called model.safetensors: give one")
+    return files
+
+
+EXPORTED = record({"model_config": record({}), "meta": record({}), "state": STATE})
+NEW_STATE = {"step": 0, "evaluated": -1, "best": math.inf, "best_step": 0, "worse": 0, "seconds": 0.0, "work": 0.0}
+OF_THE_DATA = ("source", "splits", "split_rule", "options", "partial")  # entries of a meta.json that no model needs
+
+
+def read_safetensors(files):
+    """Safetensors files with a config.json beside as a checkpoint of core/checkpoint.py: of `export`, or of Hugging
+    Face's GPT-2, then without meta. Raises UserError for anything else."""
+    path = files[0].with_name("config.json")
+    if not path.exists():
+        raise UserError(f"{path} is missing: expected it beside {files[0].name}, with the shape of the model")
+    config = read_json(path, record({}), "Hugging Face or --to")
+    try:
+        if "model_config" in config:
+            EXPORTED(config, "it")
+            weights = read_tensors(files)
+            if is_tied(config["model_config"]) and "embedding.weight" in weights:
+                weights.setdefault("head.weight", weights["embedding.weight"])
+            return {"model_config": config["model_config"], "model": weights, "meta": config["meta"], "settings": {},
+                    "state": {**NEW_STATE, **config["state"]}}
+        shape = gpt2.shape_of(config)
+        model_config, weights = gpt2.model_of(gpt2.rename(read_tensors(files), transposed=True), shape)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path.parent} holds no GPT-2 of Hugging Face, and no export of a run ({one_line(error)})")
+    return {"model_config": model_config, "model": weights, "settings": {}, "state": NEW_STATE}
+
+
+def is_tied(model_config):
+    """Whether the head of a model, by its configuration (dict), is the token embedding."""
+    return not model_config.get("n_class") and model_config.get("tie") is True
+
+
+def export(path, to, load):
+    """Write the weights of the checkpoint at `path` to the file `to`, a tied one once, and config.json beside: the
+    model's configuration, its tokenizer, its step and its best score. load: model.load.
+
+    Raises UserError if one of the files exists, SaveError if the system refuses to write; neither file remains then.
+    """
+    import safetensors.torch
+
+    model, saved = load(path)
+    description, config = to.with_name("config.json"), asdict(model.config)
+    if "meta" not in saved:
+        raise UserError(f"{path} has no tokenizer that is known here; train it again")
+    if existing := [file for file in (to, description) if file.exists()]:
+        raise UserError(f"{existing[0]} exists already: give --to a new folder")
+    state = {key: value for key, value in saved.get("state", {}).items()
+             if key in ("step", "best", "best_step") and math.isfinite(value)}
+    meta = {key: value for key, value in saved["meta"].items() if key not in OF_THE_DATA}
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name != "head.weight" or not is_tied(config)}
+    to.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        write_text(description, json.dumps({"model_config": config, "meta": meta, "state": state}, indent=1))
+        write_whole(to, lambda file: file.write(safetensors.torch.save(weights, {"format": "pt"})))
+    except SaveError:
+        description.unlink(missing_ok=True)
+        raise
+    return model
