@@ -33,7 +33,7 @@ from core.config import UserError, check_choice, configure, plain_values, run_ma
 from core.dataset import Dataset, batches
 from core.dist import leave_if_asked
 from core.heat import read_reviews
-from core.inference import encode, predict
+from core.inference import next_tokens, predict
 from core.launch import check_size
 from core.meta import difference
 from core.readers import read_log, read_predictions
@@ -301,7 +301,7 @@ def read_run(folder, device, dtype):
     if hard or prompts:
         model, checkpoint = load(folder / "best.pt", device)
         tokenizer = Tokenizer(checkpoint["meta"])
-        found |= judge_hard(model, tokenizer, device, dtype) if hard else continue_prompts(model, tokenizer, device)
+        found |= judge_hard(model, tokenizer, device, dtype) if hard else continue_prompts(model, tokenizer)
     return found
 
 
@@ -322,14 +322,9 @@ def judge_hard(model, tokenizer, device, dtype):
     return {"hard": {kind: float(right[[k == kind for k in kinds]].mean()) for kind in dict.fromkeys(kinds)}}
 
 
-@torch.no_grad()
-def continue_prompts(model, tokenizer, device):
+def continue_prompts(model, tokenizer):
     """{"next": {prompt: [likeliest token, its probability]}}."""
-    found = {}
-    for prompt in prompts:
-        p = torch.softmax(model(torch.tensor([encode(tokenizer, prompt)], device=device))[0][0, -1].float(), -1)
-        found[prompt] = [tokenizer.token(int(p.argmax())), p.max().item()]
-    return {"next": found}
+    return {"next": {prompt: list(next_tokens(model, tokenizer, prompt, 1)[0]) for prompt in prompts}}
 
 
 def right_answers(result):
