@@ -263,8 +263,9 @@ def show_text():
 def show_next(folder, prompt):
     """Show the tokens that a model expects after a prompt, as a table."""
     model, tokenizer, _ = open_run(folder, "lm")
-    st.table([{"next token": demo.escape_markdown(token), "probability": f"{p:.2%}"}
-              for token, p in inference.next_tokens(model, tokenizer, prompt, NEXT_TOKENS)])
+    ids = inference.encode_prompt(tokenizer, prompt)[-model.config.block_size :]
+    likeliest = inference.next_tokens(model, tokenizer, torch.tensor([ids], device=machine()[0]), NEXT_TOKENS)
+    st.table([{"next token": demo.escape_markdown(token), "probability": f"{p:.2%}"} for token, p in likeliest])
     st.caption("After the prompt, before temperature, top-k and top-p.")
 
 

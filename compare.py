@@ -33,7 +33,7 @@ from core.config import UserError, check_choice, configure, plain_values, run_ma
 from core.dataset import Dataset, batches
 from core.dist import leave_if_asked
 from core.heat import read_reviews
-from core.inference import next_tokens, predict
+from core.inference import encode, next_tokens, predict
 from core.launch import check_size
 from core.meta import difference
 from core.readers import read_log, read_predictions
@@ -301,7 +301,7 @@ def read_run(folder, device, dtype):
     if hard or prompts:
         model, checkpoint = load(folder / "best.pt", device)
         tokenizer = Tokenizer(checkpoint["meta"])
-        found |= judge_hard(model, tokenizer, device, dtype) if hard else continue_prompts(model, tokenizer)
+        found |= judge_hard(model, tokenizer, device, dtype) if hard else continue_prompts(model, tokenizer, device)
     return found
 
 
@@ -322,9 +322,10 @@ def judge_hard(model, tokenizer, device, dtype):
     return {"hard": {kind: float(right[[k == kind for k in kinds]].mean()) for kind in dict.fromkeys(kinds)}}
 
 
-def continue_prompts(model, tokenizer):
+def continue_prompts(model, tokenizer, device):
     """{"next": {prompt: [likeliest token, its probability]}}."""
-    return {"next": {prompt: list(next_tokens(model, tokenizer, prompt, 1)[0]) for prompt in prompts}}
+    texts = {prompt: torch.tensor([encode(tokenizer, prompt)], device=device) for prompt in prompts}
+    return {"next": {prompt: list(next_tokens(model, tokenizer, idx, 1)[0]) for prompt, idx in texts.items()}}
 
 
 def right_answers(result):

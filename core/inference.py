@@ -137,13 +137,12 @@ def check_finite(logits):
 
 
 @torch.no_grad()
-def next_tokens(model, tokenizer, text, count):
-    """The `count` most likely tokens after a prompt: [(token in printable form, probability)], the most likely first.
+def next_tokens(model, tokenizer, idx, count):
+    """The `count` most likely tokens after idx (1, T): [(token in printable form, probability)], the most likely first.
 
-    The probabilities are those of the model, before temperature, top_k and top_p. Of a long prompt the last block_size
-    tokens are read. Raises UserError for an unknown character or non-finite logits.
+    The probabilities are those of the model, before temperature, top_k and top_p. Raises UserError for logits that are
+    not finite.
     """
-    idx = torch.tensor([encode_prompt(tokenizer, text)[-model.config.block_size :]], device=model.embedding.weight.device)
     logits = model(idx)[0][0, -1].float()  # (V,)
     check_finite(logits)
     p, tokens = torch.softmax(logits, -1).sort(descending=True, stable=True)  # of equal ones the first, as argmax does
