@@ -22,6 +22,7 @@ def draw_runs(runs, target):
         classes = class_names(runs[next(iter(predictions))])
         pictures["confusion.png"] = draw_confusion(predictions, classes, split)
         pictures["roc.png"] = draw_roc(predictions, classes, split)
+        pictures["lengths.png"] = draw_lengths(predictions, split)
     for name, fig in pictures.items():
         if fig:
             figures.write(fig, target / name)
@@ -187,8 +188,9 @@ def spans_of_layer(ax, key, records, layer, heads):
 
 
 def read_predictions(runs):
-    """(split, {name: (p (N,), labels (N,), scores)}) of `runs`, {name: folder}: the probability of class 1 of each
-    text, its class, and `evaluation.scores`; of the test split, or of validation where more runs predicted that."""
+    """(split, {name: (p (N,), labels (N,), scores, groups)}) of `runs`, {name: folder}: the probability of class 1 of
+    each text, its class, `evaluation.scores`, and `evaluation.accuracy_by_length`, [] where lengths are unknown; of the
+    test split, or of validation where more runs predicted that."""
     paths = {"test": {}, "val": {}}
     for split, (name, folder) in itertools.product(paths, runs.items()):
         if (path := folder / f"predictions-{split}.npz").exists():
@@ -199,9 +201,10 @@ def read_predictions(runs):
         return split, {}
     for name in runs.keys() - predictions.keys():
         print(f"{name} holds no predictions-{split}.npz; it is left out of the pictures of predictions")
-    from core.evaluation import scores  # here, since it imports torch
+    from core.evaluation import accuracy_by_length, scores  # here, since it imports torch
 
-    return split, {name: (p, labels, scores(p, labels)) for name, (p, labels) in predictions.items()}
+    return split, {name: (p, labels, scores(p, labels), accuracy_by_length(p, labels, lengths) if lengths.any() else [])
+                   for name, (p, labels, lengths) in predictions.items()}
 
 
 def class_names(folder):
@@ -220,7 +223,7 @@ def class_names(folder):
 def draw_confusion(predictions, classes, split):
     """The figure of the confusion matrices, a panel a run: a row a true class, a column a predicted one."""
     fig, axes, _ = figures.panels(len(predictions), 4, 3.2, 3.3, extra=(0, 0.4))
-    for ax, (name, (p, labels, scores)) in zip(axes, predictions.items()):
+    for ax, (name, (p, labels, scores, _)) in zip(axes, predictions.items()):
         positive = p > 0.5
         counts = np.array([[((labels == truth) & (positive == answer)).sum() for answer in (0, 1)] for truth in (0, 1)])
         shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)  # of each true class
@@ -250,13 +253,36 @@ def draw_roc(predictions, classes, split):
     fig = figures.figure(5, 4.9 + 0.18 * len(predictions))
     ax = fig.subplots()
     ax.plot([0, 1], [0, 1], color="gray", linestyle=":", linewidth=1, label="chance: AUC 0.5")
-    for n, (name, (p, labels, scores)) in enumerate(predictions.items()):
+    for n, (name, (p, labels, scores, _)) in enumerate(predictions.items()):
         style = {**figures.line_style(n), "marker": ""}
         ax.plot(*roc(p, labels), **style, linewidth=1.3, label=f"{figures.escape_math(name)}: AUC {scores['auc']:.4f}")
     negative, positive = map(figures.escape_math, classes)
     ax.set(xlabel=f"share of {negative} texts predicted {positive}", aspect="equal",
            ylabel=f"share of {positive} texts predicted {positive}")
     ax.set_title(f"ROC curve, {split} split", fontsize=10)
+    ax.grid(alpha=0.3)
+    figures.figure_legend_below(fig, ax, 1)
+    return fig
+
+
+def draw_lengths(predictions, split):
+    """The figure of the accuracy by length of text: for each group of texts a cross, as wide as its lengths and as high
+    as the 95 % interval of its accuracy. None where no lengths are known."""
+    groups = {name: np.array(groups).T for name, (*_, groups) in predictions.items() if groups}
+    if not groups:
+        return None
+    fig = figures.figure(5.5, 4.2 + 0.18 * len(groups))
+    ax = fig.subplots()
+    for n, (name, (shortest, longest, texts, accuracy)) in enumerate(groups.items()):
+        middle, style = np.sqrt(shortest * longest), figures.line_style(n)  # of a log axis
+        error = 1.96 * np.sqrt(accuracy * (1 - accuracy) / texts)
+        ax.errorbar(middle, accuracy, error, [middle - shortest, longest - middle], **style, linewidth=1.2,
+                    label=figures.escape_math(name))
+    ax.set_xscale("log")
+    ax.xaxis.set(major_formatter="{x:,.0f}", minor_formatter="{x:,.0f}")
+    ax.tick_params("x", which="both", labelsize=8)
+    ax.set(xlabel="length (tokens)", ylabel="accuracy, with 95 % interval")
+    ax.set_title(f"accuracy by length of text, {split} split", fontsize=10)
     ax.grid(alpha=0.3)
     figures.figure_legend_below(fig, ax, 1)
     return fig
