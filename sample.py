@@ -100,13 +100,13 @@ def write_next(model, tokenizer, prompts):
     """Print the `next` most likely tokens after the last block_size tokens of each prompt, most likely first."""
     if not prompts:
         raise UserError('expected a prompt on each line, got none; give --start="...", FILE:path or -')
-    print("probabilities before temperature, top_k and top_p", file=sys.stderr)
     for prompt in prompts:
         line = printable(prompt.encode("utf-8", "replace")) or "(no prompt)"
         print(f"after {line if len(line) <= 80 else f'...{line[-77:]}'}")
         ids = encode_prompt(tokenizer, prompt)[-model.config.block_size :]
         for token, p in next_tokens(model, tokenizer, torch.tensor([ids], device=device), next):
             print(f"  {p:.4f}  {token}", flush=True)
+    print("probabilities before temperature, top_k and top_p", file=sys.stderr)
 
 
 def classify(model, tokenizer, classes, texts):
