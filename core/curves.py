@@ -266,23 +266,23 @@ def draw_roc(predictions, classes, split):
 
 
 def draw_lengths(predictions, split):
-    """The figure of the accuracy by length of text: for each group of texts a cross, as wide as its lengths and as high
-    as the 95 % interval of its accuracy. None where no lengths are known."""
-    groups = {name: np.array(groups).T for name, (*_, groups) in predictions.items() if groups}
-    if not groups:
+    """The figure of the accuracy on texts of each group of lengths; None where no lengths are known. Runs on data of
+    different tokenizers have different lengths, one below the other on the axis."""
+    runs = {name: groups for name, (*_, groups) in predictions.items() if groups}
+    if not runs:
         return None
-    fig = figures.figure(5.5, 4.2 + 0.18 * len(groups))
-    ax = fig.subplots()
-    for n, (name, (shortest, longest, texts, accuracy)) in enumerate(groups.items()):
-        middle, style = np.sqrt(shortest * longest), figures.line_style(n)  # of a log axis
-        error = 1.96 * np.sqrt(accuracy * (1 - accuracy) / texts)
-        ax.errorbar(middle, accuracy, error, [middle - shortest, longest - middle], **style, linewidth=1.2,
-                    label=figures.escape_math(name))
-    ax.set_xscale("log")
-    ax.xaxis.set(major_formatter="{x:,.0f}", minor_formatter="{x:,.0f}")
-    ax.tick_params("x", which="both", labelsize=8)
-    ax.set(xlabel="length (tokens)", ylabel="accuracy, with 95 % interval")
-    ax.set_title(f"accuracy by length of text, {split} split", fontsize=10)
-    ax.grid(alpha=0.3)
+    fig = figures.figure(5.5, 4.2 + 0.18 * len(runs))
+    ax, labels = fig.subplots(), {}  # labels: {place: [lengths]}
+    for n, (name, groups) in enumerate(runs.items()):
+        for place, (shortest, longest, *_) in enumerate(groups):
+            labels.setdefault(place, []).append(f"{shortest:,}-{longest:,}")
+        _, _, texts, accuracy = np.array(groups).T
+        places = np.arange(len(groups)) + 0.3 * ((n + 0.5) / len(runs) - 0.5)  # beside each other
+        ax.errorbar(places, accuracy, 1.96 * np.sqrt(accuracy * (1 - accuracy) / texts), **figures.line_style(n),
+                    linewidth=1.2, capsize=2, label=figures.escape_math(name))
+    ax.set_xticks(list(labels), ["\n".join(dict.fromkeys(lengths)) for lengths in labels.values()], fontsize=9)
+    ax.set(xlabel="length of the texts (tokens)", ylabel="accuracy, with 95 % interval")
+    ax.set_title(f"accuracy by length, {split} split", fontsize=10)
+    ax.grid(alpha=0.3, axis="y")
     figures.figure_legend_below(fig, ax, 1)
     return fig
