@@ -26,6 +26,7 @@ from core.runs import format_scores, format_stats
 from model import GPT, GPTConfig
 
 MAP_WORDS = 40  # of a heat map
+NEXT_TOKENS = 10  # of the table below a generated text
 MAX_CHARACTERS = 100_000  # of a text
 EXAMPLE_REVIEW = "The effects were amazing, but the story was trash."
 EXAMPLES = {  # {choice: (mechanism, options that show what it does)}
@@ -221,7 +222,7 @@ def show_text():
         return
     prompt = st.text_area("Prompt", key="keep prompt", height=80,
                           placeholder="The beginning of the text; empty: a new document")
-    place = st.columns(5)
+    place = st.columns(6)
     temperature = place[0].slider("Temperature", 0.0, 2.0, 0.8, 0.05, key="keep temperature", help="0: greedy")
     top_k = place[1].number_input("Top-k", 0, None, 200, key="keep top-k",
                                   help="sample from the k likeliest tokens; 0: from all")
@@ -229,9 +230,12 @@ def show_text():
                             help="sample from the fewest tokens that hold this share of the probability")
     length = place[3].number_input("Tokens", 1, 10_000, 300, key="keep tokens")
     seed = place[4].number_input("Seed", 0, 2**31, 1337, key="keep seed")
-    with st.container(horizontal=True):
+    end = place[5].text_input("End before", key="keep end", help="the text ends before these characters, and where the "
+                              "model ends the document, if its data mark that")
+    with st.container(horizontal=True, vertical_alignment="center"):
         write = st.button("Write", type="primary")
         st.button("Stop")  # any press reruns the page, which ends the loop below
+        ask = st.toggle("Next tokens", key="keep next", help="the tokens that are most likely to follow the prompt")
     texts, streams, spots = st.session_state.setdefault("texts", {}), {}, {}
     for (label, folder), column in zip(runs.items(), st.columns(len(runs))):
         with column, st.container(border=True), show_errors():
@@ -242,9 +246,11 @@ def show_text():
                 model, tokenizer, _ = open_run(folder, "lm")
                 how = int(length), temperature, int(top_k), top_p
                 texts[label], streams[label] = demo.stream(model, tokenizer, machine()[0], prompt[-MAX_CHARACTERS:],
-                                                           int(seed), *how)
+                                                           [end] * bool(end), int(seed), *how)
             if label in texts:
                 refresh(spots[label], texts[label])
+            if ask:
+                show_next(folder, prompt[-MAX_CHARACTERS:])
     last = time.perf_counter()
     while streams:  # a token of each in turn
         streams = {label: tokens for label, tokens in streams.items() if next(tokens, False)}
@@ -252,6 +258,15 @@ def show_text():
             last = time.perf_counter()
             for label in spots.keys() & texts.keys():
                 refresh(spots[label], texts[label])
+
+
+def show_next(folder, prompt):
+    """Show the tokens that a model expects after a prompt, as a table."""
+    model, tokenizer, _ = open_run(folder, "lm")
+    ids = inference.encode_prompt(tokenizer, prompt)[-model.config.block_size :]
+    likeliest = inference.next_tokens(model, tokenizer, torch.tensor([ids], device=machine()[0]), NEXT_TOKENS)
+    st.table([{"next token": demo.escape_markdown(token), "probability": f"{p:.2%}"} for token, p in likeliest])
+    st.caption("After the prompt, before temperature, top-k and top-p.")
 
 
 def refresh(spot, state):

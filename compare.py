@@ -33,11 +33,11 @@ from core.config import UserError, check_choice, configure, plain_values, run_ma
 from core.dataset import Dataset, batches
 from core.dist import leave_if_asked
 from core.heat import read_reviews
-from core.inference import encode, predict
+from core.inference import encode, next_tokens, predict
 from core.launch import check_size
 from core.meta import difference
 from core.readers import read_log, read_predictions
-from core.report import SCORES, summarize, table
+from core.report import SCORES, main_score, summarize, table
 from core.runs import Stop, asked, check_folder, clock, locked, write_text
 from core.tokenizer import Tokenizer
 from model import load, new_model
@@ -232,7 +232,7 @@ def is_result(result, folder, wanted):
         return (result["split"] == ("test" if wanted["eval_test"] else "val") and bool(scores) and scores.keys() <= SCORES.keys()
                 and all(len(curve) >= 2 and all(len(pair) == 2 for pair in curve) for curve in curves)
                 and all(map(is_number, numbers)) and (result["kept_share"] is None or is_number(result["kept_share"]))
-                and ("accuracy" not in scores or (folder / f"predictions-{result['split']}.npz").exists())
+                and ("f1" not in scores or (folder / f"predictions-{result['split']}.npz").exists())
                 and (not hard or all(map(is_number, result["hard"].values())))
                 and all(type(result["next"][prompt][0]) is str and is_number(result["next"][prompt][1]) for prompt in prompts))
     except (KeyError, TypeError, AttributeError, IndexError):
@@ -291,7 +291,7 @@ def read_run(folder, device, dtype):
     if not (whole and records):
         raise UserError(f"{folder} holds a run that is not finished")
     last = whole[-1]  # the test split where it was opened, else validation
-    score = next(name for name in SCORES if name in last)
+    score = main_score(last)
     kept = [layer["kept_share"] for layer in last.get("stats", []) if "kept_share" in layer]
     found = {"split": last["split"], "scores": {name: last[name] for name in SCORES if name in last},
              "seconds": last.get("seconds"), "work": last.get("work"), "kept_share": float(np.mean(kept)) if kept else None,
@@ -322,21 +322,17 @@ def judge_hard(model, tokenizer, device, dtype):
     return {"hard": {kind: float(right[[k == kind for k in kinds]].mean()) for kind in dict.fromkeys(kinds)}}
 
 
-@torch.no_grad()
 def continue_prompts(model, tokenizer, device):
     """{"next": {prompt: [likeliest token, its probability]}}."""
-    found = {}
-    for prompt in prompts:
-        p = torch.softmax(model(torch.tensor([encode(tokenizer, prompt)], device=device))[0][0, -1].float(), -1)
-        found[prompt] = [tokenizer.token(int(p.argmax())), p.max().item()]
-    return {"next": found}
+    texts = {prompt: torch.tensor([encode(tokenizer, prompt)], device=device) for prompt in prompts}
+    return {"next": {prompt: list(next_tokens(model, tokenizer, idx, 1)[0]) for prompt, idx in texts.items()}}
 
 
 def right_answers(result):
     """Whether each text of the split that was judged is classified correctly, (N,)."""
     folder = Path(out_dir) / f"{slug(result['variant'])}-{result['seed']}"
     path = next(p for p in (folder / "predictions-test.npz", folder / "predictions-val.npz") if p.exists())
-    p, labels = read_predictions(path)
+    p, labels, _ = read_predictions(path)
     return (p > 0.5) == labels
 
 

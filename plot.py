@@ -4,8 +4,8 @@ OUT_DIR   a run of train.py; several runs share each picture. In the first one's
     curves.png      loss, and accuracy or bits per byte, over the steps
     kept.png        the share of pairs that attention keeps, if it drops some
     spans.png       the spans and periods that heads have learned
-    confusion.png   a classifier's predictions against the truth, and roc.png: over the test split if it was opened,
-                    else over validation
+    confusion.png   a classifier's predictions against the truth, roc.png, and lengths.png, its accuracy by length of
+                    text: over the test split if it was opened, else over validation
   or instead, with a text, from best.pt:
     --text="..."      heat.png: attention within a prompt or a review, in --layer=N by --head=N; and for a classifier
                       reviews.png: its answer, and the words that support or oppose it (--explain=attention: the words

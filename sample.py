@@ -3,6 +3,10 @@
 `--start=FILE:path` reads the prompt from a file, `--start=-` from standard input. A classifier prints the label and its
 probability; for a file or standard input, one line for each line.
 
+`--next=5` prints the five most likely next tokens instead of text: after the prompt, or after each line of a file or of
+standard input. Generated text ends before the mark between documents, if the data has one, and before `--stop=TEXT`
+(several: `--stop="['TEXT', 'TEXT']"`).
+
 Past the block size, rotary positions keep counting and each token sees the last block_size tokens; learned and
 sinusoidal positions end there, and generation restarts from the last block_size / 2 tokens.
 """
@@ -17,16 +21,18 @@ from pathlib import Path
 import torch
 
 from core import hardware
-from core.config import UserError, configure, run_main
-from core.inference import Printer, convert_for_inference, encode, predict
-from core.tokenizer import Tokenizer
+from core.config import UserError, configure, parse, run_main
+from core.inference import Printer, convert_for_inference, encode_prompt, next_tokens, predict
+from core.tokenizer import Tokenizer, printable
 from model import load
 
 out_dir = ""  # the run's folder; default: out, or the newest run in this folder if out does not exist
 checkpoint = ""  # a file in out_dir; default: best.pt, or ckpt.pt if there is no best.pt yet
 start = ""  # the prompt; default: the beginning of a document
 num_samples = 3
-max_new_tokens = 500  # of each sample
+max_new_tokens = 500  # of each sample, if it does not end earlier
+stop = []  # texts; generated text ends before the first of them
+next = 0  # print so many next tokens with their probabilities before temperature, top_k and top_p; 0: generate text
 temperature = 0.8  # 0: always the most likely token
 top_k = 200  # sample from the k most likely tokens; 0: from all
 top_p = 1.0  # sample from the smallest set of most likely tokens with this share of the probability
@@ -74,20 +80,33 @@ def find_run():
 
 def write_text(model, tokenizer, text):
     """Print `num_samples` continuations of the text while they are generated, and their speed on stderr."""
-    ids = encode(tokenizer, text)
-    if not ids:  # no prompt and no document mark: begin after a line end, or after any token
-        ids = [i for i in range(tokenizer.vocab_size) if tokenizer.decode_bytes([i]) == b"\n"][:1] or [0]
-    idx = torch.tensor([ids], device=device)  # (1, T)
+    idx = torch.tensor([encode_prompt(tokenizer, text)], device=device)  # (1, T)
     for n in range(num_samples):
-        started, printer = time.perf_counter(), Printer(tokenizer, text[-1:])
+        started, printer, count = time.perf_counter(), Printer(tokenizer, text[-1:], stop), 0
         generator = torch.Generator(device).manual_seed(seed + n)
         print(text, end="", flush=True)
         tokens = model.generate_stream(idx, max_new_tokens, temperature, top_k, top_p, generator)
         for token in tokens if threads else hardware.adapt_threads(tokens, device):  # (1,)
             print(printer([int(token)]), end="", flush=True)
+            count += 1
+            if printer.ended:
+                break
         print(printer([], final=True) + "\n" + "-" * 40, flush=True)
-        speed = max_new_tokens / (time.perf_counter() - started)
-        print(f"{max_new_tokens} tokens, {speed:,.0f} tokens/s", file=sys.stderr)
+        speed = count / (time.perf_counter() - started)
+        print(f"{count} tokens, {speed:,.0f} tokens/s", file=sys.stderr)
+
+
+def write_next(model, tokenizer, prompts):
+    """Print the `next` most likely tokens after the last block_size tokens of each prompt, most likely first."""
+    if not prompts:
+        raise UserError('expected a prompt on each line, got none; give --start="...", FILE:path or -')
+    for prompt in prompts:
+        line = printable(prompt.encode("utf-8", "replace")) or "(no prompt)"
+        print(f"after {line if len(line) <= 80 else f'...{line[-77:]}'}")
+        ids = encode_prompt(tokenizer, prompt)[-model.config.block_size :]
+        for token, p in next_tokens(model, tokenizer, torch.tensor([ids], device=device), next):
+            print(f"  {p:.4f}  {token}", flush=True)
+    print("probabilities before temperature, top_k and top_p", file=sys.stderr)
 
 
 def classify(model, tokenizer, classes, texts):
@@ -103,10 +122,16 @@ def classify(model, tokenizer, classes, texts):
             print(f"{classes[p > 0.5]} {max(p, 1 - p):.3f}  {line}", flush=True)
 
 
-def main():
-    global device, dtype
-    configure(globals())
-    smallest = {"num_samples": 1, "max_new_tokens": 1, "temperature": 0, "top_k": 0, "seed": 0, "threads": 0}
+def as_list(argument):
+    """`--stop=TEXT` as `--stop=['TEXT']`; any other argument as it is."""
+    key, _, value = argument.partition("=")
+    is_text = key == "--stop" and type(parse(value, list)) is not list
+    return f"{key}={[value] if value else []}" if is_text else argument
+
+
+def check():
+    """Raise UserError for a setting out of range."""
+    smallest = {"num_samples": 1, "max_new_tokens": 1, "temperature": 0, "top_k": 0, "seed": 0, "threads": 0, "next": 0}
     for key, least in smallest.items():
         if not globals()[key] >= least:
             raise UserError(f"{key} must be at least {least}, got {globals()[key]}")
@@ -114,17 +139,32 @@ def main():
         raise UserError(f"threads must be at most {os.cpu_count()}, this machine's processors, got {threads}")
     if not 0 < top_p <= 1:
         raise UserError(f"top_p must be above 0 and at most 1, got {top_p}")
+    if not all(type(text) is str and text for text in stop):
+        raise UserError(f"stop expects a text, or a list of texts like ['END', '###'], got {stop}")
+
+
+def main():
+    global device, dtype
+    configure(globals(), [as_list(argument) for argument in sys.argv[1:]])
+    check()
     torch.set_num_threads(threads or hardware.THREADS)
     device = hardware.pick_device(device)
     folder, text = find_run(), read_prompt()
     name = checkpoint or ("best.pt" if (folder / "best.pt").exists() else "ckpt.pt")
     model, tokenizer, classes = read_run(folder / name, device)
     dtype = hardware.pick_dtype(dtype, device)
-    if model.config.causal:
-        write_text(convert_for_inference(model, hardware.DTYPES[dtype]), tokenizer, text)
+    by_line = start == "-" or start.startswith("FILE:")
+    lines = text.split("\n") if by_line else [text]  # other line ends are text
+    if not model.config.causal:
+        if next or stop:
+            raise UserError(f"{folder} holds a classifier, which draws no tokens: leave {'next' if next else 'stop'} out")
+        classify(model, tokenizer, classes, lines)
+        return
+    convert_for_inference(model, hardware.DTYPES[dtype])
+    if next:
+        write_next(model, tokenizer, [line for line in lines if line or not by_line])
     else:
-        by_line = start == "-" or start.startswith("FILE:")
-        classify(model, tokenizer, classes, text.split("\n") if by_line else [text])  # other line ends are text
+        write_text(model, tokenizer, text)
 
 
 if __name__ == "__main__":

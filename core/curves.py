@@ -22,6 +22,7 @@ def draw_runs(runs, target):
         classes = class_names(runs[next(iter(predictions))])
         pictures["confusion.png"] = draw_confusion(predictions, classes, split)
         pictures["roc.png"] = draw_roc(predictions, classes, split)
+        pictures["lengths.png"] = draw_lengths(predictions, split)
     for name, fig in pictures.items():
         if fig:
             figures.write(fig, target / name)
@@ -187,8 +188,9 @@ def spans_of_layer(ax, key, records, layer, heads):
 
 
 def read_predictions(runs):
-    """(split, {name: (p (N,), labels (N,), scores)}) of `runs`, {name: folder}: the probability of class 1 of each
-    text, its class, and `evaluation.scores`; of the test split, or of validation where more runs predicted that."""
+    """(split, {name: (p (N,), labels (N,), scores, groups)}) of `runs`, {name: folder}: the probability of class 1 of
+    each text, its class, `evaluation.scores`, and `evaluation.accuracy_by_length`, [] where lengths are unknown; of the
+    test split, or of validation where more runs predicted that."""
     paths = {"test": {}, "val": {}}
     for split, (name, folder) in itertools.product(paths, runs.items()):
         if (path := folder / f"predictions-{split}.npz").exists():
@@ -199,9 +201,10 @@ def read_predictions(runs):
         return split, {}
     for name in runs.keys() - predictions.keys():
         print(f"{name} holds no predictions-{split}.npz; it is left out of the pictures of predictions")
-    from core.evaluation import scores  # here, since it imports torch
+    from core.evaluation import accuracy_by_length, scores  # here, since it imports torch
 
-    return split, {name: (p, labels, scores(p, labels)) for name, (p, labels) in predictions.items()}
+    return split, {name: (p, labels, scores(p, labels), accuracy_by_length(p, labels, lengths) if lengths.any() else [])
+                   for name, (p, labels, lengths) in predictions.items()}
 
 
 def class_names(folder):
@@ -220,7 +223,7 @@ def class_names(folder):
 def draw_confusion(predictions, classes, split):
     """The figure of the confusion matrices, a panel a run: a row a true class, a column a predicted one."""
     fig, axes, _ = figures.panels(len(predictions), 4, 3.2, 3.3, extra=(0, 0.4))
-    for ax, (name, (p, labels, scores)) in zip(axes, predictions.items()):
+    for ax, (name, (p, labels, scores, _)) in zip(axes, predictions.items()):
         positive = p > 0.5
         counts = np.array([[((labels == truth) & (positive == answer)).sum() for answer in (0, 1)] for truth in (0, 1)])
         shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)  # of each true class
@@ -250,7 +253,7 @@ def draw_roc(predictions, classes, split):
     fig = figures.figure(5, 4.9 + 0.18 * len(predictions))
     ax = fig.subplots()
     ax.plot([0, 1], [0, 1], color="gray", linestyle=":", linewidth=1, label="chance: AUC 0.5")
-    for n, (name, (p, labels, scores)) in enumerate(predictions.items()):
+    for n, (name, (p, labels, scores, _)) in enumerate(predictions.items()):
         style = {**figures.line_style(n), "marker": ""}
         ax.plot(*roc(p, labels), **style, linewidth=1.3, label=f"{figures.escape_math(name)}: AUC {scores['auc']:.4f}")
     negative, positive = map(figures.escape_math, classes)
@@ -258,5 +261,28 @@ def draw_roc(predictions, classes, split):
            ylabel=f"share of {positive} texts predicted {positive}")
     ax.set_title(f"ROC curve, {split} split", fontsize=10)
     ax.grid(alpha=0.3)
+    figures.figure_legend_below(fig, ax, 1)
+    return fig
+
+
+def draw_lengths(predictions, split):
+    """The figure of the accuracy on texts of each group of lengths; None where no lengths are known. Runs on data of
+    different tokenizers have different lengths, one below the other on the axis."""
+    runs = {name: groups for name, (*_, groups) in predictions.items() if groups}
+    if not runs:
+        return None
+    fig = figures.figure(5.5, 4.2 + 0.18 * len(runs))
+    ax, labels = fig.subplots(), {}  # labels: {place: [lengths]}
+    for n, (name, groups) in enumerate(runs.items()):
+        for place, (shortest, longest, *_) in enumerate(groups):
+            labels.setdefault(place, []).append(f"{shortest:,}-{longest:,}")
+        _, _, texts, accuracy = np.array(groups).T
+        places = np.arange(len(groups)) + 0.3 * ((n + 0.5) / len(runs) - 0.5)  # beside each other
+        ax.errorbar(places, accuracy, 1.96 * np.sqrt(accuracy * (1 - accuracy) / texts), **figures.line_style(n),
+                    linewidth=1.2, capsize=2, label=figures.escape_math(name))
+    ax.set_xticks(list(labels), ["\n".join(dict.fromkeys(lengths)) for lengths in labels.values()], fontsize=9)
+    ax.set(xlabel="length of the texts (tokens)", ylabel="accuracy, with 95 % interval")
+    ax.set_title(f"accuracy by length, {split} split", fontsize=10)
+    ax.grid(alpha=0.3, axis="y")
     figures.figure_legend_below(fig, ax, 1)
     return fig

@@ -64,7 +64,7 @@ def first_record(folder):
 def kind_of(folder):
     """'classify' or 'lm' by a run's log; '' without a log."""
     record = first_record(folder)
-    return "classify" if "accuracy" in record else "lm" if record else ""
+    return "classify" if "f1" in record else "lm" if record else ""
 
 
 def is_toy(folder):
@@ -164,27 +164,30 @@ def heat_map(matrix, words):
             "width": "container", "height": 80 + 18 * len(names), "usermeta": {"embedOptions": {"actions": False}}}
 
 
-def stream(model, tokenizer, device, prompt, seed, *how):
+def stream(model, tokenizer, device, prompt, stops, seed, *how):
     """(a dict with the text so far, an iterator that adds a token to it and yields True).
 
-    how: max_new_tokens, temperature, top_k, top_p of `GPT.stream`. Raises UserError for a word that it does not know.
+    stops: see `inference.Printer`. how: max_new_tokens, temperature, top_k, top_p of `GPT.generate_stream`. Raises
+    UserError for a word that it does not know.
     """
-    ids, block = inference.encode(tokenizer, prompt), model.config.block_size
-    if not ids:  # as in sample.py: begin after the end of a line, or after any token
-        ids = [i for i in range(tokenizer.vocab_size) if tokenizer.decode_bytes([i]) == b"\n"][:1] or [0]
+    ids, block = inference.encode_prompt(tokenizer, prompt), model.config.block_size
     state = {"text": prompt if len(prompt) < 2000 else "…" + prompt[-2000:], "tokens": 0, "seconds": 0.0, "note": ""}
     if len(ids) > block:
         state["note"] = f"; the prompt is longer than the context: its last {block} tokens are read"
     idx, generator = torch.tensor([ids[-block:]], device=device), torch.Generator(device).manual_seed(seed)
 
     def draw():
-        before, printer = time.perf_counter(), inference.Printer(tokenizer, prompt[-1:])
+        before, printer = time.perf_counter(), inference.Printer(tokenizer, prompt[-1:], stops)
         for token in hardware.adapt_threads(model.generate_stream(idx, *how, generator), device):
             state["text"] += printer([int(token)])
             state["tokens"] += 1
             state["seconds"] += time.perf_counter() - before
+            if printer.ended:
+                state["note"] += "; the text ended"
+                return
             yield True
             before = time.perf_counter()  # the time between two calls is not this model's
+        state["text"] += printer([], final=True)
 
     return state, draw()
 

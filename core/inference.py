@@ -61,15 +61,43 @@ def encode(tokenizer, text):
     return ([] if tokenizer.mark is None else [tokenizer.mark]) + ids
 
 
-class Printer:
-    """Incremental decoder of tokens into text: returns complete characters only."""
+def encode_prompt(tokenizer, text):
+    """`encode` for a language model: at least one token. An empty text without a mark becomes a line end, if there is
+    one in the vocabulary, else token 0."""
+    line_ends = (i for i in range(tokenizer.vocab_size) if tokenizer.decode_bytes([i]) == b"\n")
+    return encode(tokenizer, text) or [next(line_ends, 0)]
 
-    def __init__(self, tokenizer, last=""):
-        self.tokenizer, self.last = tokenizer, last  # last: the previous character, "" at the beginning
+
+class Printer:
+    """Incremental decoder of generated tokens into text: returns complete characters only.
+
+    The text ends before the document mark, and before the stop text that is complete first; `ended` is then True. The
+    prompt is not searched for stop texts.
+    """
+
+    def __init__(self, tokenizer, last="", stops=()):
+        """last: the previous character, "" at the beginning. stops: texts, none of them empty."""
+        self.tokenizer, self.last, self.stops = tokenizer, last, stops
+        self.held, self.ended = "", False  # held: the end of the text so far, which may begin a stop text
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def __call__(self, ids, final=False):
-        """The text (str) that `ids` complete. With `final`, incomplete bytes become replacement characters."""
+        """The text (str) that `ids` (list) complete and that belongs to no stop text. With `final`, nothing is held
+        back, and incomplete bytes become replacement characters."""
+        if self.ended:
+            return ""
+        if self.tokenizer.document_mark in ids:
+            ids, final, self.ended = ids[: ids.index(self.tokenizer.document_mark)], True, True
+        text = self.held + self.decode(ids, final)
+        if found := [(text.index(stop) + len(stop), text.index(stop)) for stop in self.stops if stop in text]:
+            self.ended = True
+            return text[: min(found)[1]]
+        prefixes = (stop[:n] for stop in self.stops for n in range(1, len(stop)))
+        size = 0 if final else max((len(prefix) for prefix in prefixes if text.endswith(prefix)), default=0)
+        self.held = text[len(text) - size :]
+        return text[: len(text) - size]
+
+    def decode(self, ids, final):
         text = self.decoder.decode(self.tokenizer.decode_bytes(ids), final)
         # a word starts with a space, which is wrong at the beginning and after these characters
         if self.tokenizer.kind == "words" and text[:1] == " " and self.last in " \n([{":
@@ -106,6 +134,19 @@ def check_finite(logits):
     """Raise UserError unless all logits are finite."""
     if not logits.isfinite().all():
         raise UserError("the model's scores are not finite; try --dtype=float32, or another checkpoint")
+
+
+@torch.no_grad()
+def next_tokens(model, tokenizer, idx, count):
+    """The `count` most likely tokens after idx (1, T): [(token in printable form, probability)], the most likely first.
+
+    The probabilities are those of the model, before temperature, top_k and top_p. Raises UserError for logits that are
+    not finite.
+    """
+    logits = model(idx)[0][0, -1].float()  # (V,)
+    check_finite(logits)
+    p, tokens = torch.softmax(logits, -1).sort(descending=True, stable=True)  # of equal ones the first, as argmax does
+    return [(tokenizer.token(i), share) for i, share in zip(tokens[:count].tolist(), p[:count].tolist())]
 
 
 def sample_next_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):

@@ -214,25 +214,27 @@ def read_log(path):
 
 
 def read_predictions(path):
-    """(p (N,) float64, labels (N,) bool) of a predictions-SPLIT.npz: for each text, the probability of class 1, and
-    whether that is its label."""
+    """(p (N,) float64, labels (N,) bool, lengths (N,)) of a predictions-SPLIT.npz: for each text, the probability of
+    class 1, whether that is its label, and its tokens (all 0 in files of earlier versions, which do not tell)."""
     try:
         with open_regular(path) as file:
             size = sum(part.file_size for part in zipfile.ZipFile(file).infolist())
             expect(size <= MAX_GIB * 2**30, f"at most {MAX_GIB:g} GiB when unpacked", size)
             with np.load(file, allow_pickle=False) as arrays:
                 p, labels = arrays["p"], arrays["label"]
-        shapes = p.ndim == 1 and p.shape == labels.shape and p.size
-        expect(shapes, "p and label of one shape (N,)", (p.shape, labels.shape))
-        dtypes = p.dtype.kind == "f" and labels.dtype.kind in "iu"
-        expect(dtypes, "p of floats and label of integers", (str(p.dtype), str(labels.dtype)))
+                lengths = arrays["length"] if "length" in arrays else np.zeros(p.shape, np.int64)
+        shapes = p.ndim == 1 and p.shape == labels.shape == lengths.shape and p.size
+        expect(shapes, "p, label and length of one shape (N,)", (p.shape, labels.shape, lengths.shape))
+        dtypes = p.dtype.kind == "f" and labels.dtype.kind in "iu" and lengths.dtype.kind in "iu"
+        expect(dtypes, "p of floats, label and length of integers", (str(p.dtype), str(labels.dtype), str(lengths.dtype)))
+        expect(lengths.min() >= 0, "length of at least 0", lengths.min())
         valid = (p >= 0) & (p <= 1)  # false for NaN
         expect(valid.all(), "p from 0 to 1", p[~valid][:1].tolist())
         valid = (labels == 0) | (labels == 1)
         expect(valid.all(), "label of 0 and 1", labels[~valid][:1].tolist())
     except (OSError, ValueError, KeyError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is damaged ({str(error)[:200]}); train again, or take it away")
-    return p.astype(np.float64), labels == 1
+    return p.astype(np.float64), labels == 1, lengths
 
 
 def read_config(path):

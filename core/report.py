@@ -10,6 +10,11 @@ from core.stats import LEVEL, chance, holm, interval, mcnemar, standard_error
 SCORES = {"bits_per_byte": -1, "accuracy": 1, "f1": 1, "precision": 1, "recall": 1, "auc": 1, "loss": -1}
 
 
+def main_score(scores):
+    """The name of the score that a comparison judges: of classifiers the accuracy, else bits per byte or the loss."""
+    return next(name for name in SCORES if name in scores and (name != "accuracy" or "f1" in scores))
+
+
 def difference_from(first, runs, score, right_answers, resamples):
     """How the results of one variant differ from those of the first, seed by seed: mean, interval, p, and for
     classifiers McNemar's exact test of each pair of models.
@@ -35,14 +40,14 @@ def summarize(results, costs, right_answers, resamples):
     """The comparison's rows, one for each variant, from the results of its runs, {name: [result, ...]}, and what a step
     of each costs. right_answers, resamples: see `difference_from`."""
     rows, first = [], next(iter(results.values()))
-    kind, score = "classify" if "accuracy" in first[0]["scores"] else "lm", next(s for s in SCORES if s in first[0]["scores"])
+    kind, score = "classify" if "f1" in first[0]["scores"] else "lm", main_score(first[0]["scores"])
     for name, runs in results.items():
         mean = lambda key: None if runs[0][key] is None else float(np.mean([r[key] for r in runs]))  # noqa: E731
         row = {"variant": name, "parameters": costs[name]["parameters"], "steps": runs[0]["steps"],
                "seconds_per_step": costs[name]["seconds_per_step"],
                "minutes": runs[0]["steps"] * costs[name]["seconds_per_step"] / 60, "work": mean("work"),
                "kept_share": mean("kept_share"), "scores": {}, "difference": None}
-        for s in runs[0]["scores"]:
+        for s in [s for s in runs[0]["scores"] if all(s in r["scores"] for r in runs)]:  # earlier runs lack some
             values = np.array([r["scores"][s] for r in runs])
             row["scores"][s] = interval(values.mean(), standard_error(values), len(runs))
         if "train_curve" in runs[0]:

@@ -19,8 +19,8 @@ from core.config import UserError
 from core.dataset import DataChanged, batches
 from core.meta import difference
 from core.evaluation import evaluate, health
-from core.runs import (Log, SaveError, Stop, asked, check_folder, clock, format_scores, format_stats,
-                       install_signal_handlers, locked, mend_log, prepare_folder, start_wandb, write_text, write_whole)
+from core.runs import (Log, SaveError, Stop, asked, check_folder, clock, format_lengths, format_scores,
+                       format_stats, install_signal_handlers, locked, mend_log, prepare_folder, start_wandb, write_text, write_whole)
 from core.launch import explain_log, open_data, print_changes, print_costs
 from core.stopwatch import Stopwatch
 
@@ -113,7 +113,7 @@ class Run:
         """Print the scores of whole splits, for eval_only."""
         for split in ["val"] + ["test"] * self.given.eval_test:
             scores, _ = evaluate(model, self.data, split, self.given.batch_size, self.device, self.dtype)
-            print(f"{split}: {format_scores(scores)}")
+            print(f"{split}: {format_scores(scores)}{format_lengths(scores)}")
 
     def restore(self, model, optimizer, source):
         """Lock and prepare the folder. If the run is resumed, restore optimiser, random stream and state.
@@ -280,13 +280,13 @@ class Run:
         for split in ["val"] + ["test"] * self.given.eval_test:
             scores, p = evaluate(best, self.data, split, self.given.batch_size, self.device, self.dtype)
             if p is not None:
-                label = self.data.texts(split)[2]
+                _, offsets, label = self.data.texts(split)
                 path = self.folder / f"predictions-{split}.npz"
-                dist.on_rank0(write_whole, path, lambda file: np.savez(file, p=p, label=label))
+                dist.on_rank0(write_whole, path, lambda file: np.savez(file, p=p, label=label, length=np.diff(offsets)))
             record = {"step": self.state["best_step"], "split": split, "whole": True, **scores, **health(best),
                       "seconds": self.state["seconds"], "work": self.state["work"]}
             text = f"best weights (step {self.state['best_step']}), whole {split} split: {format_scores(scores)}"
-            dist.on_rank0(self.log, record, text, True)
+            dist.on_rank0(self.log, record, text + format_lengths(scores), True)
         print(f"{clock(time.perf_counter() - self.began)} in all; sample with: python sample.py --out_dir={self.folder}")
 
     def count_evaluation_batches(self):

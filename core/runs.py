@@ -58,7 +58,7 @@ def locked(folder):
 EARLIER = "earlier.part"  # holds an earlier run's files while they are moved out of a folder
 RUN_FILE = re.compile(  # what train.py, plot.py and compare.py write into a run's folder, whole or half written
     r"(config\.json|log\.jsonl|result\.json|(ckpt|ckpt-previous|best)\.pt|predictions-(train|val|test)\.npz"
-    r"|(curves|kept|confusion|roc)\.png|(spans|heat|reviews)(-.+)?\.png)(\.part)?|(ckpt|best)-\d+\.shards")
+    r"|(curves|kept|confusion|roc|lengths)\.png|(spans|heat|reviews)(-.+)?\.png)(\.part)?|(ckpt|best)-\d+\.shards")
 
 
 def check_folder(folder):
@@ -212,8 +212,15 @@ class Log:
 
 
 def format_scores(scores):
-    """{name: value} as text: 'loss 1.2345 nats, bits per byte 1.7810'."""
-    return ", ".join(f"{name.replace('_', ' ')} {value:.4f}{' nats' * (name == 'loss')}" for name, value in scores.items())
+    """{name: value} as text: 'loss 1.2345 nats, bits per byte 1.7810'. Lists are left out."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4f}{' nats' * (name == 'loss')}"
+                     for name, value in scores.items() if not isinstance(value, list))
+
+
+def format_lengths(scores):
+    """The accuracy by length of text among the scores as text to append to them; '' if it is missing."""
+    groups = [f"{accuracy:.4f} ({a}-{b})" for a, b, _, accuracy in scores.get("accuracy_by_length", [])]
+    return f"; accuracy by length in tokens: {', '.join(groups)}" if groups else ""
 
 
 def format_stats(stats):

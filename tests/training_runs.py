@@ -4,6 +4,7 @@ import json
 import math
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -75,21 +76,37 @@ def scores_of(record):
 def evaluate_again(out, data, split):
     """What a plain loop over a whole split gives for best.pt."""
     model, _ = load(out / "best.pt")
-    data, total, seen, p, labels = Dataset(data), 0.0, 0, [], []
+    data, total, seen, right, p, labels = Dataset(data), 0.0, 0, 0, [], []
+    text_lengths = np.sort(np.diff(data.offsets(split))) if data.kind == "classify" else []
     with torch.no_grad():
         for x, y, lengths in batches(data, split, 4, 16).in_order():
             logits, _ = model(x, y, lengths)
             flat = logits.flatten(0, -2), y.flatten()
             each = torch.nn.functional.cross_entropy(*flat, ignore_index=-1, reduction="sum")
             total, seen = total + each.item(), seen + (y != -1).sum().item()
+            right += sum(p.argmax() == token for p, token in zip(*flat) if token != -1).item()
             if data.kind == "classify":
                 p.append(logits.softmax(-1)[:, 1])
                 labels.append(y)
     if data.kind == "classify":
         assert seen == data.meta["splits"][split]["documents"]
-        return approximately({"loss": total / seen, **scores(torch.cat(p), torch.cat(labels))})
+        p, labels = torch.cat(p), torch.cat(labels)
+        groups = by_length((p > 0.5) == labels, text_lengths)
+        return approximately({"loss": total / seen, **scores(p, labels)}) | {"accuracy_by_length": groups}
     assert seen == data.meta["splits"][split]["tokens"] - 1
-    return approximately({"loss": total / seen, "bits_per_byte": total / seen / math.log(2)})
+    return approximately({"loss": total / seen, "accuracy": right / seen, "bits_per_byte": total / seen / math.log(2)})
+
+
+def by_length(right, lengths):
+    """`accuracy_by_length` of texts that are sorted by length: whether each is classified correctly, and its tokens."""
+    rows, count, first = [], len(lengths), 0
+    for part in (1, 2, 3, 4):  # a group ends with the text at its share of all, and all others of that length
+        longest = lengths[math.ceil(part * count / 4) - 1]
+        last = sum(length <= longest for length in lengths)
+        if last > first:
+            rows.append([lengths[first], longest, last - first, sum(right[first:last]).item() / (last - first)])
+        first = last
+    return rows
 
 
 def approximately(scores):

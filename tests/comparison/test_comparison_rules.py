@@ -50,6 +50,23 @@ def test_a_difference_is_seed_by_seed():
     assert rows[0]["scores"]["bits_per_byte"]["mean"] == pytest.approx(4.25)
 
 
+@pytest.mark.parametrize("scores, kind, score", [
+    ({"loss": 1.0, "accuracy": 0.5, "bits_per_byte": 2.0}, "lm", "bits_per_byte"),
+    ({"loss": 1.0, "accuracy": 0.5}, "lm", "loss"),  # words, which are not lossless
+    ({"loss": 1.0, "accuracy": 0.5, "f1": 0.5, "auc": 0.5}, "classify", "accuracy")])
+def test_what_is_judged(scores, kind, score):
+    """A language model by its loss, not by the accuracy beside it, which earlier runs of a comparison lack."""
+    new = [{**result, "scores": scores} for result in results("a", (2.0, 2.1))]
+    answers = lambda result: np.array([True, False])  # noqa: E731
+    summary = report.summarize({"a": new, "b": new}, {"a": COST, "b": COST}, answers, 100)
+    assert (summary["kind"], summary["score"]) == (kind, score)
+    assert summary["variants"][0]["scores"]["accuracy"]["mean"] == 0.5
+    if kind == "lm":
+        old = {**new[1], "scores": {name: x for name, x in scores.items() if name != "accuracy"}}
+        summary = report.summarize({"a": [new[0], old], "b": [old, new[0]]}, {"a": COST, "b": COST}, None, 100)
+        assert [set(row["scores"]) for row in summary["variants"]] == [set(scores) - {"accuracy"}] * 2
+
+
 def test_hard_texts_that_are_told_right(tmp_path, monkeypatch):
     rows = [("so good", 1, "plain"), ("so bad", 0, "plain"), ("not good", 0, "negation"), ("not so good", 0, "negation"),
             ("not bad", 1, "negation"), ("never bad, good", 1, "negation")]

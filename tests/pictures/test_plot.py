@@ -9,6 +9,7 @@ import pytest
 
 import plot
 from core import curves, figures
+from core.runs import check_folder
 from helpers import ROOT, call
 
 
@@ -175,9 +176,9 @@ def test_spans_of_many_layers_and_heads(tmp_path, drawn):
 # ---- a classifier ------------------------------------------------------------------------------
 
 
-def classifier(folder, split, p, labels):
+def classifier(folder, split, p, labels, **more):
     write_log(folder, {"step": 0, "split": "val", "loss": 0.7, "accuracy": 0.5})
-    np.savez(folder / f"predictions-{split}.npz", p=np.array(p, np.float32), label=np.array(labels, np.uint8))
+    np.savez(folder / f"predictions-{split}.npz", p=np.array(p, np.float32), label=np.array(labels, np.uint8), **more)
     return folder
 
 
@@ -235,8 +236,30 @@ def test_predictions_of_many_runs(tmp_path, drawn, capsys):
     assert "c holds no predictions-test.npz; it is left out of the pictures of predictions\n" in capsys.readouterr().out
 
 
+def test_accuracy_by_length(tmp_path, drawn, capsys):
+    """Of each run whose predictions hold the lengths; those of another tokenizer are below, an earlier run is left out."""
+    p, labels = [0.9] * 30 + [0.1] * 10, [1] * 20 + [0] * 10 + [1] * 5 + [0] * 5
+    lengths = np.repeat([5, 12, 1200, 7000], 10)
+    a = classifier(tmp_path / "a", "val", p, labels, length=lengths)
+    b = classifier(tmp_path / "b", "val", p[::-1], labels[::-1], length=4 * lengths[::-1].astype(np.uint32))
+    call(plot, a)
+    assert f"{a / 'lengths.png'}\n" in capsys.readouterr().out
+    (ax,) = drawn["lengths.png"].axes
+    assert list(ax.lines[0].get_ydata()) == [1, 1, 0, 0.5] and list(ax.lines[0].get_xdata()) == [0, 1, 2, 3]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["5-5", "12-12", "1,200-1,200", "7,000-7,000"]
+    (bars,) = ax.collections
+    assert np.ptp(bars.get_segments()[3][:, 1]) == pytest.approx(2 * 1.96 * (0.25 / 10) ** 0.5)
+    call(plot, a, b, classifier(tmp_path / "c", "val", p, labels))
+    (ax,) = drawn["lengths.png"].axes
+    assert ax.get_legend_handles_labels()[1] == ["a", "b"]
+    assert [label.get_text() for label in ax.get_xticklabels()][1:3] == ["12-12\n48-48", "1,200-1,200\n4,800-4,800"]
+    assert check_folder(a) is None  # a new run may replace this one
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", {"p": [0.5]}, {"p": [0.5], "label": [1, 0]},
-                                     {"p": [], "label": []}, {"p": ["a"], "label": [1]}])
+                                     {"p": [], "label": []}, {"p": ["a"], "label": [1]},
+                                     {"p": [0.5], "label": [1], "length": [3, 3]}, {"p": [0.5], "label": [1], "length": [-1]},
+                                     {"p": [0.5], "label": [1], "length": [3.0]}, {"p": [0.5], "label": [1], "length": ["3"]}])
 def test_damaged_predictions(tmp_path, refused, drawn, content):
     run = write_log(tmp_path / "out", {"step": 0, "split": "val", "loss": 3.0})
     path = run / "predictions-val.npz"

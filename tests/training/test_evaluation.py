@@ -12,9 +12,9 @@ from training_runs import SMALL, assert_same, evaluate_again, fit, log_of, score
 
 import train
 from core import evaluation, prepare
-from core.dataset import Dataset, batches
+from core.dataset import Dataset, TextBatches, batches
 from core.evaluation import evaluate
-from helpers import write_bytes
+from helpers import review, write_bytes, write_reviews
 from model import GPT, GPTConfig, load
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -126,6 +126,65 @@ def test_the_order_in_which_ranks_are_done_changes_no_bit(request, texts, monkey
     assert data.kind == "lm" or np.array_equal(alone[1], shared[1])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_accuracy_of_the_next_token(text, dtype, monkeypatch):
+    """The share of targets that are the most likely token; those that the data leave out, and padding, do not count."""
+    data = Dataset(text)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, n_layer=1, n_head=2, n_embd=16, vocab_size=256)).eval()
+    stack = TextBatches.stack
+
+    def masked(source, rows):
+        x, y, lengths = stack(source, rows)
+        y[:, ::3] = -1
+        return x, y, lengths
+
+    with torch.no_grad():
+        model.embedding.weight[32].mul_(3).add_(0.05)  # a model that often expects a space
+    for left_out in (False, True):
+        if left_out:
+            monkeypatch.setattr(TextBatches, "stack", masked)
+        right, count = 0, 0
+        for x, y, _ in batches(data, "val", 4, 16).in_order():
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+                logits = model(x, y)[0]
+            for scores, target in zip(logits.flatten(0, 1).tolist(), y.flatten().tolist()):
+                if target >= 0:
+                    right, count = right + (scores.index(max(scores)) == target), count + 1
+        assert count == (312 if left_out else 499) and 10 < right < count - 10
+        assert evaluate(model, data, "val", 4, "cpu", dtype)[0]["accuracy"] == right / count
+
+
+def test_accuracy_by_length():
+    """Quarters of the texts by length; texts of one length are not separated, whatever the order."""
+    lengths = np.array([7, 3, 3, 90, 3, 8, 20, 3, 21, 9])  # 3 3 3 3 | 7 8 | 9 20 | 21 90: ends at texts 3, 5, 8, 10
+    p = np.array([0.9, 0.2, 0.6, 0.6, 0.1, 0.7, 0.4, 0.3, 0.5, 0.8])
+    labels = np.array([1, 0, 0, 0, 0, 1, 1, 1, 0, 1])
+    expected = [[3, 3, 4, 0.5], [7, 7, 1, 1.0], [8, 20, 3, 2 / 3], [21, 90, 2, 0.5]]
+    assert evaluation.accuracy_by_length(p, labels, lengths) == expected
+    order = np.random.default_rng(0).permutation(10)
+    assert evaluation.accuracy_by_length(p[order], labels[order], lengths[order]) == expected
+    assert evaluation.accuracy_by_length([0.2, 0.3], [0, 1], np.array([5, 5])) == [[5, 5, 2, 0.5]]
+
+
+def test_accuracy_by_length_is_of_the_whole_text(tmp_path, capsys):
+    """Lengths are those of the texts, also beyond the block size; eval_only prints them; predictions hold them."""
+    data = write_reviews(tmp_path / "data", **{split: [review(n) for n in range(16)] for split in ("train", "val")})
+    assert not fit(tmp_path / "out", data, "--max_iters=2", "--eval_iters=0")
+    lengths = sorted(len(review(n)[0].encode()) + 1 for n in range(16))
+    records = log_of(tmp_path / "out", "val")
+    groups = records[-1]["accuracy_by_length"]
+    assert [row[0] for row in groups] == [lengths[0], *(min(x for x in lengths if x > row[1]) for row in groups[:-1])]
+    assert groups[-1][1] == lengths[-1] > 16 and sum(row[2] for row in groups) == 16 and len(groups) == 4
+    assert sum(row[2] * row[3] for row in groups) / 16 == pytest.approx(records[-1]["accuracy"])
+    with np.load(tmp_path / "out" / "predictions-val.npz") as found:
+        assert found["length"].tolist() == [len(review(n)[0].encode()) + 1 for n in range(16)]
+    capsys.readouterr()
+    assert not fit(tmp_path / "out", data, "--eval_only=True")
+    (line,) = re.findall("^val: loss .*; accuracy by length in tokens: (.*)$", capsys.readouterr().out, re.M)
+    assert line == ", ".join(f"{accuracy:.4f} ({a}-{b})" for a, b, _, accuracy in groups)
+
+
 def test_the_last_scores_are_of_the_whole_split(folder, tmp_path):
     assert not fit(tmp_path, folder, "--max_iters=5", "--eval_test=True")
     last = [scores_of(record) for record in log_of(tmp_path) if record.pop("whole", False)]
@@ -156,7 +215,8 @@ def test_training_scores(folder, tmp_path, capsys):
         each = [model(x, y, lengths)[1].item() * (y != -1).sum().item() for x, y, lengths in batches(data, "train", 4, 16).in_order()]
         count = sum((y != -1).sum().item() for _, y, _ in batches(data, "train", 4, 16).in_order())
     assert records[-1]["train_loss"] == pytest.approx(sum(each) / count, rel=1e-5)
-    assert ("train_accuracy" in records[-1]) == (data.kind == "classify") and "train loss" in capsys.readouterr().out
+    assert ("train_f1" in records[-1]) == (data.kind == "classify") and "train loss" in capsys.readouterr().out
+    assert 0 <= records[-1]["train_accuracy"] <= 1
     one, other = (torch.load(tmp_path / name / "ckpt.pt")["model"] for name in ("plain", "both"))
     assert_same(one, other)
 

@@ -27,10 +27,11 @@ def test_the_folder_of_a_run(folder, tmp_path):
     log = log_of(out)
     assert [(record["step"], record["split"]) for record in log if "whole" not in record] == \
         [(0, "val"), (0, "train"), (2, "train"), (4, "train"), (5, "val"), (6, "val")]
-    extra = {"accuracy", "f1", "precision", "recall", "auc"} if "reviews" in str(folder) else {"bits_per_byte"}
+    extra = {"accuracy", "f1", "precision", "recall", "auc"} if "reviews" in str(folder) else {"accuracy", "bits_per_byte"}
     for record in log:
         assert math.isfinite(record["loss"])
         more = {"lr", "grad_norm"} if record["split"] == "train" else extra | {"stats", "work_per_token", "work"}
+        more |= {"accuracy_by_length"} if "whole" in record and "reviews" in str(folder) else set()
         assert record.keys() - {"whole"} == {"step", "split", "loss"} | more
     raw = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert all(record["tokens_per_second"] > 0 and record["seconds"] > 0 for record in raw if record["split"] == "train")
