@@ -26,10 +26,11 @@ SKIPPED_LIMIT = 1 << 30  # bytes of a member of a tar: those not asked for are r
 DAMAGE = (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, OSError, RuntimeError)
 
 
-def identity(source):
+def identity(source, wanted=lambda name: True):
     """A dict for meta.json that tells whether two sources are the same: base name, size in bytes, and sha256 of a file.
 
-    The digest of a folder is over its files' names, sizes and times: 100,000 files would take long to read.
+    The digest of a folder is over the names, sizes and times of its files for which `wanted(name)` holds: 100,000 files
+    would take long to read.
     """
     source = Path(source)
     if source.is_file():
@@ -38,7 +39,7 @@ def identity(source):
         raise UserError(f"--source {source}: there is no such file or folder; give the path of a local copy, "
                         "or leave --source out to download")
     hasher, total = hashlib.sha256(), 0
-    for name, _, info in folder_files(source):
+    for name, _, info in filter(lambda file: wanted(file[0]), folder_files(source)):
         total += info.st_size
         hasher.update(f"{name}\0{info.st_size}\0{info.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
     return {"file": source.resolve().name, "bytes": total, "listing_sha256": hasher.hexdigest()}

@@ -166,12 +166,17 @@ def resembles_meta(path):
         return False
 
 
+def is_ours(name):
+    """Whether a file of this name, in a folder of `write`, may be one of its files."""
+    return bool(OUR_FILE.fullmatch(name)) or name in ("meta.json", MOVING)
+
+
 def remove_leftovers(out_dir):
     """Remove the temporary folders of runs that were killed. One younger than an hour may be in use."""
     leftover = re.compile(re.escape(out_dir.name) + r"\.part-[a-z0-9_]{8}")
     for folder in out_dir.parent.iterdir():
         if leftover.fullmatch(folder.name) and folder.is_dir() and time.time() - folder.stat().st_mtime > 3600:
-            if all(OUR_FILE.fullmatch(path.name) or path.name in ("meta.json", MOVING) for path in folder.iterdir()):
+            if all(is_ours(path.name) for path in folder.iterdir()):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
