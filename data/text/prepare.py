@@ -8,8 +8,8 @@ Your own text: a folder (with its subfolders), a file or an archive of UTF-8 tex
 
 A document is a file, or a line of a file named .jsonl or .ndjson. Documents are put in an order that depends on --seed;
 val and test take whole documents, about --val_share and --test_share of the bytes. If there are fewer documents than
-splits, each is cut by its place instead: train is its beginning, test its end. A document of val or test whose exact
-text is also in an earlier split (train, val, test) is dropped. Vocabularies are learnt from train.
+splits, each is cut by its place instead: train is its beginning, test its end. Exact duplicates of a document of val or
+test are dropped, those of train stay in train. Vocabularies are learnt from train.
 
 Lines with a label make a classifier's set of two classes, sorted by name. Their shares are of the documents, the same
 for each class, and HTML line breaks become newlines, as in what sample.py classifies. `train.py --task=lm` reads the
@@ -43,10 +43,10 @@ from core.vocabulary import vocabulary
 
 NAME = re.compile(r"[a-z0-9][\w-]{0,39}", re.ASCII | re.IGNORECASE)
 STEP = 1 << 18  # bytes of a document that are encoded at a time
-IN_ORDER = "whole documents, in the order of a hash of the seed, the text and the number of the copy; val, then test, " \
-           "take those that fit their share of the "
-RULES = {"lm": IN_ORDER + "bytes", "classify": IN_ORDER + "documents of each class",
-         "cut": "each document is cut: train is its beginning, val and test are shares of its bytes at its end"}
+IN_ORDER = "whole documents in the order of a hash of the seed and the text; val, then test, take those that fit their " \
+           "share of the {}; their duplicates are dropped"
+RULES = {"lm": IN_ORDER.format("bytes"), "classify": IN_ORDER.format("documents of each class"),
+         "cut": "each document is cut: its beginning is train, then comes val, then test, by their shares of its bytes"}
 
 
 def parse(argv):
@@ -62,7 +62,7 @@ def parse(argv):
     if not NAME.fullmatch(args.name):
         raise UserError(f"--name expects at most 40 letters, digits, - and _, got {short_repr(args.name)}")
     for script in (args.name, args.name.split("_")[0]):  # data/imdb_bytes is made by data/imdb/prepare.py
-        if (HERE.parent / script / "prepare.py").exists():
+        if (HERE.parent / script / "prepare.py").exists() and (script != HERE.name or script == args.name):
             raise UserError(f"--name {args.name} is for a set of data/{script}/prepare.py: choose another name")
     if not (args.val_share > 0 and args.test_share >= 0 and args.val_share + args.test_share < 1):
         raise UserError("expected --val_share above 0, --test_share of 0 or more, and less than 1 together, "
@@ -93,73 +93,75 @@ def name_filter(source, out_dir):
 
 
 def shuffled(documents, seed):
-    """(order, group): the numbers of the documents in an order that depends on the seed and their texts alone, and the
-    number of each one's text, equal for copies. Both (N,) int64.
+    """(order, text, copy), each (N,) int64: the numbers of the documents in an order that depends on the seed and their
+    texts alone; the number of each one's text, equal for duplicates; and 0 for the first document of a text, 1 for the
+    second, ...
 
     Documents keep their order when others are added, so that most of val stays in val.
     """
     digests = np.frombuffer(bytes(documents.digests), "S16")
-    _, group = np.unique(digests, return_inverse=True)
-    by_text = np.argsort(group, kind="stable")
-    copy = np.empty(len(group), np.int64)  # 0 for the first document of a text, 1 for the second, ...
-    copy[by_text] = np.arange(len(group)) - np.searchsorted(group[by_text], group[by_text])
+    _, text = np.unique(digests, return_inverse=True)
+    by_text = np.argsort(text, kind="stable")
+    copy = np.empty_like(text)
+    copy[by_text] = np.arange(len(text)) - np.searchsorted(text[by_text], text[by_text])
     keys = bytearray()
     for n in range(len(documents)):
         key = b"%d %d " % (seed, copy[n]) + documents.digests[16 * n : 16 * n + 16]
         keys += hashlib.blake2b(key, digest_size=16).digest()
-    return np.argsort(np.frombuffer(bytes(keys), "S16"), kind="stable"), group
+    return np.argsort(np.frombuffer(bytes(keys), "S16"), kind="stable"), text, copy
+
+
+def split_documents(documents, data, seed, shares):
+    """(rule, {split: {spans (N, 2) in `data`, labels (N,) of a classifier, counts}}, number of dropped duplicates).
+
+    rule: a key of RULES; data: the file of text. Raises UserError if a class has too few documents.
+    """
+    order, text, copy = shuffled(documents, seed)
+    firsts, ends, classes = order[copy[order] == 0], np.array(documents.ends), sorted(documents.classes)
+    if not classes and len(firsts) <= len(shares):
+        return "cut", cut_by_place(ends, firsts, data, shares), len(order) - len(firsts)
+    sizes, parts = np.diff(ends), [firsts]
+    if classes:
+        labels = np.array([classes.index(name) for name in documents.classes], np.uint8)[documents.labels]
+        sizes, parts = np.ones_like(sizes), [firsts[labels[firsts] == n] for n in range(len(classes))]
+    owner = np.empty(len(firsts), np.int64)  # the split of each text: 0 train, 1 val, 2 test
+    for n, part in enumerate(parts):
+        if len(part) <= len(shares):
+            raise UserError(f"too small to split: expected {len(shares) + 1} texts or more of each label, one for each "
+                            f"split, found {len(part)} of {short_repr(classes[n])}")
+        for place, numbers in enumerate(divide(part, sizes, shares)):
+            owner[text[numbers]] = place
+    splits = {}
+    for place, name in enumerate(("train", *shares)):
+        kept = order[(owner[text[order]] == place) & ((copy[order] == 0) | (place == 0))]
+        splits[name] = {"spans": np.stack([ends[kept], ends[kept + 1]], 1)}
+        if classes:
+            splits[name] |= {"labels": labels[kept], "positive": labels[kept].sum()}
+    dropped = len(order) - sum(len(split["spans"]) for split in splits.values())
+    return "classify" if classes else "lm", splits, dropped
 
 
 def divide(order, sizes, shares):
-    """{split: documents in `order`}. Each split of `shares` takes the documents that fit its share of the sum of sizes,
-    at least the smallest one, and leaves one to each split after it; train gets the others."""
-    splits, left = {}, order
-    total = sizes[order].sum()
-    for later, (name, share) in zip(range(len(shares), 0, -1), shares.items()):
+    """The documents of `order` of each split, train first. Each split of `shares` takes the documents that fit its
+    share of the sum of sizes, at least the smallest one, and leaves one to each split after it; train gets the others."""
+    parts, left, total = [], order, sizes[order].sum()
+    for later, share in zip(range(len(shares), 0, -1), shares.values()):
         room, spare, taken = round(share * total), len(left) - later, np.zeros(len(left), bool)
         for n, size in enumerate(sizes[left]):
             if size <= room and spare:
                 room, spare, taken[n] = room - size, spare - 1, True
         if not taken.any():
             taken[np.argmin(sizes[left])] = True
-        splits[name], left = left[taken], left[~taken]
-    return {"train": left, **splits}
+        parts.append(left[taken])
+        left = left[~taken]
+    return [left, *parts]
 
 
-def split_documents(documents, data, seed, shares):
-    """{split: {spans (N, 2) in the file of text, labels (N,) of a classifier, counts}}, of whole documents.
-
-    data: the file of text. Raises UserError if there are too few.
-    """
-    order, group = shuffled(documents, seed)
-    ends, labels = np.array(documents.ends), np.frombuffer(bytes(documents.labels), np.uint8)
-    sizes = np.ones(len(order), np.int64) if len(labels) else np.diff(ends)
-    classes = [order[labels[order] == n] for n in range(len(documents.classes))] or [order]
-    for name, of_class in zip(documents.classes, classes):
-        if len(of_class) <= len(shares):
-            raise UserError(f"too small to split: expected {len(shares) + 1} texts or more of each label, one for each "
-                            f"split, found {len(of_class)} of {short_repr(name)}")
-    parts = [divide(of_class, sizes, shares) for of_class in classes]
-    rank, known, splits = np.argsort(order), np.zeros(len(order), bool), {}
-    for name in ("train", *shares):
-        numbers = np.concatenate([part[name] for part in parts])
-        numbers = numbers[np.argsort(rank[numbers])]  # classes mixed
-        kept = numbers[~known[group[numbers]]]
-        known[group[kept]] = True
-        if not len(kept):
-            raise UserError(f"too small to split: each document of {name} is also in an earlier split")
-        splits[name] = {"spans": np.stack([ends[kept], ends[kept + 1]], 1), "dropped_copies": len(numbers) - len(kept)}
-        if len(labels):
-            in_order = labels[kept] if documents.classes == sorted(documents.classes) else 1 - labels[kept]
-            splits[name] |= {"labels": in_order, "positive": in_order.sum()}
-    return splits
-
-
-def cut_by_place(documents, data, seed, shares):
-    """`split_documents` where each document is cut, at whole characters, into train, val and test."""
+def cut_by_place(ends, order, data, shares):
+    """{split: {spans (N, 2)}} of documents that are each cut, at whole characters, into train, val and test."""
     spans = {name: [] for name in ("train", *shares)}
-    for n in shuffled(documents, seed)[0]:
-        start, end = documents.ends[n], documents.ends[n + 1]
+    for n in order:
+        start, end = ends[n], ends[n + 1]
         cuts, share = [start], 1 - sum(shares.values())
         for later in shares.values():
             cuts.append(next_character(data, start + int((end - start) * share)))
@@ -210,7 +212,7 @@ def encode(tokenizer, unknown, data, spans, path):
         for (first, _), ids in zip(flags, tokenizer.encode_stream(text for _, text in pieces)):
             if first:
                 offsets.append(size)
-            tokens = np.array(mark * first + ids, dtype)
+            tokens = np.array(array(dtype.char, mark * first + ids), dtype)  # NumPy is slow on a list
             file.write(tokens)
             size += len(tokens)
             count += np.count_nonzero(tokens == unknown) if unknown is not None else 0
@@ -237,26 +239,29 @@ def main(argv):
         gpt2_encoding()  # it may fail, so before the long work
     with prepare.workspace(args.out_dir) as folder:
         documents = read(args.source, wanted, folder / "text.bin")
-        kind = "classify" if documents.classes else "lm"
-        cut = kind == "lm" and len(documents) <= len(shares)
         with documents.file, mmap.mmap(documents.file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            splits = (cut_by_place if cut else split_documents)(documents, data, args.seed, shares)
-            texts = (text for _, text in pieces_of(data, splits["train"]["spans"]))
-            entries = learn(args.tokenizer, options.get("vocab_size"), texts, len(documents) == 1)
+            rule, splits, dropped = split_documents(documents, data, args.seed, shares)
+            spans = splits["train"]["spans"]
+            texts = (text for _, text in pieces_of(data, spans))
+            entries = learn(args.tokenizer, options.get("vocab_size"), texts, rule == "cut" and len(spans) == 1)
             tokenizer = Tokenizer({"tokenizer": args.tokenizer, **entries})
             unknown = entries["vocab"].index(UNKNOWN) if "vocab" in entries else None
             for name, split in splits.items():
                 split |= encode(tokenizer, unknown, data, split.pop("spans"), folder / f"{name}.bin")
-                if kind == "lm":
+                if not documents.classes:
                     del split["offsets"]
-        lossless = args.tokenizer != "words" and not any(split.get("unknown") for split in splits.values())
+        if dropped:
+            print(f"dropped {dropped:,} duplicates of documents of val and test", file=sys.stderr)
         classes = {"classes": sorted(documents.classes), "class_order": "sorted by name"} if documents.classes else {}
         prepare.write(args.out_dir, {
-            "name": args.name, "kind": kind, "tokenizer": args.tokenizer, **entries, "document_mark": entries["mark"],
-            **classes, "lossless": lossless, "partial": False, "options": options,
+            "name": args.name, "kind": "classify" if classes else "lm", "tokenizer": args.tokenizer, **entries,
+            "document_mark": entries["mark"], **classes,
+            "lossless": args.tokenizer != "words" and not any(split.get("unknown") for split in splits.values()),
+            "partial": False, "options": options,
             "source": {**source, "content_bytes": documents.ends[-1], "documents": len(documents),
-                       "blank_documents": documents.blank, "skipped_files": len(documents.skipped)},
-            "split_rule": RULES["cut" if cut else kind],
+                       "dropped_duplicates": dropped, "blank_documents": documents.blank,
+                       "skipped_files": len(documents.skipped)},
+            "split_rule": RULES[rule],
         }, splits)
 
 
