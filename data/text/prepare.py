@@ -122,7 +122,8 @@ def split_documents(documents, data, seed, shares):
         return "cut", cut_by_place(ends, firsts, data, shares), len(order) - len(firsts)
     sizes, parts = np.diff(ends), [firsts]
     if classes:
-        labels = np.array([classes.index(name) for name in documents.classes], np.uint8)[documents.labels]
+        sorted_number = np.array([classes.index(name) for name in documents.classes], np.uint8)
+        labels = sorted_number[np.frombuffer(bytes(documents.labels), np.uint8)]
         sizes, parts = np.ones_like(sizes), [firsts[labels[firsts] == n] for n in range(len(classes))]
     owner = np.empty(len(firsts), np.int64)  # the split of each text: 0 train, 1 val, 2 test
     for n, part in enumerate(parts):
