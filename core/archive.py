@@ -5,6 +5,7 @@ with a source ends as a UserError, or as an OSError of the system.
 """
 
 import bz2
+import contextlib
 import gzip
 import hashlib
 import lzma
@@ -25,10 +26,11 @@ SKIPPED_LIMIT = 1 << 30  # bytes of a member of a tar: those not asked for are r
 DAMAGE = (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, OSError, RuntimeError)
 
 
-def identity(source):
+def identity(source, wanted=lambda name: True):
     """A dict for meta.json that tells whether two sources are the same: base name, size in bytes, and sha256 of a file.
 
-    The digest of a folder is over its files' names, sizes and times: 100,000 files would take long to read.
+    The digest of a folder is over the names, sizes and times of its files for which `wanted(name)` holds: 100,000 files
+    would take long to read.
     """
     source = Path(source)
     if source.is_file():
@@ -37,7 +39,7 @@ def identity(source):
         raise UserError(f"--source {source}: there is no such file or folder; give the path of a local copy, "
                         "or leave --source out to download")
     hasher, total = hashlib.sha256(), 0
-    for name, _, info in folder_files(source):
+    for name, _, info in filter(lambda file: wanted(file[0]), folder_files(source)):
         total += info.st_size
         hasher.update(f"{name}\0{info.st_size}\0{info.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
     return {"file": source.resolve().name, "bytes": total, "listing_sha256": hasher.hexdigest()}
@@ -51,11 +53,7 @@ def members(source, wanted=lambda name: True, limit=1 << 26):
     ignored. limit: bytes that one file may hold. Raises UserError for a missing, empty, cut or damaged source.
     """
     source = Path(source)
-    if not source.is_dir() and not source.is_file():
-        raise UserError(f"{source}: there is no such file or folder")
-    if source.is_file() and source.stat().st_size == 0:
-        raise UserError(f"{source.name} is empty: copy or download it again")
-    try:
+    with reading(source):
         for name, size, open_member in entries(source):
             if name is not None and wanted(name):
                 check_limit(size, name, limit, "claims")
@@ -63,7 +61,36 @@ def members(source, wanted=lambda name: True, limit=1 << 26):
                     data = file.read(limit + 1)  # a header may claim less than there is
                 check_limit(len(data), name, limit, "holds at least")
                 yield name, data
-    except () if source.is_dir() else DAMAGE as error:
+
+
+def streams(source, wanted=lambda name: True, size=1 << 20):
+    """`members` of any size: yield (name, iterator over the content in pieces of `size` bytes). A content must be read
+    before the next file is asked for; it need not be read to its end."""
+    source = Path(source)
+
+    def pieces(open_member):
+        with reading(source), open_member() as file:
+            while data := file.read(size):
+                yield data
+
+    with reading(source):
+        for name, _, open_member in entries(source):
+            if name is not None and wanted(name):
+                yield name, pieces(open_member)
+
+
+@contextlib.contextmanager
+def reading(source):
+    """Raise UserError if `source` (Path) is missing or empty, or cannot be read within this context."""
+    if not source.is_dir() and not source.is_file():
+        raise UserError(f"{source}: there is no such file or folder")
+    if source.is_file() and source.stat().st_size == 0:
+        raise UserError(f"{source.name} is empty: copy or download it again")
+    try:
+        yield
+    except OSError if source.is_dir() else DAMAGE as error:
+        if source.is_dir():
+            raise UserError(f"{error.filename or source} cannot be read ({error.strerror or error})") from error
         raise UserError(f"{source.name} cannot be read to its end ({type(error).__name__}: {error}): "
                         "it is cut, damaged or not what its name says; copy or download it again") from error
 
@@ -91,6 +118,13 @@ def decode_utf8(data, name):
     except UnicodeDecodeError as error:
         raise UserError(f"{name}: expected UTF-8 text, found {data[error.start:error.end]!r} at byte {error.start:,}: "
                         "it is damaged or another file; check --source") from error
+
+
+def next_character(data, at):
+    """The first position from `at` on that is not inside a character of UTF-8. data: bytes, or an mmap of them."""
+    while at < len(data) and data[at] & 0xC0 == 0x80:
+        at += 1
+    return at
 
 
 def check_size(source, size, expected, partial, unit="bytes"):

@@ -5,13 +5,13 @@ Letters: B batch, T time, N texts, V vocabulary.
 
 import codecs
 import math
-import re
 
 import torch
 import torch.nn as nn
 
 from core import hardware
 from core.config import UserError
+from core.tokenizer import html_line_breaks
 
 
 class PackedLinear(nn.Module):
@@ -108,8 +108,7 @@ class Printer:
 
 def review_batch(model, tokenizer, texts, device):
     """Texts as a padded batch, each cut to the block size: x (B, T) token ids, lengths (B,)."""
-    # the raw reviews write line breaks as HTML; data/imdb stores newlines
-    ids = [encode(tokenizer, re.sub(r"<br\s*/?>", "\n", text, flags=re.I)) for text in texts]
+    ids = [encode(tokenizer, html_line_breaks(text)) for text in texts]
     ids = [torch.tensor(each[: model.config.block_size]) for each in ids]
     lengths = torch.tensor([len(each) for each in ids], device=device)
     return torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device), lengths

@@ -41,7 +41,7 @@ def path_argument(text):
     """The Path of an option's text. Raises UserError for an empty one, which would be the working folder."""
     if not text:
         raise UserError("--source and --out_dir expect a path, got nothing: give one, or leave the option out")
-    return Path(text)
+    return Path(os.path.expanduser(text))  # the shell leaves the ~ of --source=~/notes as it is
 
 
 def make_parser(doc, out_dir, partial=""):
@@ -61,6 +61,27 @@ def make_parser(doc, out_dir, partial=""):
         parser.add_argument("--partial", action="store_true",
                             help=f"accept a source smaller than the published {partial}; meta.json will say so")
     return parser
+
+
+def add_tokenizer(parser, kinds):
+    """Add --tokenizer and --vocab_size. kinds: the tokenizers to choose from, the default first."""
+    parser.add_argument("--tokenizer", choices=kinds, default=kinds[0])
+    parser.add_argument("--vocab_size", type=int, metavar="N",
+                        help="words: the N most frequent, besides <s> and <unk> (default 10000); "
+                             "bpe: N tokens in all (default 8192)")
+
+
+def tokenizer_options(args):
+    """The options of `add_tokenizer` as a dict for meta.json. Raises UserError for a wrong vocab_size."""
+    default, least = {"words": (10_000, 1), "bpe": (8192, 258)}.get(args.tokenizer, (None, None))
+    if default is None:
+        if args.vocab_size is not None:
+            raise UserError(f"--vocab_size: {args.tokenizer} has a vocabulary of its own; leave the option out")
+        return {"tokenizer": args.tokenizer}
+    size = default if args.vocab_size is None else args.vocab_size
+    if size < least:
+        raise UserError(f"--vocab_size: expected at least {least} for {args.tokenizer}, got {size}")
+    return {"tokenizer": args.tokenizer, "vocab_size": size}
 
 
 def token_dtype(vocab_size):
@@ -145,12 +166,17 @@ def resembles_meta(path):
         return False
 
 
+def is_ours(name):
+    """Whether a file of this name, in a folder of `write`, may be one of its files."""
+    return bool(OUR_FILE.fullmatch(name)) or name in ("meta.json", MOVING)
+
+
 def remove_leftovers(out_dir):
     """Remove the temporary folders of runs that were killed. One younger than an hour may be in use."""
     leftover = re.compile(re.escape(out_dir.name) + r"\.part-[a-z0-9_]{8}")
     for folder in out_dir.parent.iterdir():
         if leftover.fullmatch(folder.name) and folder.is_dir() and time.time() - folder.stat().st_mtime > 3600:
-            if all(OUR_FILE.fullmatch(path.name) or path.name in ("meta.json", MOVING) for path in folder.iterdir()):
+            if all(is_ours(path.name) for path in folder.iterdir()):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -169,18 +195,27 @@ def write(out_dir, meta, splits):
     """
     out_dir, dtype = Path(out_dir).absolute(), token_dtype(meta["vocab_size"])
     earlier = replaceable(out_dir)
+    with workspace(out_dir) as temporary:
+        counts = {name: write_split(temporary, name, split, dtype) for name, split in splits.items()}
+        meta = {"format": FORMAT, **meta, "dtype": dtype.name, "splits": counts}
+        move_files(temporary, out_dir, meta, earlier)
+    print_counts(meta)
+
+
+@contextlib.contextmanager
+def workspace(out_dir):
+    """Within, the Path of a temporary folder beside out_dir, on the same disk. Raises UserError for an OSError within:
+    what reads a source must raise its own."""
+    out_dir = Path(out_dir).absolute()
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(out_dir)
         beside = {"prefix": f"{out_dir.name}.part-", "dir": out_dir.parent}
         with tempfile.TemporaryDirectory(**beside, ignore_cleanup_errors=True) as temporary:
-            counts = {name: write_split(Path(temporary), name, split, dtype) for name, split in splits.items()}
-            meta = {"format": FORMAT, **meta, "dtype": dtype.name, "splits": counts}
-            move_files(Path(temporary), out_dir, meta, earlier)
+            yield Path(temporary)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"could not write {out_dir}: {reason}; when that is mended, run it again") from error
-    print_counts(meta)
 
 
 def write_split(folder, name, split, dtype):

@@ -11,7 +11,7 @@ text without the data. Five kinds:
     gpt2    GPT-2's byte pairs, encoded by tiktoken, which downloads them once
 
 The document mark (`meta["mark"]`, or None) begins every stored document. No text encodes to it: a prompt is only text.
-It decodes to a newline.
+It decodes to a newline. Bytes and characters have NUL for it, so prepare.py replaces NUL in a text by a space.
 """
 
 import base64
@@ -19,8 +19,14 @@ import re
 
 from core.meta import UNKNOWN, check
 
+LINE_BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*|\S")  # with apostrophes inside (don't); or one other visible character
 NO_SPACE_BEFORE = set(".,!?;:)]}%")
+
+
+def html_line_breaks(text):
+    """`text` with its HTML line breaks as newlines, as texts to classify are stored and read."""
+    return LINE_BREAK.sub("\n", text)
 
 
 def words(text):
@@ -90,7 +96,7 @@ class Tokenizer:
         if self.mark is not None:
             self._bytes[self.mark] = b"\n"
         if self.kind in ("chars", "words"):
-            self._ids = {entry: i for i, entry in enumerate(self._vocab)}
+            self._ids = {entry: i for i, entry in enumerate(self._vocab) if i != self.mark}
 
     def encode(self, text):
         """
@@ -98,7 +104,6 @@ class Tokenizer:
         Raises ValueError for a character or word that the vocabulary lacks, unless it has `<unk>`.
         """
         if self.kind == "bytes":
-            # If byte 0 is the mark, no text may encode to it: prepare.py also stores NUL as a space.
             return list((text if self.mark is None else text.replace("\0", " ")).encode("utf-8", "replace"))
         if self._encoding is not None:
             return self._encoding.encode_ordinary(text)  # ordinary: "<|endoftext|>" in a text is thirteen characters
@@ -119,8 +124,7 @@ class Tokenizer:
         return [self.encode(text) for text in texts]
 
     def token_keys(self):
-        """
-        A key for each id, a list: the token's bytes, or "mark" or "unknown" (str). Tokens of two tokenizers are the
+        """A key for each id, a list: the token's bytes, or "mark" or "unknown" (str). Tokens of two tokenizers are the
         same if their keys are equal.
         """
         keys = list(self._bytes)
@@ -129,6 +133,17 @@ class Tokenizer:
         if self.mark is not None:
             keys[self.mark] = "mark"
         return keys
+
+    def encode_stream(self, texts, size=1 << 20):
+        """Yield `encode` of each of `texts` (an iterable of str), in batches of about `size` characters."""
+        batch, length = [], 0
+        for text in texts:
+            batch.append(text)
+            length += len(text)
+            if length >= size:
+                yield from self.encode_batch(batch)
+                batch, length = [], 0
+        yield from self.encode_batch(batch)
 
     def checked(self, i):
         """An id as an int. Raises ValueError if it is outside the vocabulary."""

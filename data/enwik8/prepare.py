@@ -22,7 +22,7 @@ from core import prepare  # first: it handles a missing package
 
 import numpy as np
 
-from core.archive import check_size, decode_utf8, identity, single
+from core.archive import check_size, decode_utf8, identity, next_character, single
 from core.download import Progress, download
 from core.tokenizer import UNKNOWN
 
@@ -41,13 +41,6 @@ def cuts(data, chars):
         # A file that was cut may end inside a character: its first bytes are left out.
         last = next_character(data, max(0, len(data) - 8))
         at[3] = last + len(data[last:].decode("utf-8", "ignore").encode())
-    return at
-
-
-def next_character(data, at):
-    """The first position from `at` on that is not inside a character of UTF-8."""
-    while at < len(data) and data[at] & 0xC0 == 0x80:
-        at += 1
     return at
 
 

@@ -14,7 +14,6 @@ on val must not read them. Review n is the same review whatever the tokenizer. V
 (bpe: and from unsup without val's movies), never from val or test.
 """
 
-import base64
 import hashlib
 import re
 import sys
@@ -30,7 +29,8 @@ import numpy as np
 from core.archive import check_size, decode_utf8, identity, members
 from core.config import UserError
 from core.download import Progress, download
-from core.tokenizer import UNKNOWN, Tokenizer, gpt2_encoding, words
+from core.tokenizer import Tokenizer, gpt2_encoding, html_line_breaks
+from core.vocabulary import vocabulary
 
 URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 DIGEST = "md5:7c2ac02c03563afcf9b574c7e56c153a"
@@ -39,11 +39,7 @@ SEED = "1"  # of every shuffle below
 REVIEW = re.compile(r"(?:^|/)((?:train|test)/(?:pos|neg|unsup))/(\d+)_\d+\.txt$")
 MOVIES = re.compile(r"(?:^|/)(train|test)/urls_(pos|neg|unsup)\.txt$")
 MOVIE = re.compile(r"tt\d+")
-LINE_BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
-# What a byte pair may not cross: a word with its space and apostrophes, up to three digits, marks, line ends.
-PATTERN = r" ?\p{L}+(?:['’]\p{L}+)*| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\n+|\s"
 LABELS = {"neg": 0, "pos": 1}
-CHUNK = 2000  # reviews that tiktoken encodes at once
 
 
 def shuffled(keys):
@@ -69,7 +65,7 @@ def read(source, partial):
                 if int(number) in texts[group]:
                     raise UserError(f"{source.name}: {group} holds review {number} twice: give one copy only")
                 # NUL is the mark of the bytes. It is replaced for every tokenizer, so that all have the same text.
-                texts[group][int(number)] = LINE_BREAK.sub("\n", decode_utf8(data, name).replace("\0", " "))
+                texts[group][int(number)] = html_line_breaks(decode_utf8(data, name).replace("\0", " "))
                 progress.add(1)
     smaller = False
     for group, official in OFFICIAL.items():
@@ -116,65 +112,22 @@ def arrange(groups, movies):
     return splits
 
 
-def vocabulary(kind, size, train, unsup):
-    """The entries of meta.json for a tokenizer. size: for words and bpe; train, unsup: the texts to learn from."""
-    if kind == "words":
-        counts = Counter(word for text in train for word in words(text))
-        vocab = ["<s>", UNKNOWN, *sorted(counts, key=lambda word: (-counts[word], word))[:size]]
-        return {"vocab_size": len(vocab), "mark": 0, "vocab": vocab}
-    if kind == "bpe":
-        return learn_bpe(train + unsup, size)
-    return {"vocab_size": 256, "mark": 0} if kind == "bytes" else \
-        {"vocab_size": gpt2_encoding().n_vocab, "mark": gpt2_encoding().eot_token}
-
-
-def learn_bpe(texts, size):
-    """`vocabulary` of byte pairs: `size` tokens, bytes and mark included."""
-    import rustbpe
-
-    learner = rustbpe.Tokenizer()
-    print("learning byte pairs ...", file=sys.stderr, flush=True)
-    learner.train_from_iterator(iter(texts), vocab_size=size - 1, pattern=PATTERN)
-    ordered = sorted(learner.get_mergeable_ranks(), key=lambda pair: pair[1])
-    ranks = [base64.b64encode(token).decode("ascii") for token, _ in ordered]
-    if len(ranks) + 1 < size:
-        print(f"the text has byte pairs for {len(ranks) + 1:,} tokens only", file=sys.stderr)
-    return {"vocab_size": len(ranks) + 1, "mark": len(ranks), "pattern": PATTERN, "ranks": ranks}
-
-
 def encode(tokenizer, texts):
     """{split: list of str} as {split: (tokens (tokens,), offsets (documents + 1,))}, each text after the mark."""
     encoded, dtype = {}, prepare.token_dtype(tokenizer.vocab_size)
     with Progress("encoding", sum(map(len, texts.values())), "reviews") as progress:
         for split, reviews in texts.items():
             parts = []
-            for start in range(0, len(reviews), CHUNK):
-                ids = tokenizer.encode_batch(reviews[start : start + CHUNK])
-                parts += [np.array([tokenizer.mark, *text_ids], dtype) for text_ids in ids]
-                progress.add(len(ids))
+            for ids in tokenizer.encode_stream(reviews):
+                parts.append(np.array([tokenizer.mark, *ids], dtype))
+                progress.add(1)
             encoded[split] = np.concatenate(parts), np.cumsum([0, *map(len, parts)])
     return encoded
 
 
-def options_of(args):
-    """The options that distinguish folders, a dict for meta.json. Raises UserError for a wrong vocab_size."""
-    default, least = {"words": (10_000, 1), "bpe": (8192, 258)}.get(args.tokenizer, (None, None))
-    if default is None:
-        if args.vocab_size is not None:
-            raise UserError(f"--vocab_size: {args.tokenizer} has a vocabulary of its own; leave the option out")
-        return {"tokenizer": args.tokenizer}
-    size = default if args.vocab_size is None else args.vocab_size
-    if size < least:
-        raise UserError(f"--vocab_size: expected at least {least} for {args.tokenizer}, got {size}")
-    return {"tokenizer": args.tokenizer, "vocab_size": size}
-
-
 def parse(argv):
     parser = prepare.make_parser(__doc__, None, "12,500 (unsup: 50,000) reviews a folder")
-    parser.add_argument("--tokenizer", choices=("words", "bytes", "bpe", "gpt2"), default="words")
-    parser.add_argument("--vocab_size", type=int, metavar="N",
-                        help="words: the N most frequent, besides <s> and <unk> (default 10000); "
-                             "bpe: N tokens in all (default 8192)")
+    prepare.add_tokenizer(parser, ("words", "bytes", "bpe", "gpt2"))
     args = parser.parse_args(argv)
     args.name = "imdb" if args.tokenizer == "words" else f"imdb_{args.tokenizer}"
     args.out_dir = args.out_dir or HERE.parent / args.name
@@ -183,7 +136,7 @@ def parse(argv):
 
 def main(argv):
     args = parse(argv)
-    options = options_of(args)
+    options = prepare.tokenizer_options(args)
     if prepare.finished(args, options):
         return
     if args.tokenizer == "gpt2":

@@ -103,6 +103,19 @@ def test_marks(meta):
             assert t.mark not in t.encode("<s> <|endoftext|> <unk> \0")
 
 
+def test_the_mark_of_characters():
+    t = Tokenizer({"tokenizer": "chars", "vocab_size": 4, "mark": 0, "vocab": ["\0", "<unk>", "a", "\n"]})
+    assert t.encode("\0a\n") == [1, 2, 3] and t.decode([0, 2, 3]) == "\na\n" and t.token(0) == "<s>"
+
+
+@pytest.mark.parametrize("meta", [MARKED, WORDS, BPE], ids=lambda meta: meta["tokenizer"])
+def test_a_stream_is_encoded_in_batches(meta):
+    t, texts = Tokenizer(meta), ["fun", "", "it's (fun).", "it's" * 50, "fun"]
+    for size in (1, 12, 10**6):
+        assert list(t.encode_stream(iter(texts), size)) == [t.encode(text) for text in texts]
+    assert list(t.encode_stream([])) == []
+
+
 def test_special_text_in_a_prompt_is_text():
     ids = BPE_TOKENIZER.encode("<|endoftext|>")
     assert ids != [BPE_TOKENIZER.mark] and BPE_TOKENIZER.decode(ids) == "<|endoftext|>"
