@@ -21,8 +21,9 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 
-from core import blocks, engine, flex, kernels, kvcache
+from core import blocks, kernels, kvcache
 from core.ops import ParameterReads, accumulate_dtype, drop, mask_value, matrix_variation, split_heads
+from core.texts import NO_TEXTS
 
 
 class Attention(nn.Module):
@@ -162,19 +163,16 @@ class Attention(nn.Module):
         """The name of the kernel that computes this layer on a device: see `kernels.choose_kernel`."""
         return kernels.choose_kernel(self, device)
 
-    def weights(self, q, k, i=None, j=None, lengths=None):
+    def weights(self, q, k, i=None, j=None, texts=NO_TEXTS):
         """The dense reference: reweigh(softmax(q k^T / sqrt(D) + bias)).
 
-        q: (B, H, n, D) at positions i, k: (B, H, m, D) at positions j (default 0, 1, ...).
-        lengths: (B,) tokens of each example, the rest is padding; None: no padding.
+        q: (B, H, n, D) at positions i, k: (B, H, m, D) at positions j (default 0, 1, ...). texts: a `texts.Texts`.
         Returns (B, H, n, m); a row without a kept key is 0.
         """
         i = torch.arange(q.size(2), device=q.device) if i is None else i
         j = torch.arange(k.size(2), device=q.device) if j is None else j
         bias = self.bias_at(i, j)
-        kept = (bias > -math.inf)[None]
-        if lengths is not None:
-            kept = kept & (j < lengths[:, None, None, None])
+        kept = texts.restrict((bias > -math.inf)[None], i, j, self.causal)
         scores = (q @ k.mT / math.sqrt(q.size(3)) + bias.to(q.dtype)).masked_fill(~kept, mask_value(q.dtype))
         p = torch.softmax(scores, -1, dtype=q.dtype).masked_fill(~kept, 0)
         if not self.reweighs:
@@ -182,39 +180,28 @@ class Attention(nn.Module):
         variation = None
         if self.scope == "matrix":
             exact = torch.softmax(scores.detach(), -1, dtype=accumulate_dtype(p)).masked_fill(~kept, 0)
-            variation = matrix_variation(exact.square().sum(-1, keepdim=True), lengths)
+            variation = matrix_variation(exact.square().sum(-1, keepdim=True), texts)
         return self.reweigh(p, kept.sum(-1, keepdim=True), variation)
 
-    def attend(self, q, k, v, lengths=None):
-        """Attention over whole texts: q, k, v (B, H, T, D) -> (B, H, T, D).
-
-        lengths: (B,), see `weights`. All kernels but the reference use O(T) memory.
-        """
-        dropout = self.dropout if self.training else 0.0
-        kernel = self.choose_kernel(q.device)
-        if kernel == "reference":
-            return drop(self.weights(q, k, lengths=lengths), dropout) @ v
-        if kernel == "engine":
-            return engine.attend(self, q, k, v, lengths, dropout)
-        if kernel == "flex":
-            return flex.attend(self, q, k, v, lengths, dropout)
-        return kernels.sdpa(self, q, k, v, lengths, dropout)
+    def attend(self, q, k, v, texts=NO_TEXTS):
+        """Attention over whole texts (a `texts.Texts`): q, k, v (B, H, T, D) -> (B, H, T, D)."""
+        return kernels.attend(self, q, k, v, texts, self.dropout if self.training else 0.0)
 
     def project(self, x, rotation=None):
         """q, k, v, each (B, H, T, D), of x (B, T, C)."""
         qkv = self.qkv(x).view(*x.shape[:2], 3, self.n_head, self.head_size).permute(2, 0, 3, 1, 4)
         return split_heads(qkv, rotation)
 
-    def map(self, x, rotation=None, lengths=None):
+    def map(self, x, rotation=None, texts=NO_TEXTS):
         """The attention weights (B, H, T, T) of `forward` for x (B, T, C)."""
         q, k, _ = self.project(x, rotation)
-        return self.weights(q, k, lengths=lengths)
+        return self.weights(q, k, texts=texts)
 
-    def forward(self, x, rotation=None, lengths=None, cache=None):
+    def forward(self, x, rotation=None, texts=NO_TEXTS, cache=None):
         """x (B, T, C) -> (B, T, C).
 
         rotation: cosines and sines (2, T, D / 2) of rotary positions (`ops.rotations`), or None.
-        lengths: (B,), see `weights`. cache: a `kvcache.Cache`; x then continues the cached text.
+        texts: the padding and the documents of x, a `texts.Texts`. cache: a `kvcache.Cache`; x then continues the cached text.
         """
         B, T, C = x.shape
         q, k, v = self.project(x, rotation)
@@ -222,9 +209,9 @@ class Attention(nn.Module):
             if cache is not None:
                 cache.extend(k, v)
             with torch.autocast(x.device.type, enabled=False):
-                y = self.attend(q, k, v, lengths)
+                y = self.attend(q, k, v, texts)
         else:
-            y = kvcache.attend(self, q, k, v, cache)
+            y = kvcache.attend(self, q, k, v, cache, texts)
         return drop(self.proj(y.transpose(1, 2).reshape(B, T, C)), self.dropout if self.training else 0.0)
 
     def multiplied_pairs(self, T):

@@ -20,6 +20,7 @@ from core.base_model import Model
 from core.config import UserError, check_choice
 from core.mechanisms import mechanism, mechanisms
 from core.ops import drop, mask_value
+from core.texts import Texts
 from model import GPT, GPTConfig
 
 hidden = 128  # channels of each direction
@@ -106,7 +107,7 @@ class BiLSTM(Model):
         if self.config.attention == "additive":
             x = torch.einsum("bt,btc->bc", self.additive(x, lengths), x)
         else:
-            x = self.pool(self.attention(x, lengths=lengths) if self.layers else x, lengths)
+            x = self.pool(self.attention(x, texts=Texts(lengths)) if self.layers else x, lengths)
         logits = self.head(drop(x, self.config.dropout if self.training else 0.0))
         return logits, None if targets is None else F.cross_entropy(logits.float(), targets)
 
@@ -117,7 +118,7 @@ class BiLSTM(Model):
         if self.config.attention == "none":
             return []
         x = self.read(idx, lengths)
-        return [self.attention.map(x, lengths=lengths) if self.layers else self.additive(x, lengths)[:, None, None]]
+        return [self.attention.map(x, texts=Texts(lengths)) if self.layers else self.additive(x, lengths)[:, None, None]]
 
     def estimate_flops(self, T):
         """Floating-point operations to train on one token of a text of T: see `GPT.estimate_flops`."""

@@ -22,6 +22,7 @@ from core.inference import sample_next_token
 from core.kernels import KERNELS
 from core.mechanisms import mechanism, new_model, options_of
 from core.ops import drop, rms_norm, rotations
+from core.texts import NO_TEXTS, texts_of
 
 ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
@@ -42,6 +43,8 @@ class GPTConfig:
     n_class: int = 0  # 0: a language model
     model: str = "gpt"  # or 'bilstm'
     pool: str = "mean"  # of a classifier's outputs over a text: 'mean', 'max' or 'first'
+    document_mask: bool = False  # a token sees its own document only
+    document_mark: int | None = None  # the token that begins each document
     attention: str = "dense"  # or the name of a mechanism's file without .py
     kernel: str = "auto"  # how attention is computed: see core/kernels.py
     options: dict = field(default_factory=dict)  # of the mechanism and the model, by name
@@ -70,6 +73,10 @@ class GPTConfig:
         if self.model == "gpt" and self.n_embd % step:
             raise UserError(f"n_embd must be a multiple of {step} (n_head = {self.n_head}, pos = {self.pos}), "
                             f"got {self.n_embd}")
+        if self.document_mask and self.document_mark is None:
+            raise UserError("document_mask expects data whose documents begin with a mark; this data has none")
+        if self.document_mask and self.model != "gpt":
+            raise UserError(f"document_mask expects model=gpt, got {self.model}, which reads each text as a whole")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout must be at least 0 and below 1, got {self.dropout}")
 
@@ -97,9 +104,9 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * C, C, bias=config.bias)
         self.activation, self.dropout = ACTIVATIONS[config.activation], config.dropout
 
-    def forward(self, x, rotation=None, lengths=None, cache=None):
-        """rotation, lengths, cache: see `attention.Attention.forward`."""
-        x = x + self.attention(self.norm1(x), rotation, lengths, cache)
+    def forward(self, x, rotation=None, texts=NO_TEXTS, cache=None):
+        """rotation, texts, cache: see `attention.Attention.forward`."""
+        x = x + self.attention(self.norm1(x), rotation, texts, cache)
         y = self.down(self.activation(self.up(self.norm2(x))))
         return x + drop(y, self.dropout if self.training else 0.0)
 
@@ -170,10 +177,11 @@ class GPT(Model):
         lengths: (B,) tokens of each text, the rest is padding; None: no padding. caches: from `new_caches`; idx then
         continues the cached text. The loss is None without targets, and never includes `penalty`.
         """
+        texts = texts_of(self.config, idx, lengths, caches)
         x, rotation = self.embed(idx, caches[0].length if caches else 0)
         x = drop(x, self.config.dropout if self.training else 0.0)
         for n, block in enumerate(self.layers):
-            x = block(x, rotation, lengths, caches[n] if caches else None)
+            x = block(x, rotation, texts, caches[n] if caches else None)
         x = self.norm(x)
         if not self.config.causal:
             x = self.pool(x, lengths)
@@ -197,10 +205,10 @@ class GPT(Model):
     @torch.no_grad()
     def maps(self, idx, lengths=None):
         """The attention weights (B, H, T, T) of each layer for idx (B, T), for pictures. Evaluation mode only."""
-        (x, rotation), maps = self.embed(idx), []
+        (x, rotation), texts, maps = self.embed(idx), texts_of(self.config, idx, lengths), []
         for block in self.layers:
-            maps.append(block.attention.map(block.norm1(x), rotation, lengths))
-            x = block(x, rotation, lengths)
+            maps.append(block.attention.map(block.norm1(x), rotation, texts))
+            x = block(x, rotation, texts)
         return maps
 
     def estimate_flops(self, T):

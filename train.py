@@ -53,6 +53,7 @@ wandb_run_name = ""  # default: out_dir
 # the data
 dataset = "stdlib"  # a folder, or NAME for data/NAME
 task = ""  # 'lm': read a set of reviews as running text
+align_documents = False  # training windows of running text start where documents do; False: anywhere
 batch_size = 8  # texts of one forward pass
 gradient_accumulation_steps = 1  # forward passes of one step, shared among ranks
 
@@ -69,6 +70,7 @@ norm = "rmsnorm"
 activation = "gelu"
 tie = True
 pool = "mean"
+document_mask = False  # a token sees its own document only
 attention = "dense"
 kernel = "auto"
 
@@ -152,7 +154,8 @@ def mechanism_options(settings):
 def model_config(settings, options, data):
     """The GPTConfig of these settings, for the vocabulary and the classes of a Dataset."""
     shape = {field.name: settings[field.name] for field in fields(GPTConfig) if field.name in settings}
-    return GPTConfig(**shape, vocab_size=data.vocab_size, n_class=len(data.classes), options=options)
+    return GPTConfig(**shape, vocab_size=data.vocab_size, n_class=len(data.classes), document_mark=data.tokenizer.mark,
+                     options=options)
 
 
 def build_model(run, settings, options):
@@ -181,7 +184,7 @@ def main(arguments=None):
         if eval_only:
             return run.print_scores(model)
         optimizer = configure_optimizer(model)
-        source = batches(run.data, "train", batch_size, model.config.block_size, seed)
+        source = batches(run.data, "train", batch_size, model.config.block_size, seed, align_documents)
         run.restore(model, optimizer, source)
         net = dist.wrap(model, compile)
         for step in run.steps():  # from the restored step; left in order after a signal

@@ -17,7 +17,8 @@ from core import dist, foreign, hardware
 from core.config import UserError, check_choice, convert
 from core.meta import check_meta
 from core.optimizers import as_tensors, check_tensor, optimizer_state, restore_optimizer
-from core.readers import COUNT, check_regular, expect, flag, listing, mapping, number, plain, record, text, optional_record
+from core.readers import (COUNT, check_regular, checker, expect, flag, listing, mapping, number, plain, record, text,
+                          optional_record)
 from core.runs import digest, write_whole
 from core.shards import check_shards, drop_shards, read_shards, shard_entries, write_shards
 
@@ -91,7 +92,9 @@ def beside(path):
 
 # ---- what a checkpoint holds ------------------------------------------------------------------
 
-FIELD = {bool: flag, int: number(0, 2**31, whole=True), float: number(), str: text(), dict: mapping(plain, 1000)}
+TOKEN = checker(lambda value: value is None or type(value) is int and 0 <= value < 2**31, "a token or null")
+FIELD = {bool: flag, int: number(0, 2**31, whole=True), float: number(), str: text(), dict: mapping(plain, 1000),
+         int | None: TOKEN}
 PLAIN_ENTRIES = optional_record({"settings": mapping(plain, 1000), "device": text(), "dtype": text(),
                                  "warm_start": mapping(plain, 10)})
 STATE = optional_record({"step": COUNT, "evaluated": number(-1, 1e15, whole=True), "best": number(-math.inf, math.inf),

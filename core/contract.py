@@ -16,6 +16,7 @@ import torch
 from core import engine, flex, kvcache
 from core.config import UserError
 from core.ops import rotations
+from core.texts import NO_TEXTS, Texts, document_starts
 
 ROWS = 24  # queries that `check` evaluates: the first, the middle, the last two and random ones
 
@@ -180,12 +181,12 @@ def flex_on_cpu():
         yield
 
 
-def kernels(layer, lengths=None):
+def kernels(layer, texts=NO_TEXTS):
     """{name of a kernel: function of q, k, v (B, H, T, D) that returns the outputs (B, H, T, D)}, without dropout."""
     return {
-        "reference": lambda q, k, v: layer.weights(q, k, lengths=lengths) @ v,
-        "engine": lambda q, k, v: engine.attend(layer, q, k, v, lengths),
-        "flex": lambda q, k, v: flex.attend(layer, q, k, v, lengths),
+        "reference": lambda q, k, v: layer.weights(q, k, texts=texts) @ v,
+        "engine": lambda q, k, v: engine.attend(layer, q, k, v, texts),
+        "flex": lambda q, k, v: flex.attend(layer, q, k, v, texts),
     }
 
 
@@ -203,12 +204,21 @@ def outputs_and_gradients(layer, attend, inputs, lengths=None):
     return [y, *(torch.zeros(()) if g is None else g for g in gradients)]
 
 
-def error(layer, kernel, T, lengths=None, D=8):
-    """The largest difference of outputs and gradients between a kernel and the reference, for random float64 inputs."""
+def random_documents(B, T, generator):
+    """The starts of random documents, (B, T): in one text many short ones, in the others one or two."""
+    starts = torch.rand(B, T, generator=generator) < torch.where(torch.arange(B) == 0, 0.2, 1 / T)[:, None]
+    return document_starts(starts.long(), 1)
+
+
+def error(layer, kernel, T, lengths=None, documents=False, D=8):
+    """The largest difference of outputs and gradients between a kernel and the reference, for random float64 inputs.
+
+    lengths: (B,) of two examples with padding, or None. documents: whether they hold several documents each.
+    """
     generator = torch.Generator().manual_seed(T)
     inputs = [torch.randn(2, layer.n_head, T, D, generator=generator, dtype=torch.float64).requires_grad_()
               for _ in range(3)]
-    attend = kernels(layer, lengths)
+    attend = kernels(layer, Texts(lengths, random_documents(2, T, generator) if documents else None))
     with in_float64(), flex_on_cpu():
         actual, expected = (outputs_and_gradients(layer, attend[name], inputs, lengths)
                             for name in (kernel, "reference"))
@@ -217,18 +227,20 @@ def error(layer, kernel, T, lengths=None, D=8):
 
 @in_float64()
 @torch.no_grad()
-def decoding_error(layer, T, prompt, chunk):
+def decoding_error(layer, T, prompt, chunk, documents=False):
     """The largest difference between outputs computed through the cache and those of the full forward pass.
 
-    layer: float64 and causal. prompt: tokens of the first call; chunk: tokens of each later call.
+    layer: float64 and causal. prompt: tokens of the first call; chunk: tokens of each later call. documents: whether
+    the texts hold several documents each.
     """
-    rotation = rotations(torch.arange(T), layer.head_size)
-    x = torch.randn(2, T, layer.proj.in_features, generator=torch.Generator().manual_seed(T), dtype=torch.float64)
-    cache = kvcache.Cache(layer.max_distance() + 1)
-    pieces = [layer(x[:, :prompt], rotation[:, :prompt], cache=cache)]
-    for a in range(prompt, T, chunk):
-        pieces.append(layer(x[:, a : a + chunk], rotation[:, a : a + chunk], cache=cache))
-    return (torch.cat(pieces, 1) - layer(x, rotation)).abs().max().item()
+    rotation, generator = rotations(torch.arange(T), layer.head_size), torch.Generator().manual_seed(T)
+    x = torch.randn(2, T, layer.proj.in_features, generator=generator, dtype=torch.float64)
+    starts = random_documents(2, T, generator) if documents else None
+    cache, pieces, edges = kvcache.Cache(layer.max_distance() + 1), [], [0, *range(prompt, T, chunk), T]
+    for a, b in zip(edges, edges[1:]):
+        texts = Texts(documents=starts[:, a:b] if documents else None)
+        pieces.append(layer(x[:, a:b], rotation[:, a:b], texts, cache))
+    return (torch.cat(pieces, 1) - layer(x, rotation, Texts(documents=starts))).abs().max().item()
 
 
 @torch.no_grad()

@@ -12,7 +12,8 @@ import torch
 
 from core import ROOT, foreign
 from core.config import UserError, did_you_mean
-from core.meta import digest_of, files_of, read_meta
+from core.meta import digest_of, files_of, read_meta, stamp
+from core.texts import window_starts
 from core.tokenizer import Tokenizer
 
 MEND = "run its prepare.py again"
@@ -20,15 +21,6 @@ MEND = "run its prepare.py again"
 
 class DataChanged(UserError):
     """A file of the data was changed after meta.json was written, or while in use."""
-
-
-def stamp(path):
-    """(bytes, modification time, inode) of a file, which change when it is rewritten; None if it is missing."""
-    try:
-        info = path.stat()
-        return info.st_size, info.st_mtime_ns, info.st_ino
-    except OSError:
-        return None
 
 
 class Dataset:
@@ -197,16 +189,24 @@ class Batches:
 
 
 class TextBatches(Batches):
-    """Windows of running text: x, y (B, T) int64, y the tokens that follow x's. A row is (array, start)."""
+    """Windows of running text: x, y (B, T) int64, y the tokens that follow x's. A row is (array, start).
 
-    def __init__(self, data, split, batch_size, block_size, seed=0):
+    align_documents: training windows start where documents do, see `texts.window_starts`; else anywhere.
+    """
+
+    def __init__(self, data, split, batch_size, block_size, seed=0, align_documents=False):
         super().__init__(data, batch_size, block_size, seed)
         self.arrays = [array for array in data.token_arrays(split) if len(array) > 1]
         self.count = sum(len(array) - 1 for array in self.arrays)  # tokens to predict
         if self.count < 1:
             raise UserError(f"the {split} split of {data.folder} holds no two tokens")
-        # Cumulative numbers of windows in each array; a text shorter than a window has one.
-        self.ends = np.cumsum([max(1, len(array) - block_size) for array in self.arrays])
+        mark = data.tokenizer.mark if align_documents else None
+        if align_documents and mark is None:
+            raise UserError(f"align_documents expects documents that begin with a mark; {data.folder} has no mark")
+        # The starts of windows in each array; a text shorter than a window has one.
+        self.starts = [window_starts(array, mark, block_size) if align_documents else
+                       range(max(1, len(array) - block_size)) for array in self.arrays]
+        self.ends = np.cumsum([len(starts) for starts in self.starts])
 
     def stack(self, rows):
         """(x, y, None): past the end of a text y is -1, which has no loss."""
@@ -222,11 +222,11 @@ class TextBatches(Batches):
         return sum(min(self.block_size, len(array) - 1 - start) for array, start in rows)
 
     def rows(self, number):
-        """Windows from anywhere in the text."""
+        """Windows drawn at random."""
         starts = np.random.default_rng([self.seed, number]).integers(0, self.ends[-1], self.batch_size)
         indices = np.searchsorted(self.ends, starts, side="right")
         firsts = np.concatenate([[0], self.ends[:-1]])
-        return [(self.arrays[n], start - firsts[n]) for n, start in zip(indices, starts)]
+        return [(self.arrays[n], int(self.starts[n][start - firsts[n]])) for n, start in zip(indices, starts)]
 
     def all_rows(self):
         """Adjacent windows: every token is predicted once."""
@@ -292,6 +292,8 @@ def spread(items, count=0):
     return [items[(2 * n + 1) * len(items) // (2 * count)] for n in range(count)]
 
 
-def batches(data, split, batch_size, block_size, seed=0):
-    """The batches of a split: running text or labelled texts, by the dataset's kind."""
-    return (ReviewBatches if data.kind == "classify" else TextBatches)(data, split, batch_size, block_size, seed)
+def batches(data, split, batch_size, block_size, seed=0, align_documents=False):
+    """The batches of a split: running text or labelled texts, by the dataset's kind. Labelled texts are documents."""
+    if data.kind == "classify":
+        return ReviewBatches(data, split, batch_size, block_size, seed)
+    return TextBatches(data, split, batch_size, block_size, seed, align_documents)

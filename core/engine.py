@@ -13,29 +13,30 @@ from torch.autograd.function import once_differentiable
 
 from core import blocks
 from core.ops import accumulate_dtype, mask_value, matrix_variation
+from core.texts import NO_TEXTS
 from core.tiles import Tiles
 
 
-def attend(layer, q, k, v, lengths=None, dropout=0.0):
+def attend(layer, q, k, v, texts=NO_TEXTS, dropout=0.0):
     """Attention by `layer`'s bias and blocks, equal to `layer.weights(q, k) @ v`: (B, H, T, D).
 
-    q, k, v: (B, H, T, D). lengths: (B,) or None. It has first derivatives only. Raises ValueError if the layer reweighs
-    but its blocks have several parts, because `factor` needs complete rows.
+    q, k, v: (B, H, T, D). texts: a `texts.Texts`. It has first derivatives only. Raises ValueError if the layer
+    reweighs but its blocks have several parts, because `factor` needs complete rows.
     """
     B, H = q.shape[:2]
     same_heads, keeps_itself = diagonal(layer, q.size(2))
     variation = None
     if layer.reweighs and layer.scope == "matrix":
-        squares = row_squares(layer, q, k, lengths)
-        variation = [matrix_variation(squares, lengths).expand_as(squares)]
-    parts, lengths, q, k, v, *variation = pack_heads(layer, same_heads, q, lengths, k, v, *variation or ())
+        squares = row_squares(layer, q, k, texts)
+        variation = [matrix_variation(squares, texts).expand_as(squares)]
+    parts, texts, q, k, v, *variation = pack_heads(layer, same_heads, q, texts, k, v, *variation or ())
     if layer.reweighs and len(parts) > 1:
         raise ValueError(f"factor needs complete rows, blocks of one part; these have {len(parts)}")
     seed = int(torch.randint(2**62, ())) if dropout else 0  # from the global generator, which resuming restores
     parameters = [p for p in layer.mask_parameters() if p.requires_grad]
     results = []
     for n, stacks in enumerate(parts):
-        options = {"may_be_empty": not keeps_itself, "lengths": lengths, "dropout": dropout, "seed": seed + n,
+        options = {"may_be_empty": not keeps_itself, "texts": texts, "dropout": dropout, "seed": seed + n,
                    "variation": variation[0] if variation else None, "joined": len(parts) > 1}
         results.append(Engine.apply(layer, stacks, options, q, k, v, *parameters))
     y, lse = results[0]
@@ -47,17 +48,16 @@ def attend(layer, q, k, v, lengths=None, dropout=0.0):
     return unpack_heads(y, B, H)
 
 
-def pack_heads(layer, same_heads, q, lengths, *others):
-    """(parts as stacks, lengths, q, *others) in the engine's memory order: contiguous (H, B, T, E).
+def pack_heads(layer, same_heads, q, texts, *others):
+    """(parts as stacks, texts, q, *others) in the engine's memory order: contiguous (H, B, T, E).
 
     q and others: (B, H, T, E). Heads that share bias and blocks become more examples, (1, B H, T, E), without a copy.
     """
     parts, (B, H) = stacks_of(layer, q.size(2)), q.shape[:2]
     if same_heads and all(len(s.block.heads) == H for part in parts for s in part):
         parts = [[s._replace(block=s.block._replace(heads=range(1))) for s in part] for part in parts]
-        lengths = lengths.repeat_interleave(H) if lengths is not None else None
-        return parts, lengths, *(x.contiguous().view(1, B * H, *x.shape[2:]) for x in (q, *others))
-    return parts, lengths, *(x.transpose(0, 1).contiguous() for x in (q, *others))
+        return parts, texts.repeat(H), *(x.contiguous().view(1, B * H, *x.shape[2:]) for x in (q, *others))
+    return parts, texts, *(x.transpose(0, 1).contiguous() for x in (q, *others))
 
 
 def unpack_heads(x, B, H):
@@ -88,13 +88,13 @@ def diagonal(layer, T):
 
 
 @torch.no_grad()
-def row_squares(layer, q, k, lengths=None):
+def row_squares(layer, q, k, texts=NO_TEXTS):
     """The sum of squares of each query's softmax weights, (B, H, T, 1). The blocks must have one part."""
     B, H = q.shape[:2]
     same_heads, keeps_itself = diagonal(layer, q.size(2))
-    (stacks,), lengths, q, k = pack_heads(layer, same_heads, q, lengths, k)
+    (stacks,), texts, q, k = pack_heads(layer, same_heads, q, texts, k)
     squares = q.new_zeros(*q.shape[:3], 1, dtype=accumulate_dtype(q))
-    for tile in Tiles(layer, stacks, q, may_be_empty=not keeps_itself, lengths=lengths):
+    for tile in Tiles(layer, stacks, q, may_be_empty=not keeps_itself, texts=texts):
         s = tile.scores(tile.gather(q, tile.queries), tile.gather_keys(k))
         p = tile.without_empty_rows(torch.softmax(s, -1, dtype=squares.dtype), s)
         tile.put(squares, tile.queries, p.square_().sum(-1, keepdim=True))

@@ -17,25 +17,26 @@ from torch.nn.attention import flex_attention as torch_flex
 from core import blocks
 from core.config import UserError
 from core.ops import matrix_variation
+from core.texts import NO_TEXTS
 
 BLOCK = 128  # queries and keys per block of the mask: FlexAttention's default
 FACTOR_FLOOR = 1e-30  # a factor of 0 would give a score of -inf, and a row of such scores has no gradient
 
 
-def attend(layer, q, k, v, lengths=None, dropout=0.0):
+def attend(layer, q, k, v, texts=NO_TEXTS, dropout=0.0):
     """Attention by `layer`'s bias, equal to `layer.weights(q, k) @ v` except for dropout's random stream: (B, H, T, D).
 
-    q, k, v: (B, H, T, D). lengths: (B,) or None. A `factor` takes two more passes without gradient, for each row's sum
+    q, k, v: (B, H, T, D). texts: a `texts.Texts`. A `factor` takes two more passes without gradient, for each row's sum
     of exponentials and of their squares. FlexAttention has no dropout: the output of a pass that drops pairs is scaled
     by the ratio of its sums to those of all pairs.
     """
-    score, mask = score_and_mask(layer, q.size(2), lengths)
-    call = functools.partial(run, q, k, v, block_mask=block_mask(layer, q.size(2), mask, q.device))
+    score, mask = score_and_mask(layer, q.size(2), texts)
+    call = functools.partial(run, q, k, v, block_mask=block_mask(layer, q.size(2), mask, q.device, texts))
     if not layer.reweighs and not dropout:
         return call(score)[0]
     total, scaled = call(score)[1], score  # log-sum-exp of each row, (B, H, T)
     if layer.reweighs:
-        scaled = with_factor(layer, score, total.detach(), call, lengths)
+        scaled = with_factor(layer, score, total.detach(), call, texts)
         if layer.renormalize:
             total = call(scaled)[1] if dropout else None
     if dropout:
@@ -74,12 +75,13 @@ def compiled():
     return torch.compile(torch_flex.flex_attention, fullgraph=True, dynamic=False)
 
 
-def score_and_mask(layer, T, lengths):
-    """(score_mod, mask_mod) of a layer for texts of T tokens. lengths: (B,), or None: no padding.
+def score_and_mask(layer, T, texts):
+    """(score_mod, mask_mod) of a layer for texts of T tokens (a `texts.Texts`).
 
     A mask_mod may not depend on parameters. If the bias does and is not relative, only score_mod drops pairs.
     """
     bias = kept_bias = layer.total_bias
+    lengths, documents = texts
     if layer.mask_parameters():
         kept_bias = None
         if layer.relative:
@@ -91,7 +93,11 @@ def score_and_mask(layer, T, lengths):
 
     def mask(b, h, i, j):
         kept = kept_bias(h, i, j) > -math.inf if kept_bias else j >= 0
-        return kept if lengths is None else kept & (j < lengths[b])
+        if lengths is not None:
+            kept = kept & (j < lengths[b])
+        if documents is not None:  # see `Texts.restrict`
+            kept = kept & (j >= documents[b, i]) & (i >= documents[b, j])
+        return kept
 
     return score, mask
 
@@ -104,14 +110,14 @@ def by_offset(table, T):
 # ---- factors and dropout -------------------------------------------------------------------
 
 
-def with_factor(layer, score, total, call, lengths):
+def with_factor(layer, score, total, call, texts):
     """`score` plus the log of the layer's detached factor. total: (B, H, T), the log-sum-exp of each row of scores."""
     with torch.no_grad():
         squares = torch.exp(call(lambda s, b, h, i, j: 2 * score(s, b, h, i, j))[1] - 2 * total).nan_to_num(0.0)
         keys = torch.exp(call(lambda s, b, h, i, j: torch.zeros_like(s))[1]).round().clamp(min=1)
         variation = squares * keys - 1
         if layer.scope == "matrix":
-            variation = matrix_variation(squares[..., None], lengths)[..., 0].expand_as(keys)
+            variation = matrix_variation(squares[..., None], texts)[..., 0].expand_as(keys)
 
     def scaled(s, b, h, i, j):
         s = score(s, b, h, i, j)
@@ -141,13 +147,24 @@ def with_dropout(score, dropout, device):
 # ---- the block mask ------------------------------------------------------------------------
 
 
-def block_mask(layer, T, mask, device):
+def block_mask(layer, T, mask, device, texts=NO_TEXTS):
     """The BlockMask of a layer for T tokens: all blocks that contain a kept pair, filtered by `mask` (a mask_mod)."""
     cells = cells_of(layer, T, device)[None]  # (1, H or 1, n, n)
+    if texts.documents is not None:
+        cells = cells & cells_of_documents(texts)
     order = torch.argsort(cells.to(torch.int8), dim=-1, descending=True, stable=True)
     counts = cells.sum(-1, dtype=torch.int32)
     return torch_flex.BlockMask.from_kv_blocks(counts, order.to(torch.int32), BLOCK_SIZE=BLOCK, mask_mod=mask,
                                                seq_lengths=(T, T))
+
+
+def cells_of_documents(texts):
+    """Which blocks of BLOCK x BLOCK may contain a pair of one document: bool (B, 1, n, n)."""
+    first, last = texts.key_limits()
+    starts = torch.arange(0, first.size(1), BLOCK, device=first.device)
+    ends = (starts + BLOCK - 1).clamp(max=first.size(1) - 1)
+    first, last = first[:, None, starts, None], last[:, None, ends, None]  # documents follow each other
+    return (starts < last) & (ends >= first)
 
 
 @torch.no_grad()

@@ -3,10 +3,14 @@
 Letters: B batch, T time, H heads, D head size.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
+from core import engine, flex
 from core.config import UserError
+from core.ops import drop
 
 KERNELS = ("auto", "engine", "flex", "sdpa", "reference")
 
@@ -26,11 +30,24 @@ def choose_kernel(layer, device):
     return layer.kernel
 
 
-def sdpa(layer, q, k, v, lengths=None, dropout=0.0):
-    """Dense attention of q, k, v (B, H, T, D) by `scaled_dot_product_attention`. lengths: (B,), or None: no padding."""
+def attend(layer, q, k, v, texts, dropout=0.0):
+    """Attention of q, k, v (B, H, T, D) over whole texts (a `texts.Texts`) by the layer's kernel: (B, H, T, D).
+
+    All kernels but the reference use O(T) memory; with documents, `sdpa` makes a T x T mask.
+    """
+    kernel = layer.choose_kernel(q.device)
+    if kernel == "reference":
+        return drop(layer.weights(q, k, texts=texts), dropout) @ v
+    return {"engine": engine.attend, "flex": flex.attend, "sdpa": sdpa}[kernel](layer, q, k, v, texts, dropout)
+
+
+def sdpa(layer, q, k, v, texts, dropout=0.0):
+    """Dense attention of q, k, v (B, H, T, D) by `scaled_dot_product_attention`."""
     mask, position = None, torch.arange(q.size(2), device=q.device)
-    if lengths is not None:
-        mask = (position < lengths[:, None])[:, None, None]
+    if texts.documents is not None:
+        mask = texts.restrict((layer.bias_at(position, position) > -math.inf)[None], position, position, layer.causal)
+    elif texts.lengths is not None:
+        mask = (position < texts.lengths[:, None])[:, None, None]
     elif layer.causal and q.size(2) > layer.block_size:
         mask = layer.bias_at(position, position)[0].to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=layer.causal and mask is None)

@@ -8,6 +8,7 @@ import math
 import torch
 
 from core.ops import mask_value
+from core.texts import NO_TEXTS
 
 
 class Cache:
@@ -16,6 +17,7 @@ class Cache:
     def __init__(self, size):
         self.size, self.length = size, 0  # length: tokens of the text so far, cached or not
         self.kept = None  # the result of `kept_by_distance`, computed once
+        self.document = 0  # where the last token's document starts, (B, 1), if the model masks documents
 
     def extend(self, k, v):
         """Append k, v (B, H, T, D), from position `length` on.
@@ -48,18 +50,23 @@ class Cache:
         return self.k[:, :, : self.length], self.v[:, :, : self.length], self.positions[: self.length]
 
 
-def attend(layer, q, k, v, cache):
-    """Attention of new tokens q, k, v (B, H, T, D), which extend the cached text: (B, H, T, D)."""
+def attend(layer, q, k, v, cache, texts=NO_TEXTS):
+    """Attention of new tokens q, k, v (B, H, T, D), which extend the cached text: (B, H, T, D).
+
+    texts: the `texts.Texts` of the new tokens.
+    """
     start, T = cache.length, q.size(2)
     keys, values, j = cache.extend(k, v)
     i = torch.arange(start, start + T, device=q.device)
     if T > 1:
-        return layer.weights(q, keys, i, j) @ values
-    if layer.relative:
+        return layer.weights(q, keys, i, j, texts) @ values
+    if layer.relative and texts.documents is None:
         return attend_by_distance(layer, q, cache, i, j)
     bias = layer.bias_at(i, j)
     slots = (bias > -math.inf).any(0)[0].nonzero()[:, 0]
     bias = bias[:, :, slots].to(q.dtype).clamp(min=mask_value(q.dtype))
+    if texts.documents is not None:
+        bias = torch.where(j[slots] >= texts.documents[:, None, :, None], bias, mask_value(q.dtype))  # (B, H, 1, m)
     return average(layer, q, keys.index_select(2, slots), values.index_select(2, slots), bias)
 
 
@@ -84,8 +91,8 @@ def attend_by_distance(layer, q, cache, i, j):
 def average(layer, q, k, v, bias, keeps_itself=False):
     """reweigh(softmax(q k^T / sqrt(D) + bias)) v: (B, H, n, D).
 
-    bias: in the dtype of q, `mask_value` for dropped pairs; None: 0. keeps_itself: every row has a kept key; otherwise
-    rows without one give 0.
+    bias: (H or 1, n, m) or (B, H or 1, n, m) in the dtype of q, `mask_value` for dropped pairs; None: 0. keeps_itself:
+    every row has a kept key; otherwise rows without one give 0.
     """
     scores = q @ k.mT / math.sqrt(q.size(3))
     p = torch.softmax(scores if bias is None else scores + bias, -1)

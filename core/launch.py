@@ -20,7 +20,8 @@ def open_data(settings):
         dist.on_all_ranks(prepare_embedded, name)
     data = Dataset(name, settings.task)
     for split in ["val"] + ["test"] * settings.eval_test + ["train"] * (not settings.eval_only):
-        batches(data, split, 1, settings.block_size)  # raises what would otherwise be raised after the training
+        # raises what would otherwise be raised after the training
+        batches(data, split, 1, settings.block_size, align_documents=settings.align_documents)
     return data
 
 

@@ -158,6 +158,15 @@ def files_of(meta):
     return files
 
 
+def stamp(path):
+    """(bytes, modification time, inode) of a file, which change when it is rewritten; None if it is missing."""
+    try:
+        info = path.stat()
+        return info.st_size, info.st_mtime_ns, info.st_ino
+    except OSError:
+        return None
+
+
 def digest_of(path, algorithm="sha256"):
     """The hexadecimal digest (str) of a file."""
     hasher = hashlib.new(algorithm)

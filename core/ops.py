@@ -10,6 +10,8 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from core.texts import NO_TEXTS
+
 
 def accumulate_dtype(x):
     """The dtype for sums over elements of x: float64 for float64, else float32."""
@@ -38,16 +40,20 @@ class ParameterReads(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def matrix_variation(squares, lengths=None):
-    """(sigma / mu)^2 of all softmax weights of each head and example, (B, H, 1, 1).
+def matrix_variation(squares, texts=NO_TEXTS):
+    """(sigma / mu)^2 of all softmax weights of each head and example, (B, H, 1, 1), or of each row's document,
+    (B, H, T, 1).
 
-    squares: (B, H, T, 1), each row's sum of squared weights. lengths: (B,), or None: T. For a text of L tokens, the L
-    rows of L weights each sum to 1, so the mean is 1 / L.
+    squares: (B, H, T, 1), each row's sum of squared weights. texts: a `texts.Texts`. For a text of L tokens, the L rows
+    of L weights each sum to 1, so the mean is 1 / L.
     """
-    if lengths is not None:
-        rows = torch.arange(squares.size(2), device=squares.device) < lengths[:, None]
+    if texts.lengths is not None:
+        rows = torch.arange(squares.size(2), device=squares.device) < texts.lengths[:, None]
         squares = squares.where(rows[:, None, :, None], 0)
-    return squares.sum(2, keepdim=True) - 1
+    if texts.documents is None:
+        return squares.sum(2, keepdim=True) - 1
+    documents = texts.documents[:, None, :, None].expand_as(squares)
+    return torch.zeros_like(squares).scatter_add_(2, documents, squares).gather(2, documents) - 1
 
 
 # ---- normalisation -------------------------------------------------------------------------

@@ -9,7 +9,9 @@ from functools import cached_property
 import torch
 
 from core import blocks
+from core.blocks import ROUND
 from core.ops import accumulate_dtype, dropout_mask, mask_value
+from core.texts import NO_TEXTS
 
 # Elements in one tile of scores. In bfloat16 on a CPU several such tiles fit the shared cache; smaller tiles are slower
 # because starting an operation costs microseconds.
@@ -20,25 +22,30 @@ class Tiles:
     """Iterates over the tiles of one part of the blocks, and holds what they share.
 
     q: (H, B, T, D). parameters: those of the bias that need a gradient; after the last tile `gradients` holds theirs.
-    may_be_empty: whether a row may have no kept key. lengths: (B,) or None. variation: (H, B, T, 1) for `reweigh`, or
-    None. joined: whether other parts hold keys of the same rows. The same seed gives the same dropout.
+    may_be_empty: whether a row may have no kept key. texts: a `texts.Texts` of the B examples. variation: (H, B, T, 1)
+    for `reweigh`, or None. joined: whether other parts hold keys of the same rows. The same seed gives the same dropout.
     """
 
-    def __init__(self, layer, stacks, q, parameters=(), *, may_be_empty, lengths=None, dropout=0.0, seed=0,
+    def __init__(self, layer, stacks, q, parameters=(), *, may_be_empty, texts=NO_TEXTS, dropout=0.0, seed=0,
                  variation=None, joined=False):
         self.layer, self.stacks, self.variation, self.joined = layer, stacks, variation, joined
         self.may_be_empty = may_be_empty and not joined  # of several parts, `engine.attend` finds empty rows
         self.q, self.parameters, self.dropout = q, parameters, dropout
         self.random = torch.Generator(q.device).manual_seed(seed) if dropout else None
         self.gradients = [torch.zeros_like(p) for p in parameters]
-        self.padding = None
-        if lengths is not None:
-            padded = torch.arange(q.size(2), device=q.device) >= lengths[:, None]
+        self.padding = self.documents = self.key_limits = None  # or (1, B, T, 1) each
+        if texts.lengths is not None:
+            padded = torch.arange(q.size(2), device=q.device) >= texts.lengths[:, None]
             padding = q.new_zeros(padded.shape).masked_fill_(padded, mask_value(q.dtype))
-            self.padding = padding[None, ..., None]  # (1, B, T, 1)
+            self.padding = padding[None, ..., None]
+        if texts.documents is not None:
+            self.key_limits = [x[None, ..., None] for x in texts.key_limits()]
+            self.documents = texts.documents[None, ..., None]
 
     def new(self, x):
         """A tensor like x for per-query results: uninitialised if tiles write every query, else zeros."""
+        if self.key_limits is not None:  # tiles without a key are left out
+            return torch.zeros_like(x)
         H, T = self.q.size(0), self.q.size(2)
         written = sum(stack.count * len(stack.block.heads) * len(stack.block.queries) for stack in self.stacks)
         return torch.empty_like(x) if written == H * T else torch.zeros_like(x)
@@ -59,7 +66,9 @@ class Tiles:
             for heads in pieces(stack.block.heads, limit // (n_blocks * n_batch)):
                 for batch in pieces(range(B), n_batch):
                     for indices in pieces(range(stack.count), n_blocks):
-                        yield Tile(self, stack, bias, heads, batch, indices)
+                        tile = Tile(self, stack, bias, heads, batch, indices)
+                        if tile.shape[-1]:
+                            yield tile
             bias.backward()
         if row:
             row.backward()
@@ -129,14 +138,30 @@ class Tile:
 
     def __init__(self, tiles, stack, bias, heads, batch, indices):
         self.tiles, self.stack, self.heads, self.batch, self.indices = tiles, stack, heads, batch, indices
-        self.queries = stack.block.queries
+        self.queries, self.kv_ranges = stack.block.queries, stack.block.kv_ranges
+        columns = self.trim() if tiles.key_limits is not None and len(self.kv_ranges) == 1 else slice(None)
         first = heads.start - stack.block.heads.start
         rows = slice(first, first + len(heads)) if bias.value.size(0) > 1 else slice(None)
-        self.bias = bias.value[rows]
-        self.bias_gradient = bias.gradient[rows] if bias.gradient is not None else None
-        self.kept = bias.kept[rows] if tiles.layer.reweighs else None
+        self.bias = bias.value[rows, :, columns]
+        self.bias_gradient = bias.gradient[rows, :, columns] if bias.gradient is not None else None
+        self.kept = bias.kept[rows, :, columns] if tiles.layer.reweighs else None
         self.shape = len(heads), len(batch), len(indices), *self.bias.shape[1:]
         self.dropout_mask = None
+
+    def trim(self):
+        """Leave out keys before and after those that `key_limits` gives for the queries. Returns a slice of the keys.
+
+        It begins and ends at a multiple of `blocks.ROUND` keys or at the end of the block.
+        """
+        (keys,), (shift,) = self.kv_ranges, self.stack.kv_shifts
+        first, last = (self.view_of(x, self.queries, self.stack.shift) for x in self.tiles.key_limits)
+        ahead = shift * torch.arange(self.indices.start, self.indices.stop, device=first.device)
+        start = (first.amin((0, 1, 3, 4)) - ahead).min().item() - keys.start  # from the first key on
+        stop = (last.amax((0, 1, 3, 4)) - ahead).max().item() - keys.start
+        start, stop = start // (keys.step * ROUND), -(-stop // (keys.step * ROUND))
+        columns = slice(max(0, start) * ROUND, max(0, stop) * ROUND)
+        self.kv_ranges = (keys[columns],)
+        return columns
 
     def view_of(self, x, positions, shift):
         """The view (h, b, s, n, E) of x (H, B, T, E) at this tile's heads, examples and positions.
@@ -150,7 +175,7 @@ class Tile:
 
     def keys_of(self, x):
         """A list of views of x at the keys, one for each of the block's key ranges."""
-        return [self.view_of(x, keys, shift) for keys, shift in zip(self.stack.block.kv_ranges, self.stack.kv_shifts)]
+        return [self.view_of(x, keys, shift) for keys, shift in zip(self.kv_ranges, self.stack.kv_shifts)]
 
     def gather(self, x, positions):
         """A copy of x at the queries, (h b s, n, E). Each product would copy a strided operand again."""
@@ -173,7 +198,7 @@ class Tile:
         neighbouring blocks overlap, they are added in turns no longer than the shift between blocks.
         """
         start, y = 0, y.to(x.dtype)  # adding a tensor of another dtype takes twice as long
-        for keys, shift in zip(self.stack.block.kv_ranges, self.stack.kv_shifts):
+        for keys, shift in zip(self.kv_ranges, self.stack.kv_shifts):
             if len(self.indices) > 1 and not shift:
                 view = self.view_of(x, keys, 0)[:, :, 0]
                 part = y[:, start : start + len(keys)].reshape(*self.shape[:3], len(keys), -1)
@@ -192,7 +217,19 @@ class Tile:
         s = torch.baddbmm(bias, queries, keys.mT, alpha=queries.size(-1) ** -0.5)
         if self.tiles.padding is not None:
             s.view(self.shape).add_(torch.cat(self.keys_of(self.tiles.padding), 3).mT)
+        if self.apart is not None:
+            s.view(self.shape).masked_fill_(self.apart, mask_value(s.dtype))
         return s
+
+    @cached_property
+    def apart(self):
+        """Which pairs belong to two documents, (1, b, s, n, m); None if this tile lies in one document of each text."""
+        if self.tiles.documents is None:
+            return None
+        queries = self.view_of(self.tiles.documents, self.queries, self.stack.shift)
+        keys = torch.cat(self.keys_of(self.tiles.documents), 3)
+        both = torch.cat([queries, keys], 3)
+        return None if (both.amin(3) == both.amax(3)).all() else queries != keys.mT
 
     def without_empty_rows(self, p, largest):
         """Softmax weights p with 0 in rows without a kept key. largest: scores whose maximum is that of each row."""
@@ -204,10 +241,15 @@ class Tile:
         """The layer's `reweigh` of this tile's rows p (h b s, n, m)."""
         if not self.tiles.layer.reweighs:
             return p
-        if self.tiles.padding is None:
+        real = None  # whether a key is none of padding, (b, s, m)
+        if self.tiles.padding is not None:
+            real = (torch.cat(self.keys_of(self.tiles.padding), 3) == 0).to(self.kept.dtype)[0, ..., 0]
+        if self.apart is not None:
+            kept = self.kept[:, None, None].masked_fill(self.apart, 0)  # (h, b, s, n, m)
+            keys = (kept if real is None else kept * real[:, :, None]).sum(-1)
+        elif real is None:
             keys = self.kept.sum(-1)[:, None, None]
         else:
-            real = (torch.cat(self.keys_of(self.tiles.padding), 3) == 0).to(self.kept.dtype)[0, ..., 0]
             keys = torch.einsum("hnm,bsm->hbsn", self.kept, real)
         keys = keys.long()[..., None].expand(*self.shape[:4], 1).reshape(*p.shape[:2], 1)
         variation = self.tiles.variation

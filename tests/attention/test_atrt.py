@@ -12,6 +12,7 @@ from core import engine, ranking
 from core.config import UserError
 from core.mechanisms import mechanism
 from core.ops import matrix_variation
+from core.texts import Texts
 from helpers import LargestTensor
 from model import GPTConfig
 
@@ -193,7 +194,7 @@ def test_matrix_scope(task, renormalize):
     eye = torch.eye(T, dtype=torch.float64).expand(5, 3, T, T)
     for lengths in (None, [70, 9, 2, 1, 33]):  # padding up to 69 of 70
         given = None if lengths is None else torch.tensor(lengths)
-        found = layer.weights(q, k, lengths=given), layer.attend(q, k, eye, given)
+        found = layer.weights(q, k, texts=Texts(given)), layer.attend(q, k, eye, Texts(given))
         for b, n in enumerate(lengths or [T] * 5):
             for h in range(3):
                 expected = by_hand((q[b, h, :n] @ k[b, h, :n].T / math.sqrt(8)).tolist(), renormalize, task)
@@ -210,7 +211,7 @@ def test_constant_matrix(dtype, T, n):
     q, k, v = torch.randn(3, 2, 3, T, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
     q[0], q[1, :, :n], lengths = 0, 0, [T, n]
     given = torch.tensor(lengths)
-    for found in (layer.weights(q, k, lengths=given) @ v, layer.attend(q, k, v, given)):
+    for found in (layer.weights(q, k, texts=Texts(given)) @ v, layer.attend(q, k, v, Texts(given))):
         for b, n in enumerate(lengths):
             expected = v[b, :, :n].double().mean(1, keepdim=True).expand(3, n, 8)
             error = (found[b, :, :n].double() - expected).abs().max()
@@ -232,7 +233,7 @@ def test_scopes_differ():
 def reweighed(layer, p, keys):
     """`reweigh` of whole matrices p (B, H, T, T) as the reference calls it; as many queries as keys are not padding."""
     squares, lengths = p.detach().square().sum(-1, keepdim=True), keys[:, 0, 0, 0].long()
-    return layer.reweigh(p, keys, matrix_variation(squares, lengths) if layer.scope == "matrix" else None)
+    return layer.reweigh(p, keys, matrix_variation(squares, Texts(lengths)) if layer.scope == "matrix" else None)
 
 
 @pytest.mark.parametrize("scope", ["row", "matrix"])
@@ -327,8 +328,8 @@ def test_memory(graph):
 def test_variation_of_a_matrix():
     """The engine's rows give the one number for each head of an example that matrix scope ranks by."""
     q, k = torch.randn(2, 2, 3, 30, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    layer, lengths = make(scope="matrix"), torch.tensor([30, 12])
-    found = matrix_variation(engine.row_squares(layer, q, k, lengths), lengths)
+    layer, texts = make(scope="matrix"), Texts(torch.tensor([30, 12]))
+    found = matrix_variation(engine.row_squares(layer, q, k, texts), texts)
     assert found.shape == (2, 3, 1, 1)
     p = torch.softmax(q[1, 2, :12] @ k[1, 2, :12].T / math.sqrt(8), -1)
     assert found[1, 2].item() == pytest.approx((p.std(correction=0) / p.mean()).item() ** 2, rel=1e-12)

@@ -14,6 +14,7 @@ from core.config import UserError
 from core.contract import outputs_and_gradients
 from core.kvcache import Cache
 from core.mechanisms import mechanism, mechanisms
+from core.texts import Texts, document_starts
 from model import GPTConfig
 from strangers import STRANGERS
 
@@ -113,11 +114,21 @@ def test_flex_is_exact(case, T, padded):
     assert contract.error(case.layer(), "flex", T, torch.tensor([T, T // 2]) if padded else None) < BOUND
 
 
+def test_exact_with_documents(case):
+    """Engine and FlexAttention equal the reference where tokens see their own document only, also with padding."""
+    layer = case.layer()
+    for T in (1, 5, 65, 130):
+        for lengths in (None, torch.tensor([T, max(1, T // 2)])):
+            assert contract.error(layer, "engine", T, lengths, documents=True) < BOUND, (T, lengths)
+    assert contract.error(layer, "flex", 130, torch.tensor([130, 65]), documents=True) < BOUND
+
+
 def test_exact_in_small_tiles(case, monkeypatch):
     """Tiles that hold some of a block's heads, examples and stacked blocks compute the same."""
     for size in (2**9, 2**12):
         monkeypatch.setattr(tiles, "TILE", size)
-        assert contract.error(case.layer(block_size=300), "engine", 150) < BOUND
+        for documents in (False, True):
+            assert contract.error(case.layer(block_size=300), "engine", 150, documents=documents) < BOUND
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -157,21 +168,38 @@ def test_alone(both_ways):
     layer = both_ways.layer()
     x = torch.randn(3, 50, 24, dtype=torch.float64)
     lengths = torch.tensor([50, 31, 1])
-    together = layer(x, lengths=lengths)
+    together = layer(x, texts=Texts(lengths))
     garbage = x.clone()
     garbage[1, 31:] = 1e3
     garbage[2, 1:] = -1e3
-    other = layer(garbage, lengths=lengths)
+    other = layer(garbage, texts=Texts(lengths))
     for n, length in enumerate(lengths.tolist()):
         alone = layer(x[n : n + 1, :length])
         assert (together[n, :length] - alone[0]).abs().max() < 1e-12
         assert (together[n, :length] - other[n, :length]).abs().max() < 1e-12
 
 
+def test_documents_are_alone(case):
+    """Each document is computed from its own tokens alone, by every kernel, and every token has a row of its own."""
+    layer, T = case.layer(), 100
+    marks = torch.zeros(2, T, dtype=torch.long)
+    marks[0, [0, 1, 30, 70]] = marks[1, 99] = 1
+    texts = Texts(documents=document_starts(marks, 1))
+    q, k, v = (x.detach() for x in random_qkv(T))
+    with contract.flex_on_cpu(), torch.no_grad():
+        for name, attend in contract.kernels(layer, texts).items():
+            y = attend(q, k, v)
+            for b, a, end in ((0, 0, 1), (0, 1, 30), (0, 30, 70), (0, 70, 100), (1, 0, 99), (1, 99, 100)):
+                own, place = slice(a, end), torch.arange(a, end)
+                alone = layer.weights(q[b : b + 1, :, own], k[b : b + 1, :, own], place, place) @ v[b : b + 1, :, own]
+                assert (y[b, :, own] - alone[0]).abs().max() < 1e-12, (name, b, a)
+
+
+@pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("prompt, chunk", [(40, 1), (40, 7), (3, 1), (1, 5)])
-def test_incremental(causal_case, prompt, chunk):
+def test_incremental(causal_case, prompt, chunk, documents):
     """Decoding through the cache equals the full pass, also far past the block size and from a prompt longer than it."""
-    assert contract.decoding_error(causal_case.layer(block_size=32), 150, prompt, chunk) < 1e-12
+    assert contract.decoding_error(causal_case.layer(block_size=32), 150, prompt, chunk, documents) < 1e-12
 
 
 def test_complete(case):

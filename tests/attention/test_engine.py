@@ -10,6 +10,7 @@ from attention import Attention
 from core import blocks, contract, ops, tiles
 from core.blocks import Block
 from core.config import UserError
+from core.texts import Texts
 from helpers import LargestTensor
 from model import GPTConfig
 from strangers import STRANGERS, AbsoluteKeys, EvenOdd, Span, Squared
@@ -53,8 +54,8 @@ def test_kernels():
         layer = make(causal=causal, kernel="sdpa")
         lengths = None if causal else torch.tensor([T, T // 2])
         inputs = random_qkv(T)
-        found = contract.outputs_and_gradients(layer, lambda *x: layer.attend(*x, lengths), inputs, lengths)
-        expected = contract.outputs_and_gradients(layer, contract.kernels(layer, lengths)["reference"], inputs, lengths)
+        found = contract.outputs_and_gradients(layer, lambda *x: layer.attend(*x, Texts(lengths)), inputs, lengths)
+        expected = contract.outputs_and_gradients(layer, contract.kernels(layer, Texts(lengths))["reference"], inputs, lengths)
         assert max((a - b).abs().max() for a, b in zip(found, expected)) < 1e-10
     with pytest.raises(UserError, match="dense attention only"):
         make(Span, kernel="sdpa").attend(*random_qkv(8))

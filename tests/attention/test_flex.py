@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from core import contract, flex
 from core.config import UserError
 from core.mechanisms import mechanism
+from core.texts import NO_TEXTS, Texts
 from strangers import Learned, Squared
 
 SPAN = mechanism("adaptive_attention_span")
@@ -30,10 +31,11 @@ def test_a_gpu_is_not_waited_for(case):
     """Nothing that a training step builds before the kernel asks the device for a value."""
     layer = case.layer(block_size=512)
     layer.train()
-    flex.block_mask(layer, 500, flex.score_and_mask(layer, 500, None)[1], "cpu")  # what no parameter changes is found once
+    flex.block_mask(layer, 500, flex.score_and_mask(layer, 500, NO_TEXTS)[1], "cpu")  # what no parameter changes is found once
     with NoWaiting():
-        score, mask = flex.score_and_mask(layer, 500, torch.tensor([500, 20]))
-        flex.block_mask(layer, 500, mask, "cpu")
+        texts = Texts(torch.tensor([500, 20]), torch.zeros(2, 500, dtype=torch.long))
+        score, mask = flex.score_and_mask(layer, 500, texts)
+        flex.block_mask(layer, 500, mask, "cpu", texts)
 
 
 def test_shapes_stay_the_same_while_spans_move():
@@ -41,7 +43,7 @@ def test_shapes_stay_the_same_while_spans_move():
     layer, shapes = ADAPTIVE.layer(block_size=1024), set()
     for shift in (-2.0, 0.0, 2.0):
         layer.span.data += shift
-        mask = flex.block_mask(layer, 1000, flex.score_and_mask(layer, 1000, None)[1], "cpu")
+        mask = flex.block_mask(layer, 1000, flex.score_and_mask(layer, 1000, NO_TEXTS)[1], "cpu")
         shapes.add((mask.kv_num_blocks.shape, mask.kv_indices.shape))
     assert shapes == {((1, 3, 8), (1, 3, 8, 8))}
 

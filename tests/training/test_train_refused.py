@@ -43,6 +43,8 @@ pytestmark = pytest.mark.usefixtures("quick")
     ("--seed=-1", "seed must be at least 0"), ("--grad_clip=-1", "grad_clip must be at least 0"),
     ("--learning_rate=-1", "learning_rate must be at least 0"), ("--weight_decay=-1", "weight_decay must be at least 0"),
     ("--beta2=1", "beta2 must be below 1"), ("--dropout=1", "dropout must be at least 0 and below 1"),
+    ("--document_mask=True", "document_mask expects data whose documents begin with a mark; this data has none"),
+    ("--align_documents=True", "align_documents expects documents that begin with a mark"),
     ("no_such_config.py", "cannot read config file"),
 ])
 def test_refused(text, tmp_path, refused, argument, said):
