@@ -10,7 +10,8 @@ from dataclasses import asdict
 import torch
 
 from core import gpt2
-from core.checkpoint import STATE, ModelEdited, build_with_weights, checked_config, save
+from core.checkpoint import build_with_weights, save
+from core.checkpoint_schema import STATE, ModelEdited, checked_config
 from core.config import UserError, one_line
 from core.readers import check_regular, mapping, read_json, record, text
 from core.runs import SaveError, locked, prepare_folder, write_text, write_whole

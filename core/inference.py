@@ -86,8 +86,8 @@ class Printer:
         back, and incomplete bytes become replacement characters."""
         if self.ended:
             return ""
-        if self.tokenizer.document_mark in ids:
-            ids, final, self.ended = ids[: ids.index(self.tokenizer.document_mark)], True, True
+        if self.tokenizer.mark in ids:
+            ids, final, self.ended = ids[: ids.index(self.tokenizer.mark)], True, True
         text = self.held + self.decode(ids, final)
         if found := [(text.index(stop) + len(stop), text.index(stop)) for stop in self.stops if stop in text]:
             self.ended = True

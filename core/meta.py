@@ -72,12 +72,11 @@ def check(meta, further=()):
 
 def check_tokenizer(meta):
     """Raise ValueError unless the vocabulary's size, its entries and the mark fit each other."""
-    kind, size, mark, document_mark = meta["tokenizer"], meta["vocab_size"], meta["mark"], meta.get("document_mark")
+    kind, size, mark = meta["tokenizer"], meta["vocab_size"], meta["mark"]
     if kind not in KINDS:
         raise ValueError(f"there is no tokenizer {short_repr(kind)}: choose one of {', '.join(KINDS)}")
     expect(is_count(size, 2**32 + 1) and size, "a vocab_size from 1 to 2**32", size)
     expect(mark is None or is_count(mark, size), f"a mark below {size:,}, or null", mark)
-    expect(document_mark is None or is_count(document_mark, size), f"a document_mark below {size:,}, or null", document_mark)
     key = {"chars": "vocab", "words": "vocab", "bpe": "ranks"}.get(kind)
     entries = meta.get(key, []) if key else []
     texts = type(entries) is list and all(type(entry) is str and entry for entry in entries)

@@ -69,15 +69,14 @@ class Tokenizer:
     The tokenizer that a meta.json describes.
 
     meta: dict with `tokenizer` (one of KINDS), `vocab_size`, `mark`, and `vocab` (chars, words) or `pattern` and
-    `ranks` (bpe); optionally `document_mark`, the token between documents, at which generated text ends. Public
-    attributes: kind, vocab_size (int), mark and document_mark (int or None).
+    `ranks` (bpe). Public attributes: kind, vocab_size (int), mark (int or None): the token that begins each document, at
+    which generated text ends.
     Raises ValueError for a meta that meta.py's `check` refuses, ConnectionError if gpt2 cannot be loaded.
     """
 
     def __init__(self, meta):
         check(meta)
         self.kind, self.vocab_size, self.mark = meta["tokenizer"], meta["vocab_size"], meta["mark"]
-        self.document_mark = meta.get("document_mark")
         self._vocab, self._encoding = meta.get("vocab"), None
         if self.kind == "bytes":
             self._bytes = [bytes([b]) for b in range(256)]

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from core.checkpoint import STATE, check_finite, explained, read
+from core.checkpoint import explained, read
+from core.checkpoint_schema import STATE, check_finite
 from core.config import UserError, did_you_mean
 from core.figures import ranges
 from core.readers import optional_record, record

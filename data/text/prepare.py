@@ -256,7 +256,7 @@ def main(argv):
         classes = {"classes": sorted(documents.classes), "class_order": "sorted by name"} if documents.classes else {}
         prepare.write(args.out_dir, {
             "name": args.name, "kind": "classify" if classes else "lm", "tokenizer": args.tokenizer, **entries,
-            "document_mark": entries["mark"], **classes,
+            **classes,
             "lossless": args.tokenizer != "words" and not any(split.get("unknown") for split in splits.values()),
             "partial": False, "options": options,
             "source": {**source, "content_bytes": documents.ends[-1], "documents": len(documents),

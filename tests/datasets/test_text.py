@@ -79,7 +79,7 @@ def test_folder(notes, tmp_path):
     total = sum(sizes.values())
     assert 0.05 < sizes["val"] / total <= 0.1 and 0.05 < sizes["test"] / total <= 0.1
     assert (meta["name"], meta["kind"], meta["tokenizer"], meta["partial"]) == ("mine", "lm", "bytes", False)
-    assert meta["mark"] == meta["document_mark"] == 0 and meta["lossless"] and meta["source"]["documents"] == 40
+    assert meta["mark"] == 0 and meta["lossless"] and meta["source"]["documents"] == 40
     assert meta["options"] == {"tokenizer": "bytes", "seed": 1, "shares": {"val": 0.1, "test": 0.1}}
     assert "skipped" not in done.stderr and "val" in done.stdout
     assert "nothing to do" in make(notes, tmp_path / "out").stdout
@@ -164,7 +164,7 @@ def test_a_single_file_is_cut_by_its_place(tmp_path, name, kind):
     book = "".join(NOTES.values())
     make(wrap(book.encode(), tmp_path / name), tmp_path / "out", f"--tokenizer={kind}")
     meta, arrays = load(tmp_path / "out")
-    assert meta["mark"] is meta["document_mark"] is None and meta["split_rule"].startswith("each document is cut")
+    assert meta["mark"] is None and meta["split_rule"].startswith("each document is cut")
     parts = [Tokenizer(meta).decode(arrays[split]) for split in ("train", "val", "test")]
     assert "".join(parts) == book or kind == "chars" and not meta["lossless"]
     sizes = [meta["splits"][split]["bytes"] for split in ("train", "val", "test")]
@@ -280,7 +280,7 @@ def test_tokenizers(notes, tmp_path, kind, own_gpt2):
         assert meta["splits"]["val"]["unknown"] == np.count_nonzero(arrays["val"] == unknown)
     if kind == "chars":
         assert meta["vocab"] == ["\0", "<unk>", *sorted(set("".join(want["train"])))]
-    assert meta["mark"] == meta["document_mark"] == {"bpe": meta["vocab_size"] - 1, "gpt2": 256}.get(kind, 0)
+    assert meta["mark"] == {"bpe": meta["vocab_size"] - 1, "gpt2": 256}.get(kind, 0)
 
 
 def test_characters_that_train_lacks(tmp_path):

@@ -8,11 +8,9 @@ from test_sample import BYTES, CHARS, MARKED, REVIEWS, Fixed, Terminal, samples,
 import sample
 from core import demo, inference
 from core.checkpoint import save
-from core.meta import check
 from core.tokenizer import Tokenizer
 from helpers import call
 
-DOCUMENTS = {**MARKED, "document_mark": 0}
 pytestmark = pytest.mark.usefixtures("quick")
 
 
@@ -75,18 +73,17 @@ def test_the_text_does_not_depend_on_its_tokens(text, stops, borders):
 
 
 def test_the_document_mark_ends_the_text(written):
-    """It is not shown; what was held back for a stop text is. Without the key in the meta the mark is a token."""
-    assert written([*b"ab", 0, *b"cd"], meta=DOCUMENTS)[0] == "ab"
-    assert written([*b"abE", 0, *b"ND"], ["END"], DOCUMENTS)[0] == "abE"
-    assert written([0], meta=DOCUMENTS)[0] == ""
-    assert written([*b"a\xc3", 0], meta=DOCUMENTS)[0] == "a\ufffd"  # half of an é
-    assert written([*b"ab", 0, *b"cd"], meta=MARKED)[0] == "ab\ncd"
-    printer = inference.Printer(Tokenizer(DOCUMENTS))
+    """It is not shown; what was held back for a stop text is."""
+    assert written([*b"ab", 0, *b"cd"], meta=MARKED)[0] == "ab"
+    assert written([*b"abE", 0, *b"ND"], ["END"], MARKED)[0] == "abE"
+    assert written([0], meta=MARKED)[0] == ""
+    assert written([*b"a\xc3", 0], meta=MARKED)[0] == "a\ufffd"  # half of an é
+    printer = inference.Printer(Tokenizer(MARKED))
     assert printer([*b"ab", 0, *b"cd"]) == "ab" and printer.ended and printer(list(b"e")) == ""
 
 
 def test_words_have_their_spaces_before_a_stop_text(written):
-    words = {"tokenizer": "words", "vocab_size": 4, "mark": 0, "vocab": ["<s>", "deep", "is", "."], "document_mark": 0}
+    words = {"tokenizer": "words", "vocab_size": 4, "mark": 0, "vocab": ["<s>", "deep", "is", "."]}
     assert written([1, 2, 1, 3, 1], ["."], words, "is")[0] == " deep is deep"
     assert written([1, 2, 0, 1], [" is"], words, "is ")[0] == "deep"
     assert written([1, 2, 0, 1], [], words, "is ")[0] == "deep is"
@@ -119,11 +116,12 @@ def test_each_sample_ends_by_itself(tmp_path, shown):
 
 def test_each_sample_ends_at_its_document(tmp_path, shown):
     """The checkpoint knows the mark: it holds the description of its data's tokens."""
-    common = ("--start=ab", "--num_samples=6", "--max_new_tokens=40")
-    whole, _ = shown(f"--out_dir={write_checkpoint(tmp_path / 'out', CHARS)}", *common)
+    common = ("--num_samples=6", "--max_new_tokens=40")
+    whole, _ = shown(f"--out_dir={write_checkpoint(tmp_path / 'out', CHARS)}", "--start=cab", *common)  # the mark, then ab
+    whole = [text[1:] for text in whole]
     file = tmp_path / "out" / "best.pt"
-    save(file, {**torch.load(file), "meta": {**CHARS, "document_mark": 2}})  # the character c
-    got, counts = shown(f"--out_dir={tmp_path / 'out'}", *common)
+    save(file, {**torch.load(file), "meta": {**CHARS, "mark": 2}})  # the character c
+    got, counts = shown(f"--out_dir={tmp_path / 'out'}", "--start=ab", *common)
     assert got == [text.partition("c")[0] for text in whole] and len(set(got)) > 2
     assert counts == [len(text[2:].partition("c")[0]) + ("c" in text) for text in whole]
 
@@ -131,7 +129,7 @@ def test_each_sample_ends_at_its_document(tmp_path, shown):
 def test_the_page_ends_likewise():
     """`demo.stream`, which the page shows: the same text, and a note."""
     for ids, stops, expected in ((b"one END", ["END"], "one "), (b"one EN", ["END"], "one EN"), (b"one\0END", [], "one")):
-        model, tokenizer = Fixed(ids), Tokenizer(DOCUMENTS)
+        model, tokenizer = Fixed(ids), Tokenizer(MARKED)
         model.config = type("Config", (), {"block_size": 8})
         state, tokens = demo.stream(model, tokenizer, "cpu", "> ", stops, 1, len(ids), 1.0, 0, 1.0)
         for _ in tokens:
@@ -147,10 +145,3 @@ def test_refused(tmp_path, refused):
     judge = write_checkpoint(tmp_path / "judge", REVIEWS)
     assert "judge holds a classifier, which draws no tokens: leave stop out" in refused(
         sample, f"--out_dir={judge}", "--stop=a", "--start=a film")
-
-
-@pytest.mark.parametrize("mark", [256, -1, "0", True, 0.0, [0]])
-def test_a_document_mark_that_is_no_token(mark):
-    with pytest.raises(ValueError, match="a document_mark below 256, or null"):
-        check({**BYTES, "document_mark": mark})
-    check({**BYTES, "document_mark": None})
