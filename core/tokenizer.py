@@ -121,7 +121,7 @@ class Tokenizer:
             return self._encoding.encode_ordinary_batch(texts)
         return [self.encode(text) for text in texts]
 
-    def encode_stream(self, texts, size=1 << 20):
+    def encode_stream(self, texts, size=1 << 18):
         """Yield `encode` of each of `texts` (an iterable of str), in batches of about `size` characters."""
         batch, length = [], 0
         for text in texts:
