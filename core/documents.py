@@ -113,10 +113,10 @@ def parse_line(line, where):
     if type(text) is not str:
         shown = short_repr(line.decode("utf-8", "replace").strip())
         raise UserError(f"{where}: expected an object with a text, like {EXAMPLE}, got {shown}")
-    if label is not None and type(label) not in (str, int):
+    if label is not None and type(label) not in (str, int) or label == "":
         raise UserError(f"{where}: expected a text or a whole number as label, got {short_repr(label)}")
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", " ")
-    return (text, None) if label is None else (html_line_breaks(text), str(label))
+    return (text, None) if label is None else (html_line_breaks(text), str(label).encode("utf-8", "replace").decode())
 
 
 def read(source, wanted, path):

@@ -237,7 +237,8 @@ def move_files(temporary, out_dir, meta, earlier):
     if foreign := [name for name in files if name not in earlier and os.path.lexists(out_dir / name)]:
         raise UserError(f"--out_dir {out_dir} holds {foreign[0]}, which its meta.json does not name: move it away, "
                         "or give another folder")
-    (temporary / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(meta, indent=1, ensure_ascii=False) + "\n"
+    (temporary / "meta.json").write_bytes(text.encode("utf-8", "replace"))  # a file's name may hold other bytes
     (temporary / MOVING).write_text(json.dumps(sorted({*files, *earlier})))
     out_dir.mkdir(exist_ok=True)
     os.replace(temporary / MOVING, out_dir / MOVING)

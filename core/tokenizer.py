@@ -133,7 +133,7 @@ class Tokenizer:
             keys[self.mark] = "mark"
         return keys
 
-    def encode_stream(self, texts, size=1 << 20):
+    def encode_stream(self, texts, size=1 << 18):
         """Yield `encode` of each of `texts` (an iterable of str), in batches of about `size` characters."""
         batch, length = [], 0
         for text in texts:

@@ -22,7 +22,8 @@ def vocabulary(kind, size, texts, further=()):
         vocab = ["<s>", UNKNOWN, *sorted(counts, key=lambda word: (-counts[word], word))[:size]]
         return {"vocab_size": len(vocab), "mark": 0, "vocab": vocab}
     if kind == "chars":
-        vocab = ["\0", UNKNOWN, *sorted(set().union(*texts) - {"\0"})]
+        seen = set(chain.from_iterable(map(set, texts)))
+        vocab = ["\0", UNKNOWN, *sorted(seen - {"\0"})]
         return {"vocab_size": len(vocab), "mark": 0, "vocab": vocab}
     if kind == "bpe":
         return learn_bpe(chain(texts, further), size)

@@ -42,7 +42,7 @@ from core.tokenizer import UNKNOWN, Tokenizer, gpt2_encoding
 from core.vocabulary import vocabulary
 
 NAME = re.compile(r"[a-z0-9][\w-]{0,39}", re.ASCII | re.IGNORECASE)
-STEP = 1 << 18  # bytes of a document that are encoded at a time
+STEP = 1 << 16  # bytes of a document that are encoded at a time
 IN_ORDER = "whole documents in the order of a hash of the seed and the text; val, then test, take those that fit their " \
            "share of the {}; their duplicates are dropped"
 RULES = {"lm": IN_ORDER.format("bytes"), "classify": IN_ORDER.format("documents of each class"),
@@ -67,6 +67,8 @@ def parse(argv):
     if not (args.val_share > 0 and args.test_share >= 0 and args.val_share + args.test_share < 1):
         raise UserError("expected --val_share above 0, --test_share of 0 or more, and less than 1 together, "
                         f"got {args.val_share} and {args.test_share}")
+    if not args.source.exists():
+        raise UserError(f"--source {args.source}: there is no such file or folder")
     args.out_dir = args.out_dir or HERE.parent / args.name
     return args
 

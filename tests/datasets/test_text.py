@@ -246,6 +246,15 @@ def test_labels_may_be_numbers_and_breaks_are_newlines(tmp_path):
         assert int(text.split("\n")[0]) % 2 == label
 
 
+def test_names_that_are_not_utf8(tmp_path):
+    """Of a file, and of a class."""
+    made = [{"text": f"{n}", "label": ("a\ud800", "b")[n % 2]} for n in range(12)]
+    source = jsonl(tmp_path / "old\udce9.jsonl", made)
+    make(source, tmp_path / "out")
+    assert load(tmp_path / "out")[0]["classes"] == ["a?", "b"]
+    assert "nothing to do" in make(source, tmp_path / "out").stdout
+
+
 def test_small_classes_are_in_every_split(tmp_path):
     made = [{"text": f"{n}", "label": "rare" if n < 3 else "usual"} for n in range(60)]
     make(jsonl(tmp_path / "a.jsonl", made), tmp_path / "out")
@@ -305,13 +314,14 @@ def test_long_documents_in_pieces_equal_those_at_once(tmp_path, monkeypatch, kin
     assert got == want
 
 
-def test_memory(tmp_path):
-    """The text, 30 MB, is never in memory as a whole."""
-    source = wrap(b"a line of text\n" * 2_000_000, tmp_path / "a.txt")
+@pytest.mark.parametrize("kind", ["bytes", "chars"])
+def test_memory(tmp_path, kind):
+    """The text, 15 MB, is never in memory as a whole."""
+    source = wrap(b"a line of text\n" * 1_000_000, tmp_path / "a.txt")
     tracemalloc.start()
     try:
-        text.main([f"--source={source}", "--name=mine", f"--out_dir={tmp_path / 'out'}"])
-        assert tracemalloc.get_traced_memory()[1] < 20_000_000
+        text.main([f"--source={source}", "--name=mine", f"--out_dir={tmp_path / 'out'}", f"--tokenizer={kind}"])
+        assert tracemalloc.get_traced_memory()[1] < 11_000_000
     finally:
         tracemalloc.stop()
 
@@ -377,13 +387,13 @@ def test_names_that_are_refused(notes, name):
 
 def test_names_that_are_accepted():
     for name in ("notes", "text_2", "my-notes", "2024", "shakespeare"):
-        assert text.parse(["--source=x", f"--name={name}"]).out_dir == ROOT / "data" / name
+        assert text.parse([f"--source={ROOT}", f"--name={name}"]).out_dir == ROOT / "data" / name
 
 
 @pytest.mark.parametrize("options, message", [
     (["--name=a"], "expected --source=FILE_OR_FOLDER, the text, and --name=NAME"),
     (["--source=x"], "expected --source=FILE_OR_FOLDER, the text, and --name=NAME"),
-    (["--source=no/such", "--name=a"], "there is no such file or folder"),
+    (["--source=no/such", "--name=a"], "--source no/such: there is no such file or folder$"),
     (["--source=x", "--name=a", "--vocab_size=300"], "bytes has a vocabulary of its own"),
     *((["--source=x", "--name=a", *shares.split()], "expected --val_share above 0") for shares in
       ("--val_share=0", "--val_share=nan", "--test_share=-1", "--val_share=0.5 --test_share=0.5")),
@@ -412,6 +422,7 @@ LABELLED = "".join(json.dumps({"text": f"text {n}", "label": "ab"[n % 2]}) + "\n
     ({"a.jsonl": GOOD.encode() + b'{"text": "caf\xe9"}'}, "a.jsonl, line 2: expected an object with a text"),
     ({"a.jsonl": GOOD + "[" * 100_000}, "a.jsonl, line 2: expected an object with a text"),
     ({"a.jsonl": GOOD + '{"text": "x", "label": 0.5}'}, "a.jsonl, line 2: expected a text or a whole number as label, got 0.5"),
+    ({"a.jsonl": GOOD + '{"text": "x", "label": ""}'}, "line 2: expected a text or a whole number as label, got ''"),
     ({"a.jsonl": GOOD + '{"text": "x", "label": true}'}, "line 2: expected a text or a whole number as label, got True"),
     ({"a.jsonl": GOOD + '{"text": "x", "label": ["a"]}'}, "line 2: expected a text or a whole number as label, got ['a']"),
     ({"a.jsonl": GOOD + '{"text": "x"}'}, "a.jsonl, line 2 has no label, those before it have one: give every document"),
