@@ -9,8 +9,8 @@ SOURCE is recognised by its content:
     GPT-2 of Hugging Face: a folder              a run; config.json and model.safetensors
     FILE.safetensors that --to wrote             a run
 
-The tokenizer of an imported model is GPT-2's, or the characters that nanoGPT's meta.pkl holds. No pickle is run: what
-is more than tensors and plain values is refused.
+The tokenizer of an imported model is GPT-2's, or the characters that nanoGPT's meta.pkl holds. No code of a
+file is run: what is more than tensors and plain values is refused.
 """
 
 from core import startup  # first: torch reads its settings when it is loaded

@@ -143,13 +143,18 @@ def export(path, to, load):
         raise UserError(f"{path} has no tokenizer that is known here; train it again")
     if existing := [file for file in (to, description) if file.exists()]:
         raise UserError(f"{existing[0]} exists already: give --to a new folder")
-    state = {key: value for key, value in saved.get("state", {}).items()
-             if key in ("step", "best", "best_step") and math.isfinite(value)}
-    meta = {key: value for key, value in saved["meta"].items() if key not in OF_THE_DATA}
+    try:
+        state = saved.get("state", {})
+        STATE(state, "its state")
+        state = {key: state[key] for key in ("step", "best", "best_step") if key in state and math.isfinite(state[key])}
+        meta = {key: value for key, value in saved["meta"].items() if key not in OF_THE_DATA}
+        described = json.dumps({"model_config": config, "meta": meta, "state": state}, indent=1)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged or not a checkpoint of train.py ({one_line(error)})")
     weights = {name: tensor for name, tensor in model.state_dict().items() if name != "head.weight" or not is_tied(config)}
     to.parent.mkdir(parents=True, exist_ok=True)
     try:
-        write_text(description, json.dumps({"model_config": config, "meta": meta, "state": state}, indent=1))
+        write_text(description, described)
         write_whole(to, lambda file: file.write(safetensors.torch.save(weights, {"format": "pt"})))
     except SaveError:
         description.unlink(missing_ok=True)

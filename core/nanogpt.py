@@ -109,12 +109,12 @@ def read_characters(path):
 def tokenizer_meta(vocab_size, characters, mark=False):
     """The entries of a meta.json that describe a tokenizer: the characters of a meta.pkl, or without one GPT-2's tokens.
 
-    characters: the path of the meta.pkl, or ''. mark: whether a document mark begins each text (with GPT-2's tokens).
-    Raises UserError if the vocabulary has another size.
+    vocab_size: the model's, or None: any. characters: the path of the meta.pkl, or ''. mark: whether a document mark
+    begins each text (with GPT-2's tokens). Raises UserError if the vocabulary has another size.
     """
     if characters:
         vocab = read_characters(characters)
-        if vocab_size != len(vocab):
+        if vocab_size not in (None, len(vocab)):
             raise UserError(f"{characters} holds {len(vocab):,} characters, expected {vocab_size:,}, the model's vocabulary: "
                             "give the meta.pkl of the data that it was trained on")
         return {"tokenizer": "chars", "vocab_size": len(vocab), "mark": None, "vocab": vocab}
@@ -129,7 +129,7 @@ def convert_data(folder, out_dir, characters):
 
     Raises UserError for a missing or damaged file, ConnectionError if GPT-2's vocabulary cannot be loaded.
     """
-    meta = tokenizer_meta(len(read_characters(characters)) if characters else gpt2.VOCABULARY, characters)
+    meta = tokenizer_meta(None if characters else gpt2.VOCABULARY, characters)
     tokenizer = Tokenizer(meta)
     sizes = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)])  # bytes of each token
     sizes[gpt2.VOCABULARY - 1 :] = 1  # the document mark

@@ -16,6 +16,7 @@ import convert
 import sample
 import train
 from core import gpt2
+from core.checkpoint import save
 from helpers import Trap, call
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -223,6 +224,18 @@ def test_forged_exports(tmp_path, assert_refused, key, value):
     path = tmp_path / "exported" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     assert_refused("exported", tmp_path / "exported")
+
+
+@pytest.mark.parametrize("changes", [{"state": [1]}, {"state": {"step": "x"}}, {"meta": None}, {"note": 3}], ids=range(4))
+def test_forged_runs_are_not_exported(tmp_path, refused, changes):
+    from test_convert import write_run
+
+    run, to = write_run(tmp_path / "small")[0], tmp_path / "exported" / "x.safetensors"
+    saved = torch.load(run / "best.pt", weights_only=True)
+    if "note" in changes:
+        changes = {"meta": {**saved["meta"], "note": torch.ones(2)}}
+    save(run / "best.pt", {**saved, **changes})
+    assert "best.pt is damaged or not a checkpoint of train.py" in refused(convert, run, f"--to={to}") and not to.parent.exists()
 
 
 def test_foreign_weights_beside_an_export(tmp_path, assert_refused, weights):
