@@ -9,8 +9,8 @@ SOURCE is recognised by its content:
     GPT-2 of Hugging Face: a folder              a run; config.json and model.safetensors
     FILE.safetensors that --to wrote             a run
 
-The tokenizer of an imported model is GPT-2's, or the characters that nanoGPT's meta.pkl holds. No pickle is run: what
-is more than tensors and plain values is refused.
+The tokenizer of an imported model is GPT-2's, or the characters that nanoGPT's meta.pkl holds. No code of a
+file is run: what is more than tensors and plain values is refused.
 """
 
 from core import startup  # first: torch reads its settings when it is loaded
@@ -41,8 +41,8 @@ def read_weights(source):
     if source.suffix == ".safetensors" or not file.exists():
         files = exchange.weight_files(source) if source.is_dir() else [source]
         if not files:
-            raise UserError(f"{source}: expected nanoGPT's ckpt.pt, or its train.bin and val.bin, or GPT-2 of Hugging Face "
-                            "(config.json and model.safetensors), found none of them; give another SOURCE")
+            raise UserError(f"{source}: expected nanoGPT's ckpt.pt, or its train.bin and val.bin, or GPT-2 of Hugging "
+                            "Face (config.json and model.safetensors), found none of them; give another SOURCE")
         saved, mark = exchange.read_safetensors(files), True
         file = files[0] if len(files) == 1 else source
     else:
@@ -75,15 +75,16 @@ def export_run(source):
     if source.is_dir():
         file = source / ("best.pt" if (source / "best.pt").exists() else "ckpt.pt")
     model = exchange.export(file, Path(to), load)
-    print(f"{to}: {model.parameter_count():,} parameters of {file}; config.json beside it holds the model's shape and its "
-          f"tokenizer\nimport it again with: python convert.py {to} --out_dir=NEW_FOLDER")
+    print(f"{to}: {model.parameter_count():,} parameters of {file}; config.json beside it holds the model's shape and "
+          f"its tokenizer\nimport it again with: python convert.py {to} --out_dir=NEW_FOLDER")
 
 
 def main():
     sources = [Path(argument) for argument in sys.argv[1:] if argument[:1] != "-"]
     configure(globals(), [argument for argument in sys.argv[1:] if argument[:1] == "-"])
     if len(sources) != 1 or bool(out_dir) == bool(to):
-        raise UserError("expected python convert.py SOURCE --out_dir=OUT, or python convert.py RUN --to=FILE.safetensors")
+        raise UserError("expected python convert.py SOURCE --out_dir=OUT, or "
+                        "python convert.py RUN --to=FILE.safetensors")
     source, = sources
     if not source.exists():
         raise UserError(f"{source}: there is no such file or folder")

@@ -44,12 +44,11 @@ def write_run(folder, model, checkpoint, origin):
     config, state = asdict(model.config), checkpoint["state"]
     meta = {"kind": "lm" if model.config.causal else "classify", **checkpoint["meta"]}
     settings = {**checkpoint["settings"], **{key: value for key, value in config.items() if key != "options"}}
-    saved = {"model_config": config, "settings": settings, "source": origin, "meta": meta, "state": state, "device": "cpu",
-             "dtype": "float32", "model": model.state_dict()}
+    common = {"settings": settings, "source": origin, "device": "cpu", "dtype": "float32"}
+    saved = {**common, "model_config": config, "meta": meta, "state": state, "model": model.state_dict()}
     is_scored = model.config.causal and state["best"] < math.inf
     score = json.dumps({"step": state["best_step"], "split": "val", "loss": state["best"]}) + "\n" if is_scored else ""
-    described = {"settings": settings, "options": config["options"], "device": "cpu", "dtype": "float32", "source": origin,
-                 "parameters": model.parameter_count()}
+    described = {**common, "options": config["options"], "parameters": model.parameter_count()}
     with locked(folder):
         prepare_folder(folder)
         try:
@@ -84,7 +83,7 @@ def read_tensors(paths):
 
 
 def weight_files(folder):
-    """The safetensors files of a folder, [] of none: those that its index names, or model.safetensors, or the only one."""
+    """The safetensors files of a folder: those that its index names, or model.safetensors, or the only one, or []."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         names = read_json(index, record({"weight_map": mapping(text(), 10**6)}), "Hugging Face")["weight_map"].values()
@@ -94,7 +93,7 @@ def weight_files(folder):
         return files
     files = sorted(folder.glob("model.safetensors")) or sorted(folder.glob("*.safetensors"))
     if len(files) > 1:
-        raise UserError(f"{folder} holds {len(files)} safetensors files, and none is called model.safetensors: give one")
+        raise UserError(f"{folder} holds {len(files)} safetensors files, none of them model.safetensors: give one")
     return files
 
 
@@ -144,13 +143,20 @@ def export(path, to, load):
         raise UserError(f"{path} has no tokenizer that is known here; train it again")
     if existing := [file for file in (to, description) if file.exists()]:
         raise UserError(f"{existing[0]} exists already: give --to a new folder")
-    state = {key: value for key, value in saved.get("state", {}).items()
-             if key in ("step", "best", "best_step") and math.isfinite(value)}
-    meta = {key: value for key, value in saved["meta"].items() if key not in OF_THE_DATA}
-    weights = {name: tensor for name, tensor in model.state_dict().items() if name != "head.weight" or not is_tied(config)}
+    try:
+        state = saved.get("state", {})
+        STATE(state, "its state")
+        state = {key: state[key] for key in ("step", "best", "best_step") if key in state and math.isfinite(state[key])}
+        meta = {key: value for key, value in saved["meta"].items() if key not in OF_THE_DATA}
+        described = json.dumps({"model_config": config, "meta": meta, "state": state}, indent=1)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged or not a checkpoint of train.py ({one_line(error)})")
+    weights = model.state_dict()
+    if is_tied(config):
+        del weights["head.weight"]
     to.parent.mkdir(parents=True, exist_ok=True)
     try:
-        write_text(description, json.dumps({"model_config": config, "meta": meta, "state": state}, indent=1))
+        write_text(description, described)
         write_whole(to, lambda file: file.write(safetensors.torch.save(weights, {"format": "pt"})))
     except SaveError:
         description.unlink(missing_ok=True)

@@ -68,9 +68,11 @@ def optimizer_state(saved, weights):
         values = {key: state[n].get(key) for key in ("step", "exp_avg", "exp_avg_sq")}
         if not all(torch.is_tensor(value) for value in values.values()):
             return None
-        named[name] = {key: value if key == "step" else gpt2.cut_rows({name: value})[name] for key, value in values.items()}
-        if any(named[name][key].shape != weights[name].shape for key in ("exp_avg", "exp_avg_sq")):
-            return None
+        for key in ("exp_avg", "exp_avg_sq"):
+            values[key] = gpt2.cut_rows({name: values[key]})[name]
+            if values[key].shape != weights[name].shape:
+                return None
+        named[name] = values
     return named
 
 
@@ -91,8 +93,8 @@ def read_characters(path):
     try:
         for opcode, argument, _ in pickletools.genops(data):
             if opcode.name not in LITERALS:
-                raise UserError(f"{path} asks for more than dicts, texts and integers ({opcode.name}), which is not run: "
-                                "expected the meta.pkl of nanoGPT")
+                raise UserError(f"{path} asks for more than dicts, texts and integers ({opcode.name}), which is not "
+                                "run: expected the meta.pkl of nanoGPT")
             if opcode.name.endswith("PUT"):  # an index of the memo, for which unpickling makes room
                 expect(argument < len(data), f"below {len(data)}", argument, opcode.name)
         itos = pickle.loads(data)["itos"]
@@ -102,25 +104,26 @@ def read_characters(path):
     except UserError:
         raise
     except Exception as error:  # whatever a damaged or forged file leads to
-        raise UserError(f"{path} is damaged or no meta.pkl of nanoGPT ({type(error).__name__}: {one_line(error, 200)})")
+        reason = f"{type(error).__name__}: {one_line(error, 200)}"
+        raise UserError(f"{path} is damaged or no meta.pkl of nanoGPT ({reason})")
     return vocab
 
 
 def tokenizer_meta(vocab_size, characters, mark=False):
-    """The entries of a meta.json that describe a tokenizer: the characters of a meta.pkl, or without one GPT-2's tokens.
+    """The entries of a meta.json that describe a tokenizer: the characters of a meta.pkl, or GPT-2's tokens.
 
-    characters: the path of the meta.pkl, or ''. mark: whether a document mark begins each text (with GPT-2's tokens).
-    Raises UserError if the vocabulary has another size.
+    vocab_size: the model's, or None: any. characters: the path of the meta.pkl, or ''. mark: whether a document mark
+    begins each text (with GPT-2's tokens). Raises UserError if the vocabulary has another size.
     """
     if characters:
         vocab = read_characters(characters)
-        if vocab_size != len(vocab):
-            raise UserError(f"{characters} holds {len(vocab):,} characters, expected {vocab_size:,}, the model's vocabulary: "
-                            "give the meta.pkl of the data that it was trained on")
+        if vocab_size not in (None, len(vocab)):
+            raise UserError(f"{characters} holds {len(vocab):,} characters, expected {vocab_size:,}, the vocabulary "
+                            "of the model: give the meta.pkl of the data that it was trained on")
         return {"tokenizer": "chars", "vocab_size": len(vocab), "mark": None, "vocab": vocab}
     if vocab_size != gpt2.VOCABULARY:
-        raise UserError(f"the model's vocabulary has {vocab_size:,} tokens, GPT-2's {gpt2.VOCABULARY:,}: give the characters "
-                        "that its tokens stand for with --meta=meta.pkl, which nanoGPT writes beside its data")
+        raise UserError(f"the model's vocabulary has {vocab_size:,} tokens, GPT-2's {gpt2.VOCABULARY:,}: give the "
+                        "characters that they stand for with --meta=meta.pkl, which nanoGPT writes beside its data")
     return {"tokenizer": "gpt2", "vocab_size": vocab_size, "mark": vocab_size - 1 if mark else None}
 
 
@@ -129,7 +132,7 @@ def convert_data(folder, out_dir, characters):
 
     Raises UserError for a missing or damaged file, ConnectionError if GPT-2's vocabulary cannot be loaded.
     """
-    meta = tokenizer_meta(len(read_characters(characters)) if characters else gpt2.VOCABULARY, characters)
+    meta = tokenizer_meta(None if characters else gpt2.VOCABULARY, characters)
     tokenizer = Tokenizer(meta)
     sizes = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)])  # bytes of each token
     sizes[gpt2.VOCABULARY - 1 :] = 1  # the document mark
@@ -145,13 +148,13 @@ def read_tokens(path, sizes):
     """The tokens of a file of nanoGPT as a split of `prepare.write`, and the largest id. sizes: bytes of each token."""
     size = path.stat().st_size if path.is_file() else 0
     if size < 4 or size % 2:
-        raise UserError(f"{path}: expected two tokens or more, of two bytes each, found {size:,} bytes; make it again with "
-                        "nanoGPT's prepare.py")
+        raise UserError(f"{path}: expected two tokens or more, of two bytes each, found {size:,} bytes; make it again "
+                        "with nanoGPT's prepare.py")
     tokens, split = np.memmap(path, "<u2", "r"), {"bytes": 0, "largest": 0}
     for piece in cut(tokens, 1 << 24):
         split["largest"] = max(split["largest"], int(piece.max()))
         if split["largest"] >= len(sizes):
-            raise UserError(f"{path} holds the token {split['largest']}, expected ids below {len(sizes):,}, the vocabulary: "
-                            "give the meta.pkl of this data with --meta")
+            raise UserError(f"{path} holds the token {split['largest']}, expected ids below {len(sizes):,}, the "
+                            "vocabulary: give the meta.pkl of this data with --meta")
         split["bytes"] += int(sizes[piece].sum())
     return {"tokens": tokens, **split}

@@ -105,8 +105,9 @@ def write_hugging_face(folder, weights, shape=SHAPE, files=1, **changes):
     from safetensors.torch import save_file
 
     folder.mkdir(exist_ok=True)
-    config = {"model_type": "gpt2", "n_positions": shape["block_size"], "activation_function": "gelu_new", "resid_pdrop": 0.1,
-              "layer_norm_epsilon": 1e-5, **{key: shape[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")}, **changes}
+    sizes = {key: shape[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    config = {"model_type": "gpt2", "n_positions": shape["block_size"], "activation_function": "gelu_new",
+              "resid_pdrop": 0.1, "layer_norm_epsilon": 1e-5, **sizes, **changes}
     (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
     names = {name: f"model-{n % files}.safetensors" if files > 1 else "model.safetensors" for n, name in enumerate(weights)}
     for file in set(names.values()):

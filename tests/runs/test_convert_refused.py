@@ -16,6 +16,7 @@ import convert
 import sample
 import train
 from core import gpt2
+from core.checkpoint import save
 from helpers import Trap, call
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -60,13 +61,16 @@ W = "transformer.h.0.attn.c_attn.weight"
 @pytest.mark.parametrize("change, said", [
     (entry("model", "transformer.h.0.moe.weight", torch.ones(2)), "GPT-2 has no weight transformer.h.0.moe.weight"),
     (entry("model", W, torch.ones(3, 16)), "layers.0.attention.qkv.weight"), (entry("model", W, 3), "expected a tensor, got 3"),
-    (entry("model", W, torch.full((48, 16), torch.nan)), "not finite"), (entry("model", W, torch.ones(48, 16, dtype=torch.int8)), "int8"),
+    (entry("model", W, torch.full((48, 16), torch.nan)), "not finite"),
+    (entry("model", W, torch.ones(48, 16, dtype=torch.int8)), "int8"),
     (without(W), "layers.0.attention.qkv.weight"), (without("transformer.wte.weight"), "it lacks the token embedding"),
     (entry("model_args", "n_layer", 3), "layers.2"), (entry("model_args", "n_layer", "2"), "n_layer"),
-    (entry("model_args", "n_head", 3), "n_embd must be a multiple of 3"), (entry("model_args", "block_size", 10**9), "positions.weight"),
+    (entry("model_args", "n_head", 3), "n_embd must be a multiple of 3"),
+    (entry("model_args", "block_size", 10**9), "positions.weight"),
     (entry("model_args", "n_embd", 10**6), "embedding.weight"), (entry("model_args", "dropout", 1.0), "dropout"),
     (lambda saved: saved.pop("model_args"), "model_args"), (lambda saved: saved.update(iter_num="x"), "iter_num"),
-    (lambda saved: saved.update(model=[1]), "it['model']: expected an object"), (lambda saved: saved.update(best_val_loss=[1]), "no checkpoint of nanoGPT"),
+    (lambda saved: saved.update(model=[1]), "it['model']: expected an object"),
+    (lambda saved: saved.update(best_val_loss=[1]), "no checkpoint of nanoGPT"),
 ], ids=range(17))
 def test_checkpoints(tmp_path, meta, assert_refused, change, said):
     source = write_nanogpt(tmp_path / "nano", PlainGPT(**SHAPE))
@@ -151,7 +155,8 @@ def weights():
     ({"model_type": "llama"}, "expected the model_type gpt2, got 'llama'"), ({"model_type": None}, "model_type"),
     ({"activation_function": "relu"}, "activation_function"), ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon"),
     ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by"), ({"n_inner": 32}, "n_inner: expected 64, got 32"),
-    ({"n_layer": "2"}, "n_layer"), ({"n_layer": None}, "n_layer"), ({"n_layer": 3}, "layers.2"), ({"n_embd": 32}, "embedding.weight"),
+    ({"n_layer": "2"}, "n_layer"), ({"n_layer": None}, "n_layer"), ({"n_layer": 3}, "layers.2"),
+    ({"n_embd": 32}, "embedding.weight"),
     ({"n_positions": 13}, "positions.weight"), ({"vocab_size": 35}, "embedding.weight"), ({"resid_pdrop": 2}, "resid_pdrop"),
 ], ids=lambda value: str(value)[:30])
 def test_config_of_hugging_face(tmp_path, weights, meta, monkeypatch, assert_refused, changes, said):
@@ -210,12 +215,13 @@ def test_files_that_are_missing_or_elsewhere(tmp_path, source, weights, assert_r
     os.remove(source / "model.safetensors.index.json")
     os.rename(file, source / "a.safetensors")
     (source / "b.safetensors").write_bytes(b"")
-    assert_refused("holds 2 safetensors files, and none is called model.safetensors", source)
+    assert_refused("holds 2 safetensors files, none of them model.safetensors", source)
 
 
 @pytest.mark.parametrize("key, value", [
-    ("model_config", [1]), ("model_config", {}), ("model_config", {"n_layer": 2}), ("meta", {}), ("meta", [1]), ("state", {"step": "x"}),
-    ("state", {"best": None}), ("state", None), ("meta", {"tokenizer": "chars", "vocab_size": 3, "mark": None, "vocab": ["a"]})])
+    ("model_config", [1]), ("model_config", {}), ("model_config", {"n_layer": 2}), ("meta", {}), ("meta", [1]),
+    ("state", {"step": "x"}), ("state", {"best": None}), ("state", None),
+    ("meta", {"tokenizer": "chars", "vocab_size": 3, "mark": None, "vocab": ["a"]})])
 def test_forged_exports(tmp_path, assert_refused, key, value):
     from test_convert import write_run
 
@@ -223,6 +229,18 @@ def test_forged_exports(tmp_path, assert_refused, key, value):
     path = tmp_path / "exported" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     assert_refused("exported", tmp_path / "exported")
+
+
+@pytest.mark.parametrize("changes", [{"state": [1]}, {"state": {"step": "x"}}, {"meta": None}, {"note": 3}], ids=range(4))
+def test_forged_runs_are_not_exported(tmp_path, refused, changes):
+    from test_convert import write_run
+
+    run, to = write_run(tmp_path / "small")[0], tmp_path / "exported" / "x.safetensors"
+    saved = torch.load(run / "best.pt", weights_only=True)
+    if "note" in changes:
+        changes = {"meta": {**saved["meta"], "note": torch.ones(2)}}
+    save(run / "best.pt", {**saved, **changes})
+    assert "best.pt is damaged or not a checkpoint of train.py" in refused(convert, run, f"--to={to}") and not to.parent.exists()
 
 
 def test_foreign_weights_beside_an_export(tmp_path, assert_refused, weights):
@@ -275,8 +293,9 @@ def test_arguments(tmp_path, meta, refused):
 
 def test_nanogpt_given_to_other_scripts(tmp_path, meta, refused):
     nano = write_nanogpt(tmp_path / "nano", PlainGPT(**SHAPE))
-    said = f"ckpt.pt is a checkpoint of nanoGPT; make a run of it first: python convert.py {nano / 'ckpt.pt'} --out_dir=NEW_FOLDER"
-    assert said in refused(sample, f"--out_dir={nano}")
+    command = f"python convert.py {nano / 'ckpt.pt'} --out_dir=NEW_FOLDER"
+    said = refused(sample, f"--out_dir={nano}")
+    assert f"ckpt.pt is a checkpoint of nanoGPT; make a run of it first: {command}" in said
     data = tmp_path / "data"
     said = f"{data} is a data folder of nanoGPT; prepare it first: python convert.py {data} --out_dir=NEW_FOLDER"
     assert said in refused(train, f"--dataset={data}", f"--out_dir={tmp_path / 'out'}")
@@ -297,4 +316,5 @@ def test_a_config_of_nanogpt(tmp_path, refused, key):
 
 
 def test_safetensors_given_to_sample(source, refused):
-    assert f"holds weights of another program; make a run of them first: python convert.py {source}" in refused(sample, f"--out_dir={source}")
+    said = refused(sample, f"--out_dir={source}")
+    assert f"holds weights of another program; make a run of them first: python convert.py {source}" in said
