@@ -77,7 +77,8 @@ def check_tokenizer(meta):
         raise ValueError(f"there is no tokenizer {short_repr(kind)}: choose one of {', '.join(KINDS)}")
     expect(is_count(size, 2**32 + 1) and size, "a vocab_size from 1 to 2**32", size)
     expect(mark is None or is_count(mark, size), f"a mark below {size:,}, or null", mark)
-    expect(document_mark is None or is_count(document_mark, size), f"a document_mark below {size:,}, or null", document_mark)
+    is_token = document_mark is None or is_count(document_mark, size)
+    expect(is_token, f"a document_mark below {size:,}, or null", document_mark)
     key = {"chars": "vocab", "words": "vocab", "bpe": "ranks"}.get(kind)
     entries = meta.get(key, []) if key else []
     texts = type(entries) is list and all(type(entry) is str and entry for entry in entries)
