@@ -157,7 +157,8 @@ def main():
     lines = text.split("\n") if by_line else [text]  # other line ends are text
     if not model.config.causal:
         if next or stop:
-            raise UserError(f"{folder} holds a classifier, which draws no tokens: leave {'next' if next else 'stop'} out")
+            key = "next" if next else "stop"
+            raise UserError(f"{folder} holds a classifier, which draws no tokens: leave {key} out")
         classify(model, tokenizer, classes, lines)
         return
     convert_for_inference(model, hardware.DTYPES[dtype])

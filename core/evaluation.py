@@ -11,12 +11,12 @@ from core.dataset import batches
 
 @torch.no_grad()
 def evaluate(model, data, split, batch_size, device, dtype, count=0):
-    """(scores, p) of a split. scores: a dict of floats, the loss in nats and the task's other scores; for a classifier on
-    the whole split also the list `accuracy_by_length`. p: for a classifier on the whole split the probability of class 1
-    of each text, (N,) in the file's order, else None.
+    """(scores, p) of a split. scores: a dict of floats, the loss in nats and the task's other scores; the accuracy of a
+    language model is the share of targets that are the most likely next token. Targets of -1 do not count.
 
-    The accuracy of a language model is the share of targets that are the most likely next token; targets of -1 do not
-    count. count: number of batches, spread evenly over the split; 0: all of them. Raises Stop or DataChanged on all ranks.
+    For a classifier on the whole split, scores also holds the list `accuracy_by_length`, and p is the probability of
+    class 1 of each text, (N,) in the file's order; else p is None.
+    count: number of batches, spread evenly over the split; 0: all of them. Raises Stop or DataChanged on all ranks.
     """
     was_training, p = model.training, None
     model.eval()
@@ -78,8 +78,8 @@ def scores(p, labels):
 def accuracy_by_length(p, labels, lengths, parts=4):
     """The accuracy of a classifier on groups of texts, shortest first: [[shortest, longest, texts, accuracy], ...].
 
-    p, labels: see `scores`; lengths: (N,) tokens of each text. The groups are `parts` quantiles; texts of one length are
-    in one group, so the groups can differ in size, and there can be fewer.
+    p, labels: see `scores`; lengths: (N,) tokens of each text. The groups are `parts` quantiles; texts of one length
+    are in one group, so the groups can differ in size, and there can be fewer.
     """
     right = (np.asarray(p) > 0.5) == (np.asarray(labels) == 1)
     longest = np.quantile(lengths, np.arange(1, parts) / parts, method="inverted_cdf")  # of each group but the last

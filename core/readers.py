@@ -225,8 +225,9 @@ def read_predictions(path):
                 lengths = arrays["length"] if "length" in arrays else np.zeros(p.shape, np.int64)
         shapes = p.ndim == 1 and p.shape == labels.shape == lengths.shape and p.size
         expect(shapes, "p, label and length of one shape (N,)", (p.shape, labels.shape, lengths.shape))
-        dtypes = p.dtype.kind == "f" and labels.dtype.kind in "iu" and lengths.dtype.kind in "iu"
-        expect(dtypes, "p of floats, label and length of integers", (str(p.dtype), str(labels.dtype), str(lengths.dtype)))
+        dtypes = p.dtype, labels.dtype, lengths.dtype
+        is_numeric = p.dtype.kind == "f" and {labels.dtype.kind, lengths.dtype.kind} <= {"i", "u"}
+        expect(is_numeric, "p of floats, label and length of integers", [str(dtype) for dtype in dtypes])
         expect(lengths.min() >= 0, "length of at least 0", lengths.min())
         valid = (p >= 0) & (p <= 1)  # false for NaN
         expect(valid.all(), "p from 0 to 1", p[~valid][:1].tolist())

@@ -57,8 +57,7 @@ def test_a_difference_is_seed_by_seed():
 def test_what_is_judged(scores, kind, score):
     """A language model by its loss, not by the accuracy beside it, which earlier runs of a comparison lack."""
     new = [{**result, "scores": scores} for result in results("a", (2.0, 2.1))]
-    answers = lambda result: np.array([True, False])  # noqa: E731
-    summary = report.summarize({"a": new, "b": new}, {"a": COST, "b": COST}, answers, 100)
+    summary = report.summarize({"a": new, "b": list(new)}, {"a": COST, "b": COST}, lambda result: np.array([True, False]), 100)
     assert (summary["kind"], summary["score"]) == (kind, score)
     assert summary["variants"][0]["scores"]["accuracy"]["mean"] == 0.5
     if kind == "lm":

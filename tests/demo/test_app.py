@@ -255,6 +255,44 @@ def test_two_models_write_side_by_side(page):
     assert page.get_by_test_id("stCode").count() == 2
 
 
+def table(page):
+    """The rows of the first table of the page, as texts."""
+    rows = page.get_by_test_id("stTable").first.locator("tbody tr")
+    return [[cell.strip() for cell in row.locator("td").all_inner_texts()] for row in rows.all()]
+
+
+def test_next_tokens(page, work):
+    """As sample.py --next prints them, also the characters that are markup; without a word that the model lacks."""
+    part(page, "Text")
+    write(page, "Prompt", "import ")
+    assert page.get_by_test_id("stTable").count() == 0
+    page.get_by_text("Next tokens").click()
+    model, tokenizer, _ = sample.read_run(work / "bytes" / "best.pt")
+    for prompt in ("import ", "", "**[x](http://example.org)** `" * 9):
+        write(page, "Prompt", prompt)
+        idx = torch.tensor([inference.encode_prompt(tokenizer, prompt)[-64:]])
+        expected = inference.next_tokens(model, tokenizer, idx, 10)
+        until(page, lambda: [row[-2] for row in table(page)], [token for token, _ in expected])
+        shown = [float(row[-1].rstrip("%")) / 100 for row in table(page)]
+        assert shown == pytest.approx([p for _, p in expected], rel=0.02, abs=1e-4)
+    check_choice(page, "Runs, newest first", "toy")
+    write(page, "Prompt", "i love zebras")
+    told(page, "the word 'zebras' is not in the vocabulary of 13 words")
+
+
+def test_text_ends_before_the_characters_given(page):
+    part(page, "Text")
+    write(page, "Tokens", "300")
+    page.get_by_role("button", name="Write").click()
+    whole = drawn(page, 300)
+    end = whole[20:22]
+    write(page, "End before", end)
+    page.get_by_role("button", name="Write").click()
+    page.get_by_text(re.compile("^[12]?\\d?\\d tokens, .*; the text ended$")).wait_for()
+    idle(page)
+    assert page.get_by_test_id("stCode").first.inner_text().strip() == whole.partition(end)[0].strip()
+
+
 @pytest.mark.parametrize("kind", ODD)
 def test_odd_prompt(page, kind):
     part(page, "Text")
