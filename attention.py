@@ -23,7 +23,7 @@ import torch.nn as nn
 
 from core import blocks, kernels, kvcache
 from core.ops import ParameterReads, accumulate_dtype, drop, mask_value, matrix_variation, split_heads
-from core.texts import NO_TEXTS
+from core.texts import NO_TEXTS, decay_between
 
 
 class Attention(nn.Module):
@@ -43,7 +43,7 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.head_size = config.n_head, config.n_embd // config.n_head
         self.block_size, self.causal, self.layer = config.block_size, config.causal, layer
-        self.dropout, self.kernel = config.dropout, config.kernel
+        self.dropout, self.kernel, self.document_mask = config.dropout, config.kernel, config.document_mask
         self.options = SimpleNamespace(**config.options)
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
@@ -92,6 +92,18 @@ class Attention(nn.Module):
         y = p * self.factor(x, keys, variation).to(p.dtype)
         total = y.sum(-1, keepdim=True)
         return y / total.masked_fill(total == 0, 1) if self.renormalize else y
+
+    def gate(self, x):
+        """Log forget gates (B, H, T), at most 0, of the layer's input x (B, T, C), each from its own token alone.
+
+        A pair's score gets the sum of the gates after the earlier token, up to the later one. The default None adds
+        nothing.
+        """
+        return None
+
+    def least_decay(self, q, k):
+        """Per query, (B, H, T): pairs with a smaller sum of gates may be left out. The default None keeps all."""
+        return None
 
     def max_distance(self):
         """The largest distance i - j of a kept pair, which determines the size of the cache."""
@@ -151,10 +163,14 @@ class Attention(nn.Module):
     def reweighs(self):
         return type(self).factor is not Attention.factor
 
+    @property
+    def gates(self):
+        return type(self).gate is not Attention.gate
+
     @cached_property
     def dense(self):
         """Whether this is plain dense attention, which `scaled_dot_product_attention` computes."""
-        if self.reweighs or not self.relative or self.mask_parameters():
+        if self.gates or self.reweighs or not self.relative or self.mask_parameters():
             return False
         bias, T = self.bias_by_offset(self.block_size), self.block_size
         return not bias[:, : T if self.causal else None].any()
@@ -173,7 +189,10 @@ class Attention(nn.Module):
         j = torch.arange(k.size(2), device=q.device) if j is None else j
         bias = self.bias_at(i, j)
         kept = texts.restrict((bias > -math.inf)[None], i, j, self.causal)
-        scores = (q @ k.mT / math.sqrt(q.size(3)) + bias.to(q.dtype)).masked_fill(~kept, mask_value(q.dtype))
+        scores = q @ k.mT / math.sqrt(q.size(3)) + bias.to(q.dtype)
+        if texts.decay is not None:  # of the keys; the queries are the last of them
+            scores = scores + decay_between(texts.decay[..., -q.size(2) :], texts.decay, self.causal).to(q.dtype)
+        scores = scores.masked_fill(~kept, mask_value(q.dtype))
         p = torch.softmax(scores, -1, dtype=q.dtype).masked_fill(~kept, 0)
         if not self.reweighs:
             return p
@@ -192,10 +211,17 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(*x.shape[:2], 3, self.n_head, self.head_size).permute(2, 0, 3, 1, 4)
         return split_heads(qkv, rotation)
 
+    def with_gates(self, texts, x, before=0):
+        """`texts` with the sums of the gates of x (B, T, C). before: the sum up to the token before x, (B, H, 1)."""
+        if not self.gates:
+            return texts
+        gate = self.gate(x)
+        return texts._replace(decay=gate.to(accumulate_dtype(gate)).cumsum(-1) + before)
+
     def map(self, x, rotation=None, texts=NO_TEXTS):
         """The attention weights (B, H, T, T) of `forward` for x (B, T, C)."""
         q, k, _ = self.project(x, rotation)
-        return self.weights(q, k, texts=texts)
+        return self.weights(q, k, texts=self.with_gates(texts, x))
 
     def forward(self, x, rotation=None, texts=NO_TEXTS, cache=None):
         """x (B, T, C) -> (B, T, C).
@@ -205,11 +231,12 @@ class Attention(nn.Module):
         """
         B, T, C = x.shape
         q, k, v = self.project(x, rotation)
+        texts = self.with_gates(texts, x, cache.last_decay() if cache is not None and self.gates else 0)
         if cache is None or cache.length == 0:
             if cache is not None:
-                cache.extend(k, v)
+                cache.extend(k, v, texts.decay)
             with torch.autocast(x.device.type, enabled=False):
-                y = self.attend(q, k, v, texts)
+                y = self.attend(q, k, v, texts._replace(least=self.least_decay(q, k)))
         else:
             y = kvcache.attend(self, q, k, v, cache, texts)
         return drop(self.proj(y.transpose(1, 2).reshape(B, T, C)), self.dropout if self.training else 0.0)

@@ -182,16 +182,20 @@ def flex_on_cpu():
 
 
 def kernels(layer, texts=NO_TEXTS):
-    """{name of a kernel: function of q, k, v (B, H, T, D) that returns the outputs (B, H, T, D)}, without dropout."""
+    """{name of a kernel: function of q, k, v (B, H, T, D) and sums of gates (B, H, T) or None that returns the outputs
+    (B, H, T, D)}, without dropout."""
+    def with_decay(decay):
+        return texts._replace(decay=decay)
+
     return {
-        "reference": lambda q, k, v: layer.weights(q, k, texts=texts) @ v,
-        "engine": lambda q, k, v: engine.attend(layer, q, k, v, texts),
-        "flex": lambda q, k, v: flex.attend(layer, q, k, v, texts),
+        "reference": lambda q, k, v, decay=None: layer.weights(q, k, texts=with_decay(decay)) @ v,
+        "engine": lambda q, k, v, decay=None: engine.attend(layer, q, k, v, with_decay(decay)),
+        "flex": lambda q, k, v, decay=None: flex.attend(layer, q, k, v, with_decay(decay)),
     }
 
 
 def outputs_and_gradients(layer, attend, inputs, lengths=None):
-    """[outputs, gradients of inputs q, k, v, gradients of the bias's parameters] for a fixed random upstream gradient.
+    """[outputs, gradients of the inputs, gradients of the bias's parameters] for a fixed random upstream gradient.
 
     Outputs at padding are 0 and get no gradient.
     """
@@ -202,6 +206,16 @@ def outputs_and_gradients(layer, attend, inputs, lengths=None):
         y, upstream = y * real, upstream * real
     gradients = torch.autograd.grad(y, [*inputs, *layer.mask_parameters()], upstream, allow_unused=True)
     return [y, *(torch.zeros(()) if g is None else g for g in gradients)]
+
+
+def random_inputs(layer, T, generator, B=2, D=8):
+    """q, k, v (B, H, T, D) in float64, and if the layer has gates their sums (B, H, T) for a random input."""
+    inputs = [torch.randn(B, layer.n_head, T, D, generator=generator, dtype=torch.float64) for _ in range(3)]
+    if layer.gates:
+        weight = layer.proj.weight
+        x = torch.randn(B, T, weight.size(1), generator=generator, dtype=torch.float64).to(weight)
+        inputs.append(layer.with_gates(NO_TEXTS, x).decay.detach().double())
+    return inputs
 
 
 def random_documents(B, T, generator):
@@ -216,8 +230,7 @@ def error(layer, kernel, T, lengths=None, documents=False, D=8):
     lengths: (B,) of two examples with padding, or None. documents: whether they hold several documents each.
     """
     generator = torch.Generator().manual_seed(T)
-    inputs = [torch.randn(2, layer.n_head, T, D, generator=generator, dtype=torch.float64).requires_grad_()
-              for _ in range(3)]
+    inputs = [x.requires_grad_() for x in random_inputs(layer, T, generator, D=D)]
     attend = kernels(layer, Texts(lengths, random_documents(2, T, generator) if documents else None))
     with in_float64(), flex_on_cpu():
         actual, expected = (outputs_and_gradients(layer, attend[name], inputs, lengths)

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from core import blocks
 from core.ops import accumulate_dtype, mask_value, matrix_variation
 from core.texts import NO_TEXTS
-from core.tiles import Tiles
+from core.tiles import PackedTexts, Tiles
 
 
 def attend(layer, q, k, v, texts=NO_TEXTS, dropout=0.0):
@@ -28,17 +28,17 @@ def attend(layer, q, k, v, texts=NO_TEXTS, dropout=0.0):
     variation = None
     if layer.reweighs and layer.scope == "matrix":
         squares = row_squares(layer, q, k, texts)
-        variation = [matrix_variation(squares, texts).expand_as(squares)]
-    parts, texts, q, k, v, *variation = pack_heads(layer, same_heads, q, texts, k, v, *variation or ())
+        variation = matrix_variation(squares, texts).expand_as(squares)
+    parts, texts, q, k, v, variation = pack_heads(layer, same_heads, texts, q, k, v, variation)
     if layer.reweighs and len(parts) > 1:
         raise ValueError(f"factor needs complete rows, blocks of one part; these have {len(parts)}")
     seed = int(torch.randint(2**62, ())) if dropout else 0  # from the global generator, which resuming restores
     parameters = [p for p in layer.mask_parameters() if p.requires_grad]
     results = []
     for n, stacks in enumerate(parts):
-        options = {"may_be_empty": not keeps_itself, "texts": texts, "dropout": dropout, "seed": seed + n,
-                   "variation": variation[0] if variation else None, "joined": len(parts) > 1}
-        results.append(Engine.apply(layer, stacks, options, q, k, v, *parameters))
+        options = {"may_be_empty": not keeps_itself, "texts": texts._replace(decay=None), "dropout": dropout, "seed": seed + n,
+                   "variation": variation, "joined": len(parts) > 1}
+        results.append(Engine.apply(layer, stacks, options, q, k, v, texts.decay, *parameters))
     y, lse = results[0]
     for other, other_lse in results[1:]:  # softmax over all keys: parts are weighted by their sums of exponentials
         y = torch.lerp(y, other, torch.sigmoid(other_lse - lse).to(y.dtype))
@@ -48,16 +48,26 @@ def attend(layer, q, k, v, texts=NO_TEXTS, dropout=0.0):
     return unpack_heads(y, B, H)
 
 
-def pack_heads(layer, same_heads, q, texts, *others):
-    """(parts as stacks, texts, q, *others) in the engine's memory order: contiguous (H, B, T, E).
+def pack_heads(layer, same_heads, texts, q, *others):
+    """(parts as stacks, `PackedTexts`, q, *others) in the engine's memory order: contiguous (H, B, T, E).
 
-    q and others: (B, H, T, E). Heads that share bias and blocks become more examples, (1, B H, T, E), without a copy.
+    q and others: (B, H, T, E), or None. Heads that share bias and blocks become more examples, (1, B H, T, E), without
+    a copy.
     """
     parts, (B, H) = stacks_of(layer, q.size(2)), q.shape[:2]
-    if same_heads and all(len(s.block.heads) == H for part in parts for s in part):
+    folded = same_heads and all(len(s.block.heads) == H for part in parts for s in part)
+    if folded:
         parts = [[s._replace(block=s.block._replace(heads=range(1))) for s in part] for part in parts]
-        return parts, texts.repeat(H), *(x.contiguous().view(1, B * H, *x.shape[2:]) for x in (q, *others))
-    return parts, texts, *(x.transpose(0, 1).contiguous() for x in (q, *others))
+
+    def pack(x):
+        return x if x is None else x.contiguous().view(1, B * H, *x.shape[2:]) if folded else x.transpose(0, 1).contiguous()
+
+    def pack_rows(x):  # (B, H or 1, T)
+        return x if x is None else pack(x.expand(-1, H, -1)[..., None])
+
+    lengths, documents = (x.repeat_interleave(H, 0) if folded and x is not None else x for x in texts[:2])
+    limits = [pack_rows(x) for x in texts.key_limits(layer.causal)] if texts.limits_keys else None
+    return parts, PackedTexts(lengths, documents, pack_rows(texts.decay), limits), *map(pack, (q, *others))
 
 
 def unpack_heads(x, B, H):
@@ -92,9 +102,9 @@ def row_squares(layer, q, k, texts=NO_TEXTS):
     """The sum of squares of each query's softmax weights, (B, H, T, 1). The blocks must have one part."""
     B, H = q.shape[:2]
     same_heads, keeps_itself = diagonal(layer, q.size(2))
-    (stacks,), texts, q, k = pack_heads(layer, same_heads, q, texts, k)
+    (stacks,), texts, q, k = pack_heads(layer, same_heads, texts, q, k)
     squares = q.new_zeros(*q.shape[:3], 1, dtype=accumulate_dtype(q))
-    for tile in Tiles(layer, stacks, q, may_be_empty=not keeps_itself, texts=texts):
+    for tile in Tiles(layer, stacks, q, may_be_empty=not keeps_itself, texts=texts, decay=texts.decay):
         s = tile.scores(tile.gather(q, tile.queries), tile.gather_keys(k))
         p = tile.without_empty_rows(torch.softmax(s, -1, dtype=squares.dtype), s)
         tile.put(squares, tile.queries, p.square_().sum(-1, keepdim=True))
@@ -106,8 +116,8 @@ class Engine(torch.autograd.Function):
     parts are joined to it, else None."""
 
     @staticmethod
-    def forward(ctx, layer, stacks, options, q, k, v, *parameters):
-        tiles = Tiles(layer, stacks, q, **options)
+    def forward(ctx, layer, stacks, options, q, k, v, decay, *parameters):
+        tiles = Tiles(layer, stacks, q, decay=decay, **options)
         out = tiles.new(v)
         lse = v.new_full((*v.shape[:3], 1), mask_value(q.dtype), dtype=accumulate_dtype(v)) if tiles.joined else None
         for tile in tiles:
@@ -118,18 +128,19 @@ class Engine(torch.autograd.Function):
                 tile.put(lse, tile.queries, largest.to(lse.dtype) - p.amax(-1, keepdim=True).to(lse.dtype).log_())
             p = tile.reweigh(tile.without_empty_rows(p, largest))
             tile.put(out, tile.queries, torch.bmm(tile.drop(p), tile.gather_keys(v)))
-        ctx.save_for_backward(q, k, v, *parameters)
+        ctx.save_for_backward(q, k, v, decay, *parameters)
         ctx.layer, ctx.stacks, ctx.options = layer, stacks, options
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, grad_lse):
-        q, k, v, *parameters = ctx.saved_tensors
-        tiles = Tiles(ctx.layer, ctx.stacks, q, parameters, **ctx.options)
+        q, k, v, decay, *parameters = ctx.saved_tensors
+        tiles = Tiles(ctx.layer, ctx.stacks, q, parameters, decay=decay, **ctx.options)
         grad, scale = grad.contiguous(), q.size(-1) ** -0.5
         dq = tiles.new(q)
         dk, dv = (torch.zeros_like(x, dtype=accumulate_dtype(x)) for x in (k, v))  # sums over many blocks
+        d_decay = torch.zeros_like(decay) if decay is not None else None
         for tile in tiles:
             queries, keys, g = tile.gather(q, tile.queries), tile.gather_keys(k), tile.gather(grad, tile.queries)
             s = tile.scores(queries, keys)
@@ -148,7 +159,8 @@ class Engine(torch.autograd.Function):
             tile.put(dq, tile.queries, scaled_bmm(ds, keys, scale))
             tile.scatter_add(dk, scaled_bmm(ds.mT, queries, scale))
             tile.add_bias_gradient(ds)
-        return None, None, None, dq, dk.to(k.dtype), dv.to(v.dtype), *tiles.gradients
+            tile.add_decay_gradient(d_decay, ds)
+        return None, None, None, dq, dk.to(k.dtype), dv.to(v.dtype), d_decay, *tiles.gradients
 
 
 def scaled_bmm(a, b, scale):

@@ -81,7 +81,7 @@ def score_and_mask(layer, T, texts):
     A mask_mod may not depend on parameters. If the bias does and is not relative, only score_mod drops pairs.
     """
     bias = kept_bias = layer.total_bias
-    lengths, documents = texts
+    lengths, documents, decay, _ = texts
     if layer.mask_parameters():
         kept_bias = None
         if layer.relative:
@@ -89,7 +89,11 @@ def score_and_mask(layer, T, texts):
             bias, kept_bias = by_offset(table, T), by_offset(table.detach(), T)
 
     def score(s, b, h, i, j):
-        return s + bias(h, i, j)
+        s = s + bias(h, i, j)
+        if decay is not None:
+            between = decay[b, h, i] - decay[b, h, j]
+            s = s + (between if layer.causal else -between.abs())
+        return s
 
     def mask(b, h, i, j):
         kept = kept_bias(h, i, j) > -math.inf if kept_bias else j >= 0
@@ -150,21 +154,22 @@ def with_dropout(score, dropout, device):
 def block_mask(layer, T, mask, device, texts=NO_TEXTS):
     """The BlockMask of a layer for T tokens: all blocks that contain a kept pair, filtered by `mask` (a mask_mod)."""
     cells = cells_of(layer, T, device)[None]  # (1, H or 1, n, n)
-    if texts.documents is not None:
-        cells = cells & cells_of_documents(texts)
+    if texts.limits_keys:
+        cells = cells & cells_of_texts(texts, layer.causal)
     order = torch.argsort(cells.to(torch.int8), dim=-1, descending=True, stable=True)
     counts = cells.sum(-1, dtype=torch.int32)
     return torch_flex.BlockMask.from_kv_blocks(counts, order.to(torch.int32), BLOCK_SIZE=BLOCK, mask_mod=mask,
                                                seq_lengths=(T, T))
 
 
-def cells_of_documents(texts):
-    """Which blocks of BLOCK x BLOCK may contain a pair of one document: bool (B, 1, n, n)."""
-    first, last = texts.key_limits()
-    starts = torch.arange(0, first.size(1), BLOCK, device=first.device)
-    ends = (starts + BLOCK - 1).clamp(max=first.size(1) - 1)
-    first, last = first[:, None, starts, None], last[:, None, ends, None]  # documents follow each other
-    return (starts < last) & (ends >= first)
+def cells_of_texts(texts, causal):
+    """Which blocks of BLOCK x BLOCK may contain a pair within `Texts.key_limits`: bool (B, H or 1, n, n)."""
+    first, last = texts.key_limits(causal)
+    T = first.size(2)
+    first = F.pad(first, (0, -T % BLOCK), value=T).unflatten(2, (-1, BLOCK)).amin(3)  # of a block of queries
+    last = F.pad(last, (0, -T % BLOCK)).unflatten(2, (-1, BLOCK)).amax(3)
+    start = torch.arange(0, T, BLOCK, device=first.device)
+    return (start < last[..., None]) & (start + BLOCK > first[..., None])
 
 
 @torch.no_grad()

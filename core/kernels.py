@@ -26,7 +26,7 @@ def choose_kernel(layer, device):
     if layer.kernel == "flex" and kind == "cpu":
         raise UserError("kernel=flex needs CUDA (FlexAttention has no backward pass on a CPU); use engine or reference")
     if layer.kernel == "auto":
-        return "sdpa" if layer.dense and kind != "cpu" else "flex" if kind == "cuda" else "engine"
+        return "sdpa" if layer.dense and not layer.document_mask and kind != "cpu" else "flex" if kind == "cuda" else "engine"
     return layer.kernel
 
 

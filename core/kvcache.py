@@ -8,30 +8,33 @@ import math
 import torch
 
 from core.ops import mask_value
-from core.texts import NO_TEXTS
+from core.texts import NO_TEXTS, decay_between
 
 
 class Cache:
-    """Keys and values of the last `size` positions of one layer, in a ring: (B, H, size, D)."""
+    """Keys and values of the last `size` positions of one layer, in a ring: (B, H, size, D). If the layer has forget
+    gates, also their sums up to each position, (B, H, size)."""
 
     def __init__(self, size):
         self.size, self.length = size, 0  # length: tokens of the text so far, cached or not
         self.kept = None  # the result of `kept_by_distance`, computed once
         self.document = 0  # where the last token's document starts, (B, 1), if the model masks documents
 
-    def extend(self, k, v):
-        """Append k, v (B, H, T, D), from position `length` on.
+    def extend(self, k, v, decay=None):
+        """Append k, v (B, H, T, D), from position `length` on, and the sums of their gates (B, H, T), or None.
 
-        Returns the keys and values that the new tokens may need, (B, H, m, D) in any order, and their positions (m,).
+        Returns the keys and values that the new tokens may need, (B, H, m, D) in any order, their positions (m,), and
+        with gates their sums (B, H, m).
         """
         T, start = k.size(2), self.length
         new = torch.arange(start, start + T, device=k.device)
         if start == 0:
             self.k, self.v = (x.new_empty(*x.shape[:2], self.size, x.size(3)) for x in (k, v))
             self.positions = torch.empty(self.size, dtype=torch.long, device=k.device)
-        available = k, v, new
+            self.decay = None if decay is None else decay.new_empty(*decay.shape[:2], self.size)
+        available = (k, v, new) if decay is None else (k, v, new, decay)
         if T > 1 and start:  # joined before the ring is written: the last token may overwrite keys that the first needs
-            available = [torch.cat([old, x], dim) for old, x, dim in zip(self.filled(), available, (2, 2, 0))]
+            available = [torch.cat([old, x], dim) for old, x, dim in zip(self.filled(), available, (2, 2, 0, 2))]
         first = max(0, T - self.size)  # the first new token that is cached
         while first < T:
             slot = (start + first) % self.size
@@ -39,15 +42,21 @@ class Cache:
             slots = slice(slot, slot + last - first)
             self.k[:, :, slots], self.v[:, :, slots] = k[:, :, first:last], v[:, :, first:last]
             self.positions[slots] = new[first:last]
+            if decay is not None:
+                self.decay[:, :, slots] = decay[:, :, first:last]
             first = last
         self.length += T
         return available if T > 1 else self.filled()
 
     def filled(self):
-        """(keys (B, H, m, D), values, positions (m,)) of the filled slots."""
-        if self.length >= self.size:
-            return self.k, self.v, self.positions
-        return self.k[:, :, : self.length], self.v[:, :, : self.length], self.positions[: self.length]
+        """(keys (B, H, m, D), values, positions (m,)) of the filled slots, and with gates their sums (B, H, m)."""
+        n = min(self.length, self.size)
+        filled = self.k[:, :, :n], self.v[:, :, :n], self.positions[:n]
+        return filled if self.decay is None else (*filled, self.decay[:, :, :n])
+
+    def last_decay(self):
+        """The sum of gates up to the last token, (B, H, 1); 0 at the beginning."""
+        return self.decay[:, :, (self.length - 1) % self.size, None] if self.length else 0
 
 
 def attend(layer, q, k, v, cache, texts=NO_TEXTS):
@@ -56,15 +65,18 @@ def attend(layer, q, k, v, cache, texts=NO_TEXTS):
     texts: the `texts.Texts` of the new tokens.
     """
     start, T = cache.length, q.size(2)
-    keys, values, j = cache.extend(k, v)
+    keys, values, j, *decay = cache.extend(k, v, texts.decay)
     i = torch.arange(start, start + T, device=q.device)
     if T > 1:
-        return layer.weights(q, keys, i, j, texts) @ values
-    if layer.relative and texts.documents is None:
+        return layer.weights(q, keys, i, j, texts._replace(decay=decay[0] if decay else None)) @ values
+    if layer.relative and texts.documents is None and texts.decay is None:
         return attend_by_distance(layer, q, cache, i, j)
     bias = layer.bias_at(i, j)
     slots = (bias > -math.inf).any(0)[0].nonzero()[:, 0]
     bias = bias[:, :, slots].to(q.dtype).clamp(min=mask_value(q.dtype))
+    if decay:
+        between = decay_between(texts.decay, decay[0][:, :, slots], True).to(q.dtype)
+        bias = torch.where(bias > mask_value(q.dtype), bias + between, bias)  # (B, H, 1, m)
     if texts.documents is not None:
         bias = torch.where(j[slots] >= texts.documents[:, None, :, None], bias, mask_value(q.dtype))  # (B, H, 1, m)
     return average(layer, q, keys.index_select(2, slots), values.index_select(2, slots), bias)

@@ -1,8 +1,9 @@
-"""The texts of a batch as attention sees them: their padding and their documents.
+"""The texts of a batch as attention sees them: their padding, their documents and their forget gates.
 
 Letters: B batch, T time, H heads; n queries, m keys.
 """
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -10,14 +11,18 @@ import torch
 
 
 class Texts(NamedTuple):
-    """Which pairs of a batch are dropped besides those of the mechanism's bias; a field that is None drops none.
+    """What the texts of a batch add to the mechanism's bias; a field that is None adds nothing.
 
     lengths: (B,) tokens of each example; the rest is padding.
     documents: (B, T) the position at which each token's document starts. A token sees its own document only.
+    decay: (B, H, T) the sum of log forget gates up to each token. A pair's score gets the sum between its two tokens.
+    least: (B, H, T) by query: kernels may leave out pairs with a smaller sum of gates between them.
     """
 
     lengths: torch.Tensor | None = None
     documents: torch.Tensor | None = None
+    decay: torch.Tensor | None = None
+    least: torch.Tensor | None = None
 
     def restrict(self, kept, i, j, causal):
         """`kept`, a mask that broadcasts to (B, H, n, m), without keys of padding and of other documents.
@@ -33,17 +38,36 @@ class Texts(NamedTuple):
                 kept = kept & (i[:, None] >= self.documents[:, None, None])
         return kept
 
-    def repeat(self, count):
-        """Each example `count` times in a row."""
-        return self._make(x if x is None else x.repeat_interleave(count, 0) for x in self)
+    @property
+    def limits_keys(self):
+        """Whether `key_limits` can leave out keys."""
+        return self.documents is not None or self.least is not None
 
-    def key_limits(self):
-        """(first, last): each query's document is at the positions from first (B, T) to last (B, T), exclusive."""
-        position = torch.arange(self.documents.size(1), device=self.documents.device)
-        return self.documents, torch.searchsorted(self.documents, position.repeat(len(self.documents), 1), right=True)
+    @torch.no_grad()
+    def key_limits(self, causal):
+        """(first, last), each (B, H or 1, T): a query needs no keys but those at positions first to last, exclusive."""
+        first, last = [], []
+        if self.documents is not None:
+            position = torch.arange(self.documents.size(1), device=self.documents.device)
+            end = torch.searchsorted(self.documents.contiguous(), position.repeat(len(self.documents), 1), right=True)
+            first, last = [self.documents[:, None]], [end[:, None]]
+        if self.least is not None:  # gates are at most 0, so their sums fall, and these rise
+            sums = -self.decay.cummin(-1).values
+            first.append(torch.searchsorted(sums, sums + self.least))
+            last.append(torch.searchsorted(sums, sums - self.least, right=True))
+        if causal:
+            last = [torch.arange(1, first[0].size(2) + 1, device=first[0].device).expand_as(first[0])]
+        return functools.reduce(torch.maximum, first), functools.reduce(torch.minimum, last)
 
 
 NO_TEXTS = Texts()
+
+
+def decay_between(queries, keys, causal):
+    """The sum of log forget gates between queries (..., n) and keys (..., m), whose sums from the first token on these
+    are: (..., n, m), at most 0. In a causal model it holds for keys up to the query only."""
+    between = queries[..., None] - keys[..., None, :]
+    return between if causal else -between.abs()
 
 
 def document_starts(idx, mark, start=0, before=0):

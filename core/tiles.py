@@ -5,42 +5,53 @@ queries and m keys.
 """
 
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
 from core import blocks
 from core.blocks import ROUND
 from core.ops import accumulate_dtype, dropout_mask, mask_value
-from core.texts import NO_TEXTS
+from core.texts import decay_between
 
 # Elements in one tile of scores. In bfloat16 on a CPU several such tiles fit the shared cache; smaller tiles are slower
 # because starting an operation costs microseconds.
 TILE = 2**21
 
 
+class PackedTexts(NamedTuple):
+    """A `texts.Texts` in the engine's memory order, of B examples: (B,), (B, T), (H, B, T, 1), and the key limits as two
+    tensors (H, B, T, 1). Each may be None."""
+
+    lengths: torch.Tensor | None
+    documents: torch.Tensor | None
+    decay: torch.Tensor | None
+    key_limits: list | None
+
+
 class Tiles:
     """Iterates over the tiles of one part of the blocks, and holds what they share.
 
     q: (H, B, T, D). parameters: those of the bias that need a gradient; after the last tile `gradients` holds theirs.
-    may_be_empty: whether a row may have no kept key. texts: a `texts.Texts` of the B examples. variation: (H, B, T, 1)
-    for `reweigh`, or None. joined: whether other parts hold keys of the same rows. The same seed gives the same dropout.
+    may_be_empty: whether a row may have no kept key. texts: `PackedTexts`. decay: its sums of gates. variation:
+    (H, B, T, 1) for `reweigh`, or None. joined: whether other parts hold keys of the same rows. The same seed gives the same dropout.
     """
 
-    def __init__(self, layer, stacks, q, parameters=(), *, may_be_empty, texts=NO_TEXTS, dropout=0.0, seed=0,
+    def __init__(self, layer, stacks, q, parameters=(), *, may_be_empty, texts, decay=None, dropout=0.0, seed=0,
                  variation=None, joined=False):
         self.layer, self.stacks, self.variation, self.joined = layer, stacks, variation, joined
         self.may_be_empty = may_be_empty and not joined  # of several parts, `engine.attend` finds empty rows
         self.q, self.parameters, self.dropout = q, parameters, dropout
         self.random = torch.Generator(q.device).manual_seed(seed) if dropout else None
         self.gradients = [torch.zeros_like(p) for p in parameters]
-        self.padding = self.documents = self.key_limits = None  # or (1, B, T, 1) each
+        self.decay, self.key_limits = decay, texts.key_limits
+        self.padding = self.documents = None  # or (1, B, T, 1)
         if texts.lengths is not None:
             padded = torch.arange(q.size(2), device=q.device) >= texts.lengths[:, None]
             padding = q.new_zeros(padded.shape).masked_fill_(padded, mask_value(q.dtype))
             self.padding = padding[None, ..., None]
         if texts.documents is not None:
-            self.key_limits = [x[None, ..., None] for x in texts.key_limits()]
-            self.documents = texts.documents[None, ..., None]
+            self.documents = texts.documents.contiguous()[None, ..., None]
 
     def new(self, x):
         """A tensor like x for per-query results: uninitialised if tiles write every query, else zeros."""
@@ -214,12 +225,20 @@ class Tile:
     def scores(self, queries, keys):
         """queries keys^T / sqrt(D) + bias, (h b s, n, m)."""
         bias = self.bias[:, None, None].expand(self.shape).flatten(0, 2)
+        if self.tiles.decay is not None:
+            bias = (bias + self.decay).to(bias.dtype)
         s = torch.baddbmm(bias, queries, keys.mT, alpha=queries.size(-1) ** -0.5)
         if self.tiles.padding is not None:
             s.view(self.shape).add_(torch.cat(self.keys_of(self.tiles.padding), 3).mT)
         if self.apart is not None:
             s.view(self.shape).masked_fill_(self.apart, mask_value(s.dtype))
         return s
+
+    @cached_property
+    def decay(self):
+        """The sum of gates between each query and key, (h b s, n, m): not of rounded sums, so that near keys are exact."""
+        queries, keys = self.gather(self.tiles.decay, self.queries), self.gather_keys(self.tiles.decay)
+        return decay_between(queries[..., 0], keys[..., 0], self.tiles.layer.causal)
 
     @cached_property
     def apart(self):
@@ -269,3 +288,15 @@ class Tile:
             h = self.bias_gradient.size(0)
             ds = ds.view(self.shape).flatten(1, 2) if h > 1 else ds.view(1, -1, *ds.shape[1:])
             self.bias_gradient.add_(ds.sum(1))
+
+    def add_decay_gradient(self, gradient, ds):
+        """Add the gradient of the sums of gates, a `gradient` (H, B, T, 1) or None, from that of the scores."""
+        if gradient is None:
+            return
+        ds = ds.to(gradient.dtype)
+        if not self.tiles.layer.causal:
+            queries, keys = self.gather(self.tiles.decay, self.queries), self.gather_keys(self.tiles.decay)
+            ds = ds * (keys.mT - queries).sign()
+        rows = self.view_of(gradient, self.queries, self.stack.shift)
+        rows.add_(ds.sum(2).view(rows.shape))
+        self.scatter_add(gradient, -ds.sum(1)[..., None])

@@ -1,0 +1,53 @@
+"""Forgetting attention: a gate on each token decides how much of the text before it is kept.
+
+From the input x_t of the layer each head computes a gate f_t = sigmoid(w . x_t + b), and a pair's score gets the sum of
+log f_t between its two tokens (Lin et al. 2025, "Forgetting Transformer", section 3): a span that depends on the text.
+In a classifier the sum is over the tokens between the two, in either direction.
+Pairs whose weight is below rounding are not multiplied (Lin et al. 2025, "Adaptive Computation Pruning", section 3).
+`python attention.py forgetting` checks that all kernels agree.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import attention
+from core.config import UserError
+
+forgetting_spans = []  # initial spans in tokens, repeated over the heads; []: from 8 to block_size
+forgetting_prune = True  # leave out pairs that change an output by less than 1e-4 of the largest value
+
+
+class Attention(attention.Attention):
+    def __init__(self, config, layer=0):
+        super().__init__(config, layer)
+        first = self.options.forgetting_spans or spread(8, max(8, self.block_size), self.n_head)
+        if not all(type(span) in (int, float) and 1 < span < 1e9 for span in first):
+            raise UserError(f"forgetting_spans expects spans above 1 token, got {first}")
+        spans = torch.tensor([first[h % len(first)] for h in range(self.n_head)])
+        self.forget = nn.Linear(config.n_embd, self.n_head, bias=False)
+        # f = 1 - 1 / span, so that the product of `span` gates is about 1 / e
+        self.forget_bias = nn.Parameter(torch.log(spans - 1))
+
+    def gate(self, x):
+        logits = self.forget(x).transpose(1, 2) + self.forget_bias[:, None]
+        return F.logsigmoid(logits if logits.dtype == torch.float64 else logits.float())
+
+    def least_decay(self, q, k):
+        """Per query: T keys with a smaller sum of gates have together less than exp(-10) of the weight of its own key,
+        since no score of a query is above |q| times the largest |k|."""
+        if not self.options.forgetting_prune:
+            return None
+        q, k, scale = q.float(), k.float(), q.size(3) ** -0.5
+        largest = scale * q.norm(dim=3) * k.norm(dim=3).amax(2, keepdim=True)
+        return scale * (q * k).sum(3) - largest - 10 - math.log(q.size(2))
+
+    def stats(self):
+        return super().stats() | {"spans": (1 + self.forget_bias.exp()).tolist()}
+
+
+def spread(low, high, n):
+    """n numbers from low to high with equal ratios."""
+    return [low * (high / low) ** (h / max(1, n - 1)) for h in range(n)]
