@@ -157,7 +157,8 @@ def remove_leftovers(out_dir):
 def write(out_dir, meta, splits):
     """Write a finished folder and print its counts.
 
-    meta: dict with name, kind, tokenizer, vocab_size, mark, options, source, split_rule, ... (see meta.py's `check`).
+    meta: dict with name, kind, tokenizer, vocab_size, mark, options, source, split_rule, ... (see meta.py's `check`); its
+    document_mark, at which generated text ends, is the mark unless it is given.
     splits: {"train": {...}, ...}, each with `tokens` (integers, (tokens,)) and `bytes` (the UTF-8 bytes they stand
     for, a mark counting one), and optionally `offsets` (documents + 1,), `labels` (documents,) and plain counts.
 
@@ -175,7 +176,7 @@ def write(out_dir, meta, splits):
         beside = {"prefix": f"{out_dir.name}.part-", "dir": out_dir.parent}
         with tempfile.TemporaryDirectory(**beside, ignore_cleanup_errors=True) as temporary:
             counts = {name: write_split(Path(temporary), name, split, dtype) for name, split in splits.items()}
-            meta = {"format": FORMAT, **meta, "dtype": dtype.name, "splits": counts}
+            meta = {"format": FORMAT, "document_mark": meta["mark"], **meta, "dtype": dtype.name, "splits": counts}
             move_files(Path(temporary), out_dir, meta, earlier)
     except OSError as error:
         reason = error.strerror or error
