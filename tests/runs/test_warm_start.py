@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import os
 import re
 import shutil
 
@@ -343,7 +344,7 @@ def test_from_scratch_holds_no_origin(dense):
     assert "warm_start" not in json.loads((dense / "config.json").read_text()) | torch.load(dense / "ckpt.pt")
 
 
-@pytest.mark.skipif(not hasattr(dist.os, "fork"), reason="needs processes that fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
 def test_two_ranks_are_one(text, tmp_path):
     """From a sharded checkpoint, to one rank, two, and a sharded model on two."""
     fit_ranks(2, tmp_path / "source", text, "--shard=True", "--max_iters=2")
