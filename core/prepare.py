@@ -157,8 +157,8 @@ def remove_leftovers(out_dir):
 def write(out_dir, meta, splits):
     """Write a finished folder and print its counts.
 
-    meta: dict with name, kind, tokenizer, vocab_size, mark, options, source, split_rule, ... (see meta.py's `check`); its
-    document_mark, at which generated text ends, is the mark unless it is given.
+    meta: dict with name, kind, tokenizer, vocab_size, mark, options, source, split_rule, ... (see meta.py's `check`).
+    Its document_mark, at which generated text ends, is the mark unless it is given.
     splits: {"train": {...}, ...}, each with `tokens` (integers, (tokens,)) and `bytes` (the UTF-8 bytes they stand
     for, a mark counting one), and optionally `offsets` (documents + 1,), `labels` (documents,) and plain counts.
 
