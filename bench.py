@@ -82,7 +82,8 @@ NAMES = {  # short names, with a space in them: none can hide a mechanism's file
     "adaptive span, period 4, 1 key in 4": f"{FOUR} ratio_init_triangle_wave_masking=-0.15",
     "adaptive span, period 4, 1 key in 4, snapped": f"{FOUR} ratio_init_triangle_wave_masking=-0.15 snap_periods=True",
 }
-ALL = ["dense", "sparse local", "sparse strided", "sparse fixed", "sparse log", "adaptive span", "adaptive span, wave", "atrt"]
+ALL = ["dense", "sparse local", "sparse strided", "sparse fixed", "sparse log", "adaptive span", "adaptive span, wave", "atrt",
+       "alibi"]
 LAYER = ["dense", "dense, fused call", "adaptive span, wave", "adaptive span, wave, reference", "adaptive span, period 4",
          "adaptive span, period 4, snapped", "adaptive span, period 4, 1 key in 4",
          "adaptive span, period 4, 1 key in 4, snapped"]

@@ -22,6 +22,8 @@ from core.kernels import KERNELS
 from core.mechanisms import mechanism, new_model, options_of
 from core.ops import drop, rms_norm, rotations
 
+ABSOLUTE = ("learned", "sinusoidal")  # positions that end at the block size
+
 
 @dataclass
 class GPTConfig:
@@ -32,7 +34,7 @@ class GPTConfig:
     n_embd: int = 384
     dropout: float = 0.0
     bias: bool = False  # in linear layers and LayerNorm
-    pos: str = "rope"  # 'rope', 'learned' or 'sinusoidal'
+    pos: str = "rope"  # 'rope', 'learned', 'sinusoidal' or 'none'
     norm: str = "rmsnorm"  # 'rmsnorm' or 'layernorm'
     tie: bool = True  # a language model's head shares the token embedding's weight
     n_class: int = 0  # 0: a language model
@@ -52,7 +54,7 @@ class GPTConfig:
 
     def check(self):
         """Raise UserError for a value that is unknown or out of range, or two values that do not fit."""
-        check_choice("pos", self.pos, ("rope", "learned", "sinusoidal"))
+        check_choice("pos", self.pos, ("rope", *ABSOLUTE, "none"))
         check_choice("norm", self.norm, ("rmsnorm", "layernorm"))
         check_choice("pool", self.pool, ("mean", "max", "first"))
         check_choice("kernel", self.kernel, KERNELS)
@@ -147,6 +149,8 @@ class GPT(Model):
         x = self.embedding(idx)
         if pos == "rope":
             return x, self.position_table(end)[:, start:]
+        if pos == "none":
+            return x, None
         if end > self.config.block_size:
             raise UserError(f"pos={pos} knows {self.config.block_size} positions (block_size); "
                             f"got a text of {end} tokens")
@@ -217,10 +221,10 @@ class GPT(Model):
         """Sample max_new_tokens tokens after idx (B, T), T >= 1; yield each as a tensor (B,) when it is drawn.
 
         temperature, top_k, top_p: see `inference.sample_next_token`.
-        Past the block size rotary positions keep counting, and each token sees the `block_size` positions up to its
-        own. Absolute positions end at the block size: generation then restarts from the last block_size / 2 tokens.
+        Past the block size each token sees the `block_size` positions up to its own; rotary positions keep counting.
+        Absolute positions end at the block size: generation then restarts from the last block_size / 2 tokens.
         """
-        block_size, absolute = self.config.block_size, self.config.pos != "rope"
+        block_size, absolute = self.config.block_size, self.config.pos in ABSOLUTE
         caches, text = self.new_caches(), idx
         new = idx[:, -block_size:] if absolute else idx  # tokens that are not in the caches yet
         for _ in range(max_new_tokens):

@@ -38,6 +38,7 @@ VARIANTS = {  # options of files in this repository, besides each file's default
         "snapped": {**PERIODIC, "snap_periods": True},
         "snapped, exact": {**PERIODIC, "snap_periods": True, "triangle_wave_harmonics": 0},
     },
+    "alibi": {"learned": {"alibi_learned": True}},
     "atrt": {
         "raw": {"atrt_renormalize": False, "atrt_task": "summarization"},
         "matrix": {"atrt_scope": "matrix"},
@@ -311,6 +312,7 @@ CLAIMS = [  # mechanism, options, exponent of the work over T = 1,024 to 32,768
     ("adaptive_attention_span", {**SPANS, "max_span": 0}, 1),
     ("adaptive_attention_span", FAR, 1),
     ("adaptive_attention_span", {**FAR, "snap_periods": True}, 1),
+    ("alibi", {}, 2),
     ("atrt", {}, 2),
 ]
 
