@@ -9,7 +9,7 @@ From this formula come the dense reference (`weights`), a blocked CPU kernel (co
 for CUDA (core/flex.py), cached decoding (core/kvcache.py) and pictures. `python attention.py NAME --T=64` draws a
 mechanism and checks that they all agree. The class itself is dense attention.
 
-Letters: B batch, T time, C channels, H heads, D head size; n queries, m keys.
+Letters: B batch, T time, C channels, H heads, K key heads, D head size; n queries, m keys.
 """
 
 from core import startup  # first: torch reads its settings when it is loaded
@@ -21,8 +21,9 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 
-from core import blocks, engine, flex, kernels, kvcache
-from core.ops import ParameterReads, accumulate_dtype, drop, mask_value, matrix_variation, split_heads
+from core import blocks, kernels, kvcache
+from core.ops import (ParameterReads, accumulate_dtype, drop, expand_heads, mask_value, matrix_variation, rms_norm,
+                      split_heads)
 
 
 class Attention(nn.Module):
@@ -31,7 +32,10 @@ class Attention(nn.Module):
     If causal, a query sees itself and the `block_size - 1` positions before it, so texts may be longer than a block.
     Otherwise it sees every position. A query without a kept key gives 0, with gradient 0.
 
-    config: `GPTConfig` (n_embd, n_head, block_size, dropout, bias, causal, kernel, options).
+    H / K neighbouring heads share one head of keys and values: grouped-query attention (Ainslie et al. 2023), and
+    multi-query attention if K = 1 (Shazeer 2019).
+
+    config: `GPTConfig` (n_embd, n_head, n_kv_head, qk_norm, block_size, dropout, bias, causal, kernel, options).
     """
 
     relative = False  # True: bias depends on i - j only, so blocks may share it
@@ -40,12 +44,16 @@ class Attention(nn.Module):
 
     def __init__(self, config, layer=0):
         super().__init__()
-        self.n_head, self.head_size = config.n_head, config.n_embd // config.n_head
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
+        self.head_size = config.n_embd // config.n_head
         self.block_size, self.causal, self.layer = config.block_size, config.causal, layer
         self.dropout, self.kernel = config.dropout, config.kernel
         self.options = SimpleNamespace(**config.options)
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_size, bias=config.bias)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.qk_norm = config.qk_norm
+        if self.qk_norm:
+            self.q_gain, self.k_gain = (nn.Parameter(torch.ones(self.head_size)) for _ in range(2))
         if type(self).bias is Attention.bias:  # the constant 0
             self.relative = True
         self.blocks_of = {}  # cache of core/blocks.py, core/engine.py and core/flex.py, by T
@@ -165,7 +173,7 @@ class Attention(nn.Module):
     def weights(self, q, k, i=None, j=None, lengths=None):
         """The dense reference: reweigh(softmax(q k^T / sqrt(D) + bias)).
 
-        q: (B, H, n, D) at positions i, k: (B, H, m, D) at positions j (default 0, 1, ...).
+        q: (B, H, n, D) at positions i, k: (B, K, m, D) at positions j (default 0, 1, ...).
         lengths: (B,) tokens of each example, the rest is padding; None: no padding.
         Returns (B, H, n, m); a row without a kept key is 0.
         """
@@ -175,6 +183,7 @@ class Attention(nn.Module):
         kept = (bias > -math.inf)[None]
         if lengths is not None:
             kept = kept & (j < lengths[:, None, None, None])
+        k = expand_heads(k, self.n_head)
         scores = (q @ k.mT / math.sqrt(q.size(3)) + bias.to(q.dtype)).masked_fill(~kept, mask_value(q.dtype))
         p = torch.softmax(scores, -1, dtype=q.dtype).masked_fill(~kept, 0)
         if not self.reweighs:
@@ -186,24 +195,25 @@ class Attention(nn.Module):
         return self.reweigh(p, kept.sum(-1, keepdim=True), variation)
 
     def attend(self, q, k, v, lengths=None):
-        """Attention over whole texts: q, k, v (B, H, T, D) -> (B, H, T, D).
+        """Attention over whole texts: q (B, H, T, D), and k, v (B, K, T, D) -> (B, H, T, D).
 
         lengths: (B,), see `weights`. All kernels but the reference use O(T) memory.
         """
-        dropout = self.dropout if self.training else 0.0
-        kernel = self.choose_kernel(q.device)
-        if kernel == "reference":
-            return drop(self.weights(q, k, lengths=lengths), dropout) @ v
-        if kernel == "engine":
-            return engine.attend(self, q, k, v, lengths, dropout)
-        if kernel == "flex":
-            return flex.attend(self, q, k, v, lengths, dropout)
-        return kernels.sdpa(self, q, k, v, lengths, dropout)
+        return kernels.attend(self, q, k, v, lengths, self.dropout if self.training else 0.0)
 
     def project(self, x, rotation=None):
-        """q, k, v, each (B, H, T, D), of x (B, T, C)."""
-        qkv = self.qkv(x).view(*x.shape[:2], 3, self.n_head, self.head_size).permute(2, 0, 3, 1, 4)
-        return split_heads(qkv, rotation)
+        """q (B, H, T, D), and k, v (B, K, T, D), of x (B, T, C).
+
+        With `qk_norm`, q and k of each head are divided by their root mean square and multiplied by a gain (D,) that
+        the heads share, before the rotation (Dehghani et al. 2023, section 2, in the form of Qwen3, 2025, section 2).
+        """
+        H, K = self.n_head, self.n_kv_head
+        heads = self.qkv(x).view(*x.shape[:2], H + 2 * K, self.head_size)
+        if self.qk_norm:
+            q, k, v = heads.split((H, K, K), 2)
+            q, k = (rms_norm(x) * gain.to(x.dtype) for x, gain in ((q, self.q_gain), (k, self.k_gain)))
+            heads = torch.cat([q, k, v], 2)
+        return split_heads(heads, H, rotation)
 
     def map(self, x, rotation=None, lengths=None):
         """The attention weights (B, H, T, T) of `forward` for x (B, T, C)."""

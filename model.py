@@ -31,6 +31,7 @@ class GPTConfig:
     vocab_size: int = 256
     n_layer: int = 6
     n_head: int = 6
+    n_kv_head: int = 0  # heads of keys and values, each shared by n_head / n_kv_head heads of queries; 0: n_head
     n_embd: int = 384
     dropout: float = 0.0
     bias: bool = False  # in linear layers and LayerNorm
@@ -41,6 +42,7 @@ class GPTConfig:
     model: str = "gpt"  # or 'bilstm'
     pool: str = "mean"  # of a classifier's outputs over a text: 'mean', 'max' or 'first'
     attention: str = "dense"  # or the name of a mechanism's file without .py
+    qk_norm: bool = False  # normalise the queries and keys of each head: bounded scores, for high learning rates
     kernel: str = "auto"  # how attention is computed: see core/kernels.py
     options: dict = field(default_factory=dict)  # of the mechanism and the model, by name
 
@@ -61,6 +63,8 @@ class GPTConfig:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.n_kv_head < 0 or self.n_kv_head and self.n_head % self.n_kv_head:
+            raise UserError(f"n_kv_head must divide n_head = {self.n_head} (0: n_head), got {self.n_kv_head}")
         if self.n_layer > 10_000:  # the Python objects of a million layers fill any memory before their weights do
             raise UserError(f"n_layer must be at most 10,000, got {self.n_layer:,}")
         step = 2 * self.n_head if self.pos == "rope" else self.n_head
@@ -208,7 +212,8 @@ class GPT(Model):
         2 per multiply and add, three times the forward pass; attention is counted from each layer's blocks.
         """
         C, layers = self.config.n_embd, self.config.n_layer
-        linear = 12 * C * C * layers + (C * self.config.vocab_size if self.config.causal else 0)
+        kv = C * (self.config.n_kv_head or self.config.n_head) // self.config.n_head  # channels of keys, and of values
+        linear = 2 * C * (5 * C + kv) * layers + (C * self.config.vocab_size if self.config.causal else 0)
         pairs = sum(block.attention.multiplied_pairs(T) for block in self.layers)
         return 3 * 2 * (linear + 2 * C * pairs / T)
 

@@ -58,6 +58,7 @@ model = "gpt"
 block_size = 256
 n_layer = 4
 n_head = 4
+n_kv_head = 0
 n_embd = 256
 dropout = 0.0
 bias = False
@@ -66,6 +67,7 @@ norm = "rmsnorm"
 tie = True
 pool = "mean"
 attention = "dense"
+qk_norm = False
 kernel = "auto"
 
 # the optimiser: AdamW

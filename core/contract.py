@@ -15,7 +15,7 @@ import torch
 
 from core import engine, flex, kvcache
 from core.config import UserError
-from core.ops import rotations
+from core.ops import expand_heads, rotations
 
 ROWS = 24  # queries that `check` evaluates: the first, the middle, the last two and random ones
 
@@ -181,9 +181,9 @@ def flex_on_cpu():
 
 
 def kernels(layer, lengths=None):
-    """{name of a kernel: function of q, k, v (B, H, T, D) that returns the outputs (B, H, T, D)}, without dropout."""
+    """{name of a kernel: function of q (B, H, T, D) and k, v (B, K, T, D) that returns (B, H, T, D)}, without dropout."""
     return {
-        "reference": lambda q, k, v: layer.weights(q, k, lengths=lengths) @ v,
+        "reference": lambda q, k, v: layer.weights(q, k, lengths=lengths) @ expand_heads(v, q.size(1)),
         "engine": lambda q, k, v: engine.attend(layer, q, k, v, lengths),
         "flex": lambda q, k, v: flex.attend(layer, q, k, v, lengths),
     }
@@ -206,8 +206,8 @@ def outputs_and_gradients(layer, attend, inputs, lengths=None):
 def error(layer, kernel, T, lengths=None, D=8):
     """The largest difference of outputs and gradients between a kernel and the reference, for random float64 inputs."""
     generator = torch.Generator().manual_seed(T)
-    inputs = [torch.randn(2, layer.n_head, T, D, generator=generator, dtype=torch.float64).requires_grad_()
-              for _ in range(3)]
+    inputs = [torch.randn(2, heads, T, D, generator=generator, dtype=torch.float64).requires_grad_()
+              for heads in (layer.n_head, layer.n_kv_head, layer.n_kv_head)]
     attend = kernels(layer, lengths)
     with in_float64(), flex_on_cpu():
         actual, expected = (outputs_and_gradients(layer, attend[name], inputs, lengths)

@@ -12,17 +12,19 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from core import blocks
-from core.ops import accumulate_dtype, mask_value, matrix_variation
+from core.ops import accumulate_dtype, expand_heads, mask_value, matrix_variation
 from core.tiles import Tiles
 
 
 def attend(layer, q, k, v, lengths=None, dropout=0.0):
     """Attention by `layer`'s bias and blocks, equal to `layer.weights(q, k) @ v`: (B, H, T, D).
 
-    q, k, v: (B, H, T, D). lengths: (B,) or None. It has first derivatives only. Raises ValueError if the layer reweighs
-    but its blocks have several parts, because `factor` needs complete rows.
+    q: (B, H, T, D). k, v: (B, K, T, D), expanded to H heads, which costs little beside the products. lengths: (B,) or
+    None. It has first derivatives only. Raises ValueError if the layer reweighs but its blocks have several parts,
+    because `factor` needs complete rows.
     """
     B, H = q.shape[:2]
+    k, v = expand_heads(k, H), expand_heads(v, H)
     same_heads, keeps_itself = diagonal(layer, q.size(2))
     variation = None
     if layer.reweighs and layer.scope == "matrix":

@@ -4,7 +4,7 @@ The formula becomes score_mod(s, b, h, i, j) = s + bias(h, i, j) and mask_mod = 
 with parameters the bias is first tabulated by offset, so that gradients accumulate in one tensor. The block mask is
 built on the device, without a T x T mask and without synchronising.
 
-Letters: B batch, T time, H heads, D head size; n = T / BLOCK blocks of queries, and as many of keys.
+Letters: B batch, T time, H heads, K key heads, D head size; n = T / BLOCK blocks of queries, and as many of keys.
 """
 
 import functools
@@ -25,7 +25,7 @@ FACTOR_FLOOR = 1e-30  # a factor of 0 would give a score of -inf, and a row of s
 def attend(layer, q, k, v, lengths=None, dropout=0.0):
     """Attention by `layer`'s bias, equal to `layer.weights(q, k) @ v` except for dropout's random stream: (B, H, T, D).
 
-    q, k, v: (B, H, T, D). lengths: (B,) or None. A `factor` takes two more passes without gradient, for each row's sum
+    q: (B, H, T, D). k, v: (B, K, T, D). lengths: (B,) or None. A `factor` takes two more passes without gradient, for each row's sum
     of exponentials and of their squares. FlexAttention has no dropout: the output of a pass that drops pairs is scaled
     by the ratio of its sums to those of all pairs.
     """
@@ -54,7 +54,7 @@ def run(q, k, v, score_mod, block_mask):
     """
     try:
         y, aux = kernel(q.device.type)(q, k, v, score_mod=score_mod, block_mask=block_mask,
-                                       return_aux=torch_flex.AuxRequest(lse=True))
+                                       enable_gqa=k.size(1) < q.size(1), return_aux=torch_flex.AuxRequest(lse=True))
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:
         limit = torch._dynamo.config.recompile_limit
         raise UserError("kernel=flex: FlexAttention was compiled for more shapes than "

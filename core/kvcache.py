@@ -1,26 +1,26 @@
 """Cached decoding: a ring of keys and values, and attention of new tokens to it.
 
-Letters: B batch, T time, H heads, D head size; m keys.
+Letters: B batch, T time, H heads, K key heads, G = H / K heads that share a key head, D head size; m keys.
 """
 
 import math
 
 import torch
 
-from core.ops import mask_value
+from core.ops import expand_heads, mask_value
 
 
 class Cache:
-    """Keys and values of the last `size` positions of one layer, in a ring: (B, H, size, D)."""
+    """Keys and values of the last `size` positions of one layer, in a ring: (B, K, size, D)."""
 
     def __init__(self, size):
         self.size, self.length = size, 0  # length: tokens of the text so far, cached or not
         self.kept = None  # the result of `kept_by_distance`, computed once
 
     def extend(self, k, v):
-        """Append k, v (B, H, T, D), from position `length` on.
+        """Append k, v (B, K, T, D), from position `length` on.
 
-        Returns the keys and values that the new tokens may need, (B, H, m, D) in any order, and their positions (m,).
+        Returns the keys and values that the new tokens may need, (B, K, m, D) in any order, and their positions (m,).
         """
         T, start = k.size(2), self.length
         new = torch.arange(start, start + T, device=k.device)
@@ -42,29 +42,35 @@ class Cache:
         return available if T > 1 else self.filled()
 
     def filled(self):
-        """(keys (B, H, m, D), values, positions (m,)) of the filled slots."""
+        """(keys (B, K, m, D), values, positions (m,)) of the filled slots."""
         if self.length >= self.size:
             return self.k, self.v, self.positions
         return self.k[:, :, : self.length], self.v[:, :, : self.length], self.positions[: self.length]
 
 
 def attend(layer, q, k, v, cache):
-    """Attention of new tokens q, k, v (B, H, T, D), which extend the cached text: (B, H, T, D)."""
+    """Attention of new tokens q (B, H, T, D) and k, v (B, K, T, D), which extend the cached text: (B, H, T, D)."""
     start, T = cache.length, q.size(2)
     keys, values, j = cache.extend(k, v)
     i = torch.arange(start, start + T, device=q.device)
     if T > 1:
-        return layer.weights(q, keys, i, j) @ values
+        return layer.weights(q, keys, i, j) @ expand_heads(values, q.size(1))
+    grouped = q.view(len(q), layer.n_kv_head, -1, q.size(3))  # (B, K, G, D): a key is read once for its G heads
     if layer.relative:
-        return attend_by_distance(layer, q, cache, i, j)
+        return attend_by_distance(layer, grouped, cache, i, j).view(q.shape)
     bias = layer.bias_at(i, j)
     slots = (bias > -math.inf).any(0)[0].nonzero()[:, 0]
-    bias = bias[:, :, slots].to(q.dtype).clamp(min=mask_value(q.dtype))
-    return average(layer, q, keys.index_select(2, slots), values.index_select(2, slots), bias)
+    bias = group(layer, bias[:, :, slots].to(q.dtype).clamp(min=mask_value(q.dtype)))
+    return average(layer, grouped, keys.index_select(2, slots), values.index_select(2, slots), bias).view(q.shape)
+
+
+def group(layer, bias):
+    """A bias (H or 1, 1, m) as (K or 1, G or 1, m)."""
+    return bias[:, 0].unflatten(0, (layer.n_kv_head, -1)) if bias.size(0) > 1 else bias
 
 
 def attend_by_distance(layer, q, cache, i, j):
-    """`attend` for one token of a relative layer: only kept slots are read."""
+    """`attend` for one token of a relative layer, q (B, K, G, D): only kept slots are read."""
     if cache.kept is None:
         cache.kept = kept_by_distance(layer, cache.size, q.dtype)
     (k, v, _), (heads, distances, bias, keeps_itself) = cache.filled(), cache.kept
@@ -77,12 +83,11 @@ def attend_by_distance(layer, q, cache, i, j):
     if not len(heads):
         return average(layer, q, k.index_select(2, slots), v.index_select(2, slots), bias, keeps_itself)
     k, v = (x.flatten(1, 2).index_select(1, heads * cache.size + slots)[:, None] for x in (cache.k, cache.v))
-    q, bias = q.transpose(1, 2), bias.transpose(0, 1)  # heads as queries: one product
-    return average(layer, q, k, v, bias, keeps_itself).transpose(1, 2)
+    return average(layer, q.flatten(1, 2)[:, None], k, v, bias, keeps_itself)  # heads as queries: one product
 
 
 def average(layer, q, k, v, bias, keeps_itself=False):
-    """reweigh(softmax(q k^T / sqrt(D) + bias)) v: (B, H, n, D).
+    """reweigh(softmax(q k^T / sqrt(D) + bias)) v, for the heads of each group as rows: (B, K, G, D).
 
     bias: in the dtype of q, `mask_value` for dropped pairs; None: 0. keeps_itself: every row has a kept key; otherwise
     rows without one give 0.
@@ -102,18 +107,19 @@ def kept_by_distance(layer, size, dtype):
     """What a query of a relative layer keeps of the `size` positions up to its own: (heads, distances, bias, whether
     each head keeps the query's own key).
 
-    If all are kept, distances is None, and bias is (H or 1, 1, size) by distance, or None: 0. If all heads keep the
-    same, distances is (m,), bias (H or 1, 1, m), and heads is empty. Else the distances of all heads are joined to
-    (m,), heads (m,) names the head of each, and bias (H, 1, m) drops each head's keys for the others.
+    If all are kept, distances is None, and bias is (K or 1, G or 1, size) by distance, or None: 0. If all heads keep
+    the same, distances is (m,), bias (K or 1, G or 1, m), and heads is empty. Else the distances that any head of a
+    group keeps are joined to (m,) for all groups, heads (m,) names the key head of each, and bias (1, H, m) drops each
+    group's keys for the others.
     """
     bias = layer.bias_by_offset(size, future=False).flip(1)[:, None].to(dtype).clamp(min=mask_value(dtype))
     kept = bias[:, 0] > mask_value(dtype)
     if kept.all():
-        return None, None, bias if bias.any() else None, True
+        return None, None, group(layer, bias) if bias.any() else None, True
     keeps_itself = bool(kept[:, 0].all())
     if (kept == kept[0]).all():
         distances = kept[0].nonzero()[:, 0]
-        return distances[:0], distances, bias[:, :, distances], keeps_itself
-    heads, distances = kept.nonzero().unbind(1)
-    same_head = heads == torch.arange(len(kept), device=bias.device)[:, None, None]
-    return heads, distances, bias[:, :, distances].where(same_head, mask_value(dtype)), keeps_itself
+        return distances[:0], distances, group(layer, bias[:, :, distances]), keeps_itself
+    heads, distances = kept.view(layer.n_kv_head, -1, size).any(1).nonzero().unbind(1)
+    same_group = heads == torch.arange(layer.n_head, device=bias.device)[:, None] // (layer.n_head // layer.n_kv_head)
+    return heads, distances, bias[:, 0, distances].where(same_group, mask_value(dtype))[None], keeps_itself

@@ -162,7 +162,8 @@ def pattern(name, defaults, arguments=None):
     torch.manual_seed(0)  # of periods that begin at random
     H = settings["n_head"]
     config = SimpleNamespace(block_size=T, n_layer=settings["n_layer"], n_head=H, n_embd=16 * H, dropout=0.0,
-                             bias=False, causal=settings["causal"], kernel="auto", options=options)
+                             bias=False, causal=settings["causal"], kernel="auto", n_kv_head=H, qk_norm=False,
+                             options=options)
     layers = [mechanism(name)[0](config, n).eval() for n in range(config.n_layer)]
     for layer in layers:
         contract.check(layer, name)

@@ -13,6 +13,7 @@ from core import contract, engine, tiles
 from core.config import UserError
 from core.contract import outputs_and_gradients
 from core.kvcache import Cache
+from core.ops import expand_heads
 from core.mechanisms import mechanism, mechanisms
 from model import GPTConfig
 from strangers import STRANGERS
@@ -44,6 +45,7 @@ VARIANTS = {  # options of files in this repository, besides each file's default
         "matrix": {"atrt_scope": "matrix"},
     },
 }
+SHARED = {"n_kv_head": 1, "qk_norm": True}  # one head of keys and values for all three of queries
 LENGTHS = (1, 2, 5, 23, 64, 65, 130)  # odd sizes: one token, shorter than a block, no multiple of one
 BOUND = 1e-10  # in float64
 
@@ -55,11 +57,12 @@ class Case:
     kind: type
     options: dict
     causal: bool
+    changes: dict = dataclasses.field(default_factory=dict)  # of the GPTConfig
 
     def layer(self, block_size=64, dropout=0.0, kernel="engine", dtype=torch.float64, n_head=3):
         torch.manual_seed(0)
         config = GPTConfig(n_head=n_head, n_embd=8 * n_head, block_size=block_size, n_class=0 if self.causal else 2,
-                           dropout=dropout, kernel=kernel, options=dict(self.options))
+                           dropout=dropout, kernel=kernel, options=dict(self.options), **self.changes)
         layer = self.kind(config).to(dtype)
         if "ratio" in dict(layer.named_parameters()):  # as training may leave them: most keys dropped, and few
             layer.period.data = torch.tensor([-1.0, 0.1, 2.0], dtype=dtype)
@@ -84,6 +87,8 @@ def cases(only=""):
             except UserError:  # matrix scope in a causal model
                 continue
             every[f"{name}, {'causal' if causal else 'both directions'}"] = Case(kind, options, causal)
+            if ":" not in name or name == "adaptive_attention_span: periodic":  # one variant of each file
+                every[f"{name}, shared keys, {'causal' if causal else 'both directions'}"] = Case(kind, options, causal, SHARED)
     return every
 
 
@@ -95,9 +100,9 @@ def pytest_generate_tests(metafunc):
             metafunc.parametrize(name, chosen.values(), ids=list(chosen))
 
 
-def random_qkv(T, B=2, H=3, D=8, dtype=torch.float64):
+def random_qkv(T, B=2, H=3, D=8, dtype=torch.float64, K=3):
     torch.manual_seed(T)
-    return [torch.randn(B, H, T, D, dtype=torch.float64).to(dtype).requires_grad_() for _ in range(3)]
+    return [torch.randn(B, heads, T, D, dtype=torch.float64).to(dtype).requires_grad_() for heads in (H, K, K)]
 
 
 def test_exact(case):
@@ -129,7 +134,7 @@ def test_exact_in_low_precision(causal_case, dtype):
     ours, theirs = [], []
     for draw in range(9):
         torch.manual_seed(draw)
-        inputs = [torch.randn(2, 3, 300, 8).to(dtype).requires_grad_() for _ in range(3)]
+        inputs = [torch.randn(2, heads, 300, 8).to(dtype).requires_grad_() for heads in (3, low.n_kv_head, low.n_kv_head)]
         same = [x.detach().double().requires_grad_() for x in inputs]
         true = outputs_and_gradients(exact, contract.kernels(exact)["reference"], same)
         for errors, kernel in ((ours, "engine"), (theirs, "reference")):
@@ -231,8 +236,9 @@ def test_decoding_reads_what_is_kept(causal_case):
             kept = (layer.bias_at(torch.tensor([t]), j) > -math.inf).expand(3, 1, len(j))[:, 0]
             if not layer.relative:  # the heads read the same slots
                 kept = kept.any(0).expand(3, -1)
+            kept = kept.view(layer.n_kv_head, -1, len(j)).any(1)  # a key is read for all heads that share it
             dropped += (~kept).sum().item()
-            for h in range(3):
+            for h in range(layer.n_kv_head):
                 read.k[:, h, : len(j)][:, ~kept[h]] = math.nan
                 read.v[:, h, : len(j)][:, ~kept[h]] = math.nan
             if cache.length >= cache.size:  # else the slot is free, and is about to be written
@@ -251,7 +257,7 @@ def test_rows_without_a_key(case):
     empty = ~(layer.bias_at(i, i) > -math.inf).expand(3, 40, 40).any(2)
     for attend in contract.kernels(layer).values():
         with contract.flex_on_cpu():
-            y, *gradients = outputs_and_gradients(layer, attend, random_qkv(40))
+            y, *gradients = outputs_and_gradients(layer, attend, random_qkv(40, K=layer.n_kv_head))
         assert all(g.isfinite().all() for g in (y, *gradients))
         assert (y[:, empty] == 0).all() and (gradients[0][:, empty] == 0).all()
 
@@ -260,7 +266,7 @@ def test_dropout(causal_case):
     """Dropout drops weights at its rate, the same in both directions, and from the global stream."""
     layer = causal_case.layer(block_size=128, dropout=0.25)
     layer.train()
-    inputs = random_qkv(100)
+    inputs = random_qkv(100, K=layer.n_kv_head)
     q, k, v = inputs
 
     def attend(v):
@@ -268,7 +274,7 @@ def test_dropout(causal_case):
         return layer.attend(q, k, v)
 
     # v = identity shows the dropped weights themselves
-    eye = torch.eye(100, dtype=torch.float64).expand(2, 3, 100, 100).contiguous().requires_grad_()
+    eye = torch.eye(100, dtype=torch.float64).expand(2, layer.n_kv_head, 100, 100).contiguous().requires_grad_()
     dropped, plain = attend(eye).detach(), layer.weights(q, k).detach()
     there = plain > 1e-12
     kept = dropped[there] > 0
@@ -277,10 +283,11 @@ def test_dropout(causal_case):
     # the same mask going back: with it fixed the layer is linear in v, so the gradient is that matrix
     upstream = torch.randn(2, 3, 100, 8, dtype=torch.float64)
     (grad,) = torch.autograd.grad(attend(v), v, upstream)
-    torch.testing.assert_close(grad, dropped.mT @ upstream)
+    grouped = dropped.mT @ upstream  # summed over the heads that share a value
+    torch.testing.assert_close(grad, grouped.unflatten(1, (layer.n_kv_head, -1)).sum(2))
     # and q's gradient against the reference with those weights dropped
     mask = torch.where(there, dropped / plain, 0)
-    (expected,) = torch.autograd.grad(((layer.weights(q, k) * mask) @ v * upstream).sum(), q)
+    (expected,) = torch.autograd.grad(((layer.weights(q, k) * mask) @ expand_heads(v, 3) * upstream).sum(), q)
     (grad,) = torch.autograd.grad(attend(v), q, upstream)
     torch.testing.assert_close(grad, expected)
     torch.manual_seed(8)

@@ -130,12 +130,15 @@ def test_rms_norm():
     assert torch.autograd.gradcheck(rms_norm, x)
 
 
-@pytest.mark.parametrize("changes", [{}, {"n_class": 2}, {"tie": False, "bias": True, "norm": "layernorm", "pos": "learned"}])
+@pytest.mark.parametrize("changes", [{}, {"n_class": 2}, {"tie": False, "bias": True, "norm": "layernorm", "pos": "learned"},
+                                     {"n_head": 4, "n_kv_head": 1, "qk_norm": True}])
 def test_counts(changes):
     """Parameters and work as counted are what is there. PyTorch counts the reference's full matrix."""
     model = GPT(GPTConfig(**{**SMALL, "kernel": "reference", **changes}))
     C, V = 16, 50
     per_layer = 12 * C * C + (13 * C - 4 * C + 4 * C if changes.get("bias") else 0)  # biases 3C + C + 4C + C, norms 4C
+    if changes.get("n_kv_head"):
+        per_layer += 2 * 4 * C - 2 * C * C + 2 * 4  # keys and values of one head of 4 channels; two gains
     expected = V * C + 2 * per_layer
     if changes.get("n_class"):
         expected += 2 * C + 2
