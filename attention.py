@@ -22,8 +22,8 @@ import torch
 import torch.nn as nn
 
 from core import blocks, kernels, kvcache
-from core.ops import (ParameterReads, accumulate_dtype, drop, expand_heads, mask_value, matrix_variation, rms_norm,
-                      split_heads)
+from core.ops import (ParameterReads, accumulate_dtype, drop, expand_heads, mask_value, norm_heads, scale_by_sink,
+                      scores_variation, split_heads)
 
 
 class Attention(nn.Module):
@@ -32,13 +32,14 @@ class Attention(nn.Module):
     If causal, a query sees itself and the `block_size - 1` positions before it, so texts may be longer than a block.
     Otherwise it sees every position. A query without a kept key gives 0, with gradient 0.
 
-    H / K neighbouring heads share one head of keys and values: grouped-query attention (Ainslie et al. 2023), and
-    multi-query attention if K = 1 (Shazeer 2019).
+    H / K neighbouring heads share keys and values (grouped queries, Ainslie et al. 2023; K = 1: Shazeer 2019).
 
-    config: `GPTConfig` (n_embd, n_head, n_kv_head, qk_norm, block_size, dropout, bias, causal, kernel, options).
+    config: `GPTConfig`, or what has its fields for attention.
     """
 
     relative = False  # True: bias depends on i - j only, so blocks may share it
+    description = ""  # a line for the start of a run
+    first_tokens = 0  # positions that a causal query may see, and the cache holds, beyond block_size and max_distance()
     scope = "row"  # the weights that `factor` ranks among: a query's, or 'matrix': all of one head of one example
     renormalize = True  # whether weights times `factor` are divided by their sum
 
@@ -51,9 +52,10 @@ class Attention(nn.Module):
         self.options = SimpleNamespace(**config.options)
         self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_size, bias=config.bias)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.qk_norm = config.qk_norm
+        self.qk_norm = config.qk_norm  # see `ops.norm_heads`
         if self.qk_norm:
             self.q_gain, self.k_gain = (nn.Parameter(torch.ones(self.head_size)) for _ in range(2))
+        self.sinks = nn.Parameter(torch.zeros(self.n_head)) if config.attention_sink else None
         if type(self).bias is Attention.bias:  # the constant 0
             self.relative = True
         self.blocks_of = {}  # cache of core/blocks.py, core/engine.py and core/flex.py, by T
@@ -100,8 +102,13 @@ class Attention(nn.Module):
         total = y.sum(-1, keepdim=True)
         return y / total.masked_fill(total == 0, 1) if self.renormalize else y
 
+    def sink(self):
+        """The logit (H,) of one more key per head, whose value is 0 (Xiao et al. 2023, section 3.3; gpt-oss, 2025), or
+        None. It scales each row of weights to the sum sigmoid(log-sum-exp of the scores - logit), after `factor`."""
+        return self.sinks
+
     def max_distance(self):
-        """The largest distance i - j of a kept pair, which determines the size of the cache."""
+        """The largest distance i - j of a kept pair beyond `first_tokens`, which determines the size of the cache."""
         if not self.relative:
             return self.block_size - 1
         kept = (self.bias_by_offset(self.block_size) > -math.inf).any(0).nonzero()
@@ -123,7 +130,8 @@ class Attention(nn.Module):
         bias, distance = self.bias(h, i, j), i - j
         if not self.causal:
             return bias if isinstance(bias, torch.Tensor) else 0.0 * distance + bias
-        return torch.where((distance >= 0) & (distance < self.block_size), bias, -math.inf)
+        near = (distance < self.block_size) | (j < self.first_tokens)
+        return torch.where((distance >= 0) & near, bias, -math.inf)
 
     def bias_at(self, i, j, heads=None):
         """`total_bias` at positions i (n,) and j (m,) for `heads` (a range; None: all): (h, n, m), or (1, n, m) if all
@@ -161,7 +169,7 @@ class Attention(nn.Module):
     @cached_property
     def dense(self):
         """Whether this is plain dense attention, which `scaled_dot_product_attention` computes."""
-        if self.reweighs or not self.relative or self.mask_parameters():
+        if self.reweighs or self.sink() is not None or not self.relative or self.mask_parameters():
             return False
         bias, T = self.bias_by_offset(self.block_size), self.block_size
         return not bias[:, : T if self.causal else None].any()
@@ -171,7 +179,7 @@ class Attention(nn.Module):
         return kernels.choose_kernel(self, device)
 
     def weights(self, q, k, i=None, j=None, lengths=None):
-        """The dense reference: reweigh(softmax(q k^T / sqrt(D) + bias)).
+        """The dense reference: reweigh(softmax(q k^T / sqrt(D) + bias)), scaled by the `sink`.
 
         q: (B, H, n, D) at positions i, k: (B, K, m, D) at positions j (default 0, 1, ...).
         lengths: (B,) tokens of each example, the rest is padding; None: no padding.
@@ -186,13 +194,10 @@ class Attention(nn.Module):
         k = expand_heads(k, self.n_head)
         scores = (q @ k.mT / math.sqrt(q.size(3)) + bias.to(q.dtype)).masked_fill(~kept, mask_value(q.dtype))
         p = torch.softmax(scores, -1, dtype=q.dtype).masked_fill(~kept, 0)
-        if not self.reweighs:
-            return p
-        variation = None
-        if self.scope == "matrix":
-            exact = torch.softmax(scores.detach(), -1, dtype=accumulate_dtype(p)).masked_fill(~kept, 0)
-            variation = matrix_variation(exact.square().sum(-1, keepdim=True), lengths)
-        return self.reweigh(p, kept.sum(-1, keepdim=True), variation)
+        if self.reweighs:
+            variation = scores_variation(scores, kept, lengths) if self.scope == "matrix" else None
+            p = self.reweigh(p, kept.sum(-1, keepdim=True), variation)
+        return scale_by_sink(p, scores, self.sink())
 
     def attend(self, q, k, v, lengths=None):
         """Attention over whole texts: q (B, H, T, D), and k, v (B, K, T, D) -> (B, H, T, D).
@@ -202,18 +207,11 @@ class Attention(nn.Module):
         return kernels.attend(self, q, k, v, lengths, self.dropout if self.training else 0.0)
 
     def project(self, x, rotation=None):
-        """q (B, H, T, D), and k, v (B, K, T, D), of x (B, T, C).
-
-        With `qk_norm`, q and k of each head are divided by their root mean square and multiplied by a gain (D,) that
-        the heads share, before the rotation (Dehghani et al. 2023, section 2, in the form of Qwen3, 2025, section 2).
-        """
-        H, K = self.n_head, self.n_kv_head
-        heads = self.qkv(x).view(*x.shape[:2], H + 2 * K, self.head_size)
+        """q (B, H, T, D), and k, v (B, K, T, D), of x (B, T, C)."""
+        heads = self.qkv(x).view(*x.shape[:2], -1, self.head_size)  # (B, T, H + 2 K, D)
         if self.qk_norm:
-            q, k, v = heads.split((H, K, K), 2)
-            q, k = (rms_norm(x) * gain.to(x.dtype) for x, gain in ((q, self.q_gain), (k, self.k_gain)))
-            heads = torch.cat([q, k, v], 2)
-        return split_heads(heads, H, rotation)
+            heads = norm_heads(heads, self.n_head, self.q_gain, self.k_gain)
+        return split_heads(heads, self.n_head, rotation)
 
     def map(self, x, rotation=None, lengths=None):
         """The attention weights (B, H, T, T) of `forward` for x (B, T, C)."""

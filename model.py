@@ -43,6 +43,7 @@ class GPTConfig:
     pool: str = "mean"  # of a classifier's outputs over a text: 'mean', 'max' or 'first'
     attention: str = "dense"  # or the name of a mechanism's file without .py
     qk_norm: bool = False  # normalise the queries and keys of each head: bounded scores, for high learning rates
+    attention_sink: bool = False  # a learned logit per head that takes weight which no key deserves
     kernel: str = "auto"  # how attention is computed: see core/kernels.py
     options: dict = field(default_factory=dict)  # of the mechanism and the model, by name
 
@@ -219,7 +220,7 @@ class GPT(Model):
 
     def new_caches(self):
         """An empty key-value cache for each layer."""
-        return [kvcache.Cache(block.attention.max_distance() + 1) for block in self.layers]
+        return [kvcache.new_cache(block.attention) for block in self.layers]
 
     @torch.inference_mode()
     def generate_stream(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None):

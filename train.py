@@ -68,6 +68,7 @@ tie = True
 pool = "mean"
 attention = "dense"
 qk_norm = False
+attention_sink = False
 kernel = "auto"
 
 # the optimiser: AdamW

@@ -38,6 +38,7 @@ def check(layer, name):
             for size in sorted({1, min(7, T), T}):
                 check_blocks(layer, name, size, i[i < size], bias[:, i < size, :size])
     check_gradient(layer, name)
+    check_sink(layer, name)
 
 
 def pair(h, i, j):
@@ -89,6 +90,8 @@ def check_elementwise(layer, name, i):
 def check_relative(layer, name, i, bias):
     """Raise UserError unless the bias (H, n, T) at queries i depends on the offset only."""
     T = layer.block_size
+    if layer.first_tokens:
+        raise UserError(f"{name}: relative = True, but first_tokens stay visible at any distance; leave relative out")
     row = layer.bias_by_offset(T).expand(layer.n_head, -1)
     expected = row[:, torch.arange(T, device=i.device) - i[:, None] + T - 1]
     if index := first_of(~close(bias, expected)):
@@ -102,7 +105,7 @@ def check_distance(layer, name, i, bias):
     """Raise UserError if the bias (H, n, T) at queries i keeps a pair beyond `max_distance`."""
     distance = i[:, None] - torch.arange(layer.block_size, device=i.device)
     most = layer.max_distance()
-    if index := first_of((bias > -math.inf) & (distance > most)):
+    if index := first_of((bias > -math.inf) & (distance > most) & (distance < i[:, None] + 1 - layer.first_tokens)):
         h, n, j = index
         raise UserError(f"{name}: max_distance() is {most}, but {pair(h, i[n], j)} is kept; "
                         "return the largest kept distance")
@@ -156,6 +159,14 @@ def check_gradient(layer, name):
                         "pair is dropped; guard its argument: x.where(kept, 1).log()")
 
 
+def check_sink(layer, name):
+    """Raise UserError unless the sink is None or a finite number for each head."""
+    sink = layer.sink()
+    if sink is not None and not (sink.shape == (layer.n_head,) and sink.is_floating_point() and sink.isfinite().all()):
+        raise UserError(f"{name}: sink() must be None or a finite logit for each head, of shape ({layer.n_head},); got "
+                        f"{tuple(sink.shape)} {sink.dtype}")
+
+
 # ---- agreement of the kernels --------------------------------------------------------------
 
 
@@ -181,7 +192,7 @@ def flex_on_cpu():
 
 
 def kernels(layer, lengths=None):
-    """{name of a kernel: function of q (B, H, T, D) and k, v (B, K, T, D) that returns (B, H, T, D)}, without dropout."""
+    """{name of a kernel: function of q (B, H, T, D) and k, v (B, K, T, D) that returns (B, H, T, D)}; no dropout."""
     return {
         "reference": lambda q, k, v: layer.weights(q, k, lengths=lengths) @ expand_heads(v, q.size(1)),
         "engine": lambda q, k, v: engine.attend(layer, q, k, v, lengths),
@@ -190,7 +201,7 @@ def kernels(layer, lengths=None):
 
 
 def outputs_and_gradients(layer, attend, inputs, lengths=None):
-    """[outputs, gradients of inputs q, k, v, gradients of the bias's parameters] for a fixed random upstream gradient.
+    """[outputs, gradients of inputs q, k, v, gradients of the parameters] for a fixed random upstream gradient.
 
     Outputs at padding are 0 and get no gradient.
     """
@@ -199,7 +210,7 @@ def outputs_and_gradients(layer, attend, inputs, lengths=None):
     if lengths is not None:
         real = (torch.arange(y.size(2)) < lengths[:, None])[:, None, :, None]
         y, upstream = y * real, upstream * real
-    gradients = torch.autograd.grad(y, [*inputs, *layer.mask_parameters()], upstream, allow_unused=True)
+    gradients = torch.autograd.grad(y, [*inputs, *layer.parameters()], upstream, allow_unused=True)
     return [y, *(torch.zeros(()) if g is None else g for g in gradients)]
 
 
@@ -224,7 +235,7 @@ def decoding_error(layer, T, prompt, chunk):
     """
     rotation = rotations(torch.arange(T), layer.head_size)
     x = torch.randn(2, T, layer.proj.in_features, generator=torch.Generator().manual_seed(T), dtype=torch.float64)
-    cache = kvcache.Cache(layer.max_distance() + 1)
+    cache = kvcache.new_cache(layer)
     pieces = [layer(x[:, :prompt], rotation[:, :prompt], cache=cache)]
     for a in range(prompt, T, chunk):
         pieces.append(layer(x[:, a : a + chunk], rotation[:, a : a + chunk], cache=cache))

@@ -12,7 +12,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from core import blocks
-from core.ops import accumulate_dtype, expand_heads, mask_value, matrix_variation
+from core.ops import accumulate_dtype, expand_heads, mask_value, matrix_variation, scale_by_sink
 from core.tiles import Tiles
 
 
@@ -35,18 +35,19 @@ def attend(layer, q, k, v, lengths=None, dropout=0.0):
         raise ValueError(f"factor needs complete rows, blocks of one part; these have {len(parts)}")
     seed = int(torch.randint(2**62, ())) if dropout else 0  # from the global generator, which resuming restores
     parameters = [p for p in layer.mask_parameters() if p.requires_grad]
-    results = []
+    needs_lse, results = len(parts) > 1 or layer.sink() is not None, []
     for n, stacks in enumerate(parts):
         options = {"may_be_empty": not keeps_itself, "lengths": lengths, "dropout": dropout, "seed": seed + n,
-                   "variation": variation[0] if variation else None, "joined": len(parts) > 1}
+                   "variation": variation[0] if variation else None, "joined": needs_lse}
         results.append(Engine.apply(layer, stacks, options, q, k, v, *parameters))
     y, lse = results[0]
     for other, other_lse in results[1:]:  # softmax over all keys: parts are weighted by their sums of exponentials
         y = torch.lerp(y, other, torch.sigmoid(other_lse - lse).to(y.dtype))
         lse = torch.logaddexp(lse, other_lse)
-    if len(parts) > 1 and not keeps_itself:
+    if needs_lse and not keeps_itself:
         y = y.masked_fill(lse < mask_value(q.dtype) / 2, 0)  # rows without a kept key
-    return unpack_heads(y, B, H)
+    y = unpack_heads(y, B, H)
+    return scale_by_sink(y, unpack_heads(lse, B, H), layer.sink()) if needs_lse else y
 
 
 def pack_heads(layer, same_heads, q, lengths, *others):
@@ -105,7 +106,7 @@ def row_squares(layer, q, k, lengths=None):
 
 class Engine(torch.autograd.Function):
     """One part of the blocks: its output (H, B, T, D), and the log-sum-exp of each row of scores (H, B, T, 1) if other
-    parts are joined to it, else None."""
+    parts or a sink are joined to it, else None."""
 
     @staticmethod
     def forward(ctx, layer, stacks, options, q, k, v, *parameters):
@@ -138,13 +139,13 @@ class Engine(torch.autograd.Function):
             largest = s.amax(-1, keepdim=True) if tiles.may_be_empty else None
             p = tile.without_empty_rows(torch.softmax(s, -1, out=s), largest)
             dp = tile.drop(torch.bmm(g, tile.gather_keys(v).mT))
-            used = tile.reweigh(p)
-            if ctx.layer.reweighs and ctx.layer.renormalize:  # p f / sum(p f) is softmax(s + log f)
-                p = used
-            elif ctx.layer.reweighs:  # p f
+            softmax = used = tile.reweigh(p)  # p f / sum(p f) is softmax(s + log f)
+            if not ctx.layer.reweighs or not ctx.layer.renormalize:
+                softmax = p
+            if ctx.layer.reweighs and not ctx.layer.renormalize:  # p f
                 dp.mul_(torch.where(p > 0, used / p, 0))
             tile.scatter_add(dv, torch.bmm(tile.drop(used).mT, g))
-            ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
+            ds = torch.ops.aten._softmax_backward_data.out(dp, softmax, -1, p.dtype, grad_input=dp)
             if tiles.joined:
                 ds.addcmul_(p, tile.gather(grad_lse, tile.queries).to(p.dtype))
             tile.put(dq, tile.queries, scaled_bmm(ds, keys, scale))

@@ -16,7 +16,7 @@ from torch.nn.attention import flex_attention as torch_flex
 
 from core import blocks
 from core.config import UserError
-from core.ops import matrix_variation
+from core.ops import matrix_variation, scale_by_sink
 
 BLOCK = 128  # queries and keys per block of the mask: FlexAttention's default
 FACTOR_FLOOR = 1e-30  # a factor of 0 would give a score of -inf, and a row of such scores has no gradient
@@ -25,15 +25,23 @@ FACTOR_FLOOR = 1e-30  # a factor of 0 would give a score of -inf, and a row of s
 def attend(layer, q, k, v, lengths=None, dropout=0.0):
     """Attention by `layer`'s bias, equal to `layer.weights(q, k) @ v` except for dropout's random stream: (B, H, T, D).
 
-    q: (B, H, T, D). k, v: (B, K, T, D). lengths: (B,) or None. A `factor` takes two more passes without gradient, for each row's sum
-    of exponentials and of their squares. FlexAttention has no dropout: the output of a pass that drops pairs is scaled
-    by the ratio of its sums to those of all pairs.
+    q: (B, H, T, D). k, v: (B, K, T, D). lengths: (B,) or None. A `factor` takes two more passes without gradient, for
+    each row's sum of exponentials and of their squares. FlexAttention has no dropout: the output of a pass that drops
+    pairs is scaled by the ratio of its sums to those of all pairs.
     """
     score, mask = score_and_mask(layer, q.size(2), lengths)
     call = functools.partial(run, q, k, v, block_mask=block_mask(layer, q.size(2), mask, q.device))
-    if not layer.reweighs and not dropout:
-        return call(score)[0]
-    total, scaled = call(score)[1], score  # log-sum-exp of each row, (B, H, T)
+    if layer.reweighs or dropout:
+        y, total = reweighed(layer, score, call, lengths, dropout, q)
+    else:
+        y, total = call(score)
+    return scale_by_sink(y, total[..., None], layer.sink())
+
+
+def reweighed(layer, score, call, lengths, dropout, q):
+    """`run` with the layer's factor and dropout: (outputs (B, H, T, D), log-sum-exp of the scores (B, H, T))."""
+    plain = total = call(score)[1]
+    scaled = score
     if layer.reweighs:
         scaled = with_factor(layer, score, total.detach(), call, lengths)
         if layer.renormalize:
@@ -42,9 +50,9 @@ def attend(layer, q, k, v, lengths=None, dropout=0.0):
         scaled = with_dropout(scaled, dropout, q.device)
     y, scaled_total = call(scaled)
     if total is None:
-        return y
+        return y, plain
     share = torch.exp(scaled_total - total).nan_to_num(0.0)[..., None]  # NaN where a row keeps no key
-    return (y * share / (1 - dropout)).to(q.dtype)
+    return (y * share / (1 - dropout)).to(q.dtype), plain
 
 
 def run(q, k, v, score_mod, block_mask):

@@ -7,14 +7,15 @@ import math
 
 import torch
 
-from core.ops import expand_heads, mask_value
+from core.ops import expand_heads, mask_value, scale_by_sink
 
 
 class Cache:
-    """Keys and values of the last `size` positions of one layer, in a ring: (B, K, size, D)."""
+    """Keys and values of one layer: of the first `first` positions, and of the last `size` positions after them in a
+    ring, (B, K, first + size, D)."""
 
-    def __init__(self, size):
-        self.size, self.length = size, 0  # length: tokens of the text so far, cached or not
+    def __init__(self, size, first=0):
+        self.size, self.first, self.length = size, first, 0  # length: tokens of the text so far, cached or not
         self.kept = None  # the result of `kept_by_distance`, computed once
 
     def extend(self, k, v):
@@ -25,27 +26,38 @@ class Cache:
         T, start = k.size(2), self.length
         new = torch.arange(start, start + T, device=k.device)
         if start == 0:
-            self.k, self.v = (x.new_empty(*x.shape[:2], self.size, x.size(3)) for x in (k, v))
-            self.positions = torch.empty(self.size, dtype=torch.long, device=k.device)
+            self.k, self.v = (x.new_empty(*x.shape[:2], self.first + self.size, x.size(3)) for x in (k, v))
+            self.positions = torch.empty(self.first + self.size, dtype=torch.long, device=k.device)
         available = k, v, new
         if T > 1 and start:  # joined before the ring is written: the last token may overwrite keys that the first needs
             available = [torch.cat([old, x], dim) for old, x, dim in zip(self.filled(), available, (2, 2, 0))]
-        first = max(0, T - self.size)  # the first new token that is cached
-        while first < T:
-            slot = (start + first) % self.size
-            last = min(T, first + self.size - slot)
-            slots = slice(slot, slot + last - first)
-            self.k[:, :, slots], self.v[:, :, slots] = k[:, :, first:last], v[:, :, first:last]
-            self.positions[slots] = new[first:last]
-            first = last
+        a = start  # written up to here
+        while a < start + T:
+            if a >= self.first:
+                a = max(a, start + T - self.size)  # what comes before would be overwritten
+            slot = self.slot(a)
+            end = min(start + T, a + (self.first if a < self.first else self.first + self.size) - slot)
+            slots, tokens = slice(slot, slot + end - a), slice(a - start, end - start)
+            self.k[:, :, slots], self.v[:, :, slots] = k[:, :, tokens], v[:, :, tokens]
+            self.positions[slots] = new[tokens]
+            a = end
         self.length += T
         return available if T > 1 else self.filled()
 
+    def slot(self, position):
+        """Where the key of a position is, or will be."""
+        return position if position < self.first else self.first + (position - self.first) % self.size
+
     def filled(self):
         """(keys (B, K, m, D), values, positions (m,)) of the filled slots."""
-        if self.length >= self.size:
+        if self.length >= self.first + self.size:
             return self.k, self.v, self.positions
         return self.k[:, :, : self.length], self.v[:, :, : self.length], self.positions[: self.length]
+
+
+def new_cache(layer):
+    """An empty cache for a layer."""
+    return Cache(layer.max_distance() + 1, layer.first_tokens)
 
 
 def attend(layer, q, k, v, cache):
@@ -87,20 +99,22 @@ def attend_by_distance(layer, q, cache, i, j):
 
 
 def average(layer, q, k, v, bias, keeps_itself=False):
-    """reweigh(softmax(q k^T / sqrt(D) + bias)) v, for the heads of each group as rows: (B, K, G, D).
+    """reweigh(softmax(q k^T / sqrt(D) + bias)) v scaled by the sink, for the heads of each group as rows: (B, K, G, D).
 
     bias: in the dtype of q, `mask_value` for dropped pairs; None: 0. keeps_itself: every row has a kept key; otherwise
     rows without one give 0.
     """
     scores = q @ k.mT / math.sqrt(q.size(3))
-    p = torch.softmax(scores if bias is None else scores + bias, -1)
+    if bias is not None:
+        scores = scores + bias
+    p = torch.softmax(scores, -1)
     dropped = None if bias is None or keeps_itself and not layer.reweighs else bias == mask_value(q.dtype)
     if dropped is not None:
         p = p.masked_fill(dropped, 0)
     if layer.reweighs:
         m = torch.full((1, 1), k.size(2), device=q.device) if dropped is None else (~dropped).sum(-1, keepdim=True)
         p = layer.reweigh(p, m.expand(*p.shape[:3], 1))
-    return p @ v
+    return scale_by_sink(p @ v, scores, layer.sink())
 
 
 def kept_by_distance(layer, size, dtype):

@@ -58,7 +58,12 @@ def check_size(settings, data, device):
 
 
 def print_costs(model, example, settings, device, dtype):
-    """Print what the model costs. example: a batch of one text, whose activations are counted unless it is sharded."""
+    """Print how attention read its options, and what the model costs.
+
+    example: a batch of one text, whose activations are counted unless it is sharded.
+    """
+    for line in dict.fromkeys(attn.description for attn in model.attentions() if attn.description):
+        print(line)
     N, T, activations = model.parameter_count(), example[0].size(1), ""
     if not dist.is_sharded(model):
         with hardware.autocast(device, dtype):

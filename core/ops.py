@@ -50,6 +50,13 @@ def matrix_variation(squares, lengths=None):
     return squares.sum(2, keepdim=True) - 1
 
 
+@torch.no_grad()
+def scores_variation(scores, kept, lengths=None):
+    """`matrix_variation` of the softmax of scores (B, H, T, T), exact also in low precision. kept: a mask of them."""
+    p = torch.softmax(scores, -1, dtype=accumulate_dtype(scores)).masked_fill(~kept, 0)
+    return matrix_variation(p.square().sum(-1, keepdim=True), lengths)
+
+
 # ---- normalisation -------------------------------------------------------------------------
 
 EPSILON = 1e-6  # added to the mean square
@@ -174,8 +181,31 @@ def split_heads(x, n_head, rotation=None):
     return *rotated(q.permute(2, 0, 3, 1, 4), rotation, 1), *rotated(kv.permute(2, 0, 3, 1, 4), rotation, 1)
 
 
+def norm_heads(x, n_head, q_gain, k_gain):
+    """x (B, T, H + 2 K, D) with each head of q and k divided by its root mean square and multiplied by a gain (D,).
+
+    QK norm before the rotation (Dehghani et al. 2023, section 2), with RMS norm and gains that the heads share (Qwen3,
+    2025, section 2).
+    """
+    kv_heads = (x.size(2) - n_head) // 2
+    q, k, v = x.split((n_head, kv_heads, kv_heads), 2)
+    return torch.cat([rms_norm(q) * q_gain.to(x.dtype), rms_norm(k) * k_gain.to(x.dtype), v], 2)
+
+
 def expand_heads(x, n_head):
     """x (B, K, ...) with each head H / K times, (B, H, ...): a copy, or x itself if K = H. Its gradient is summed."""
     if x.size(1) == n_head:
         return x
     return x.unsqueeze(2).expand(-1, -1, n_head // x.size(1), *x.shape[2:]).flatten(1, 2)
+
+
+def scale_by_sink(y, scores, sink):
+    """y times the share of the softmax that the keys get beside a sink: sigmoid(log-sum-exp of their scores - sink).
+
+    y: (B, K, n, E), weights or outputs. scores: (B, K, n, m), or their log-sum-exp with m = 1. sink: the logits (H,) of
+    H = K heads, or of K x n; None: none.
+    """
+    if sink is None:
+        return y
+    lse = torch.logsumexp(scores.to(accumulate_dtype(scores)), -1, keepdim=True)
+    return y * torch.sigmoid(lse - sink.view(y.size(1), -1, 1)).to(y.dtype)

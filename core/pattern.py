@@ -73,7 +73,7 @@ def patterns(layers, name, T):
         of_heads = {key[:-1]: v for key, v in layer.stats().items() if isinstance(v, list) and len(v) == layer.n_head}
         for h in range(layer.n_head):
             masks[n, h] = torch.where(unseen[h], math.nan, mask[h]).numpy()
-            facts[n, h] = {"": getattr(layer, "pattern", name), **{key: f"{v[h]:.3g}" for key, v in of_heads.items()}}
+            facts[n, h] = {"": getattr(layer, "patterns", [name] * layer.n_head)[h], **{key: f"{v[h]:.3g}" for key, v in of_heads.items()}}
         if layer.reweighs:
             p = torch.softmax(q @ k.transpose(2, 3) / math.sqrt(q.size(3)) + bias, -1)  # (1, H, T, T)
             variation = matrix_variation(p.square().sum(-1, keepdim=True)) if layer.scope == "matrix" else None
@@ -163,7 +163,7 @@ def pattern(name, defaults, arguments=None):
     H = settings["n_head"]
     config = SimpleNamespace(block_size=T, n_layer=settings["n_layer"], n_head=H, n_embd=16 * H, dropout=0.0,
                              bias=False, causal=settings["causal"], kernel="auto", n_kv_head=H, qk_norm=False,
-                             options=options)
+                             attention_sink=False, options=options)
     layers = [mechanism(name)[0](config, n).eval() for n in range(config.n_layer)]
     for layer in layers:
         contract.check(layer, name)

@@ -21,13 +21,13 @@ class Tiles:
 
     q: (H, B, T, D). parameters: those of the bias that need a gradient; after the last tile `gradients` holds theirs.
     may_be_empty: whether a row may have no kept key. lengths: (B,) or None. variation: (H, B, T, 1) for `reweigh`, or
-    None. joined: whether other parts hold keys of the same rows. The same seed gives the same dropout.
+    None. joined: whether other parts hold keys of the same rows, or a sink. The same seed gives the same dropout.
     """
 
     def __init__(self, layer, stacks, q, parameters=(), *, may_be_empty, lengths=None, dropout=0.0, seed=0,
                  variation=None, joined=False):
         self.layer, self.stacks, self.variation, self.joined = layer, stacks, variation, joined
-        self.may_be_empty = may_be_empty and not joined  # of several parts, `engine.attend` finds empty rows
+        self.may_be_empty = may_be_empty and not joined  # then `engine.attend` finds empty rows
         self.q, self.parameters, self.dropout = q, parameters, dropout
         self.random = torch.Generator(q.device).manual_seed(seed) if dropout else None
         self.gradients = [torch.zeros_like(p) for p in parameters]

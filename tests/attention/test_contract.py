@@ -12,7 +12,7 @@ import torch
 from core import contract, engine, tiles
 from core.config import UserError
 from core.contract import outputs_and_gradients
-from core.kvcache import Cache
+from core.kvcache import Cache, new_cache
 from core.ops import expand_heads
 from core.mechanisms import mechanism, mechanisms
 from model import GPTConfig
@@ -31,6 +31,9 @@ VARIANTS = {  # options of files in this repository, besides each file's default
         "fixed, global": {"sparse_pattern": "fixed", "stride": 5, "global_tokens": 3},
         "log, global": {"sparse_pattern": "log", "window": 4, "global_tokens": 1},
         "dense": {"sparse_pattern": "dense"},
+        "by head": {"sparse_pattern": "LSG", "pattern_by": "head", "window": 5, "stride": 7},
+        "by head, global": {"sparse_pattern": "DFL", "pattern_by": "head", "window": 9, "stride": 5, "global_tokens": 2},
+        "by head, bands": {"sparse_pattern": "LLD", "pattern_by": "head", "window": 9},
     },
     "adaptive_attention_span": {
         "spans": SPANS,
@@ -45,7 +48,7 @@ VARIANTS = {  # options of files in this repository, besides each file's default
         "matrix": {"atrt_scope": "matrix"},
     },
 }
-SHARED = {"n_kv_head": 1, "qk_norm": True}  # one head of keys and values for all three of queries
+SHARED = {"n_kv_head": 1, "qk_norm": True, "attention_sink": True}  # keys that three heads share, and a sink
 LENGTHS = (1, 2, 5, 23, 64, 65, 130)  # odd sizes: one token, shorter than a block, no multiple of one
 BOUND = 1e-10  # in float64
 
@@ -64,6 +67,8 @@ class Case:
         config = GPTConfig(n_head=n_head, n_embd=8 * n_head, block_size=block_size, n_class=0 if self.causal else 2,
                            dropout=dropout, kernel=kernel, options=dict(self.options), **self.changes)
         layer = self.kind(config).to(dtype)
+        if layer.sinks is not None:
+            layer.sinks.data = torch.tensor([-1.0, 0.5, 2.0], dtype=dtype)
         if "ratio" in dict(layer.named_parameters()):  # as training may leave them: most keys dropped, and few
             layer.period.data = torch.tensor([-1.0, 0.1, 2.0], dtype=dtype)
             layer.ratio.data = torch.tensor([1.0, -4.0, -1.0], dtype=dtype)
@@ -226,10 +231,10 @@ def test_decoding_reads_what_is_kept(causal_case):
     x = torch.randn(2, 80, 24, dtype=torch.float64)
     with torch.no_grad():
         whole = layer(x)
-        cache, dropped = Cache(layer.max_distance() + 1), 0
+        cache, dropped = new_cache(layer), 0
         layer(x[:, :10], cache=cache)
         for t in range(10, 80):
-            read = Cache(cache.size)
+            read = Cache(cache.size, cache.first)
             read.__dict__.update(cache.__dict__)
             read.k, read.v = cache.k.clone(), cache.v.clone()
             _, _, j = cache.filled()
@@ -241,8 +246,8 @@ def test_decoding_reads_what_is_kept(causal_case):
             for h in range(layer.n_kv_head):
                 read.k[:, h, : len(j)][:, ~kept[h]] = math.nan
                 read.v[:, h, : len(j)][:, ~kept[h]] = math.nan
-            if cache.length >= cache.size:  # else the slot is free, and is about to be written
-                slot = t % cache.size
+            if cache.length >= cache.size + cache.first:  # else the slot is free, and is about to be written
+                slot = cache.slot(t)
                 read.k[:, :, slot], read.v[:, :, slot] = cache.k[:, :, slot], cache.v[:, :, slot]
             assert (layer(x[:, t : t + 1], cache=read) - whole[:, t : t + 1]).abs().max() < 1e-12, t
             layer(x[:, t : t + 1], cache=cache)
@@ -319,6 +324,7 @@ CLAIMS = [  # mechanism, options, exponent of the work over T = 1,024 to 32,768
     ("adaptive_attention_span", {**SPANS, "max_span": 0}, 1),
     ("adaptive_attention_span", FAR, 1),
     ("adaptive_attention_span", {**FAR, "snap_periods": True}, 1),
+    ("sparse", {"sparse_pattern": "LLS", "pattern_by": "head", "window": 64}, 1.24),  # (2 n w + n sqrt(n)) / 3
     ("alibi", {}, 2),
     ("atrt", {}, 2),
 ]
