@@ -131,6 +131,7 @@ class Engine(torch.autograd.Function):
         q, k, v, *parameters = ctx.saved_tensors
         tiles = Tiles(ctx.layer, ctx.stacks, q, parameters, **ctx.options)
         grad, scale = grad.contiguous(), q.size(-1) ** -0.5
+        grad_lse = grad_lse.contiguous() if tiles.joined else None
         dq = tiles.new(q)
         dk, dv = (torch.zeros_like(x, dtype=accumulate_dtype(x)) for x in (k, v))  # sums over many blocks
         for tile in tiles:

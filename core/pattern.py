@@ -73,7 +73,8 @@ def patterns(layers, name, T):
         of_heads = {key[:-1]: v for key, v in layer.stats().items() if isinstance(v, list) and len(v) == layer.n_head}
         for h in range(layer.n_head):
             masks[n, h] = torch.where(unseen[h], math.nan, mask[h]).numpy()
-            facts[n, h] = {"": getattr(layer, "patterns", [name] * layer.n_head)[h], **{key: f"{v[h]:.3g}" for key, v in of_heads.items()}}
+            kind = getattr(layer, "patterns", [name] * layer.n_head)[h]
+            facts[n, h] = {"": kind, **{key: f"{v[h]:.3g}" for key, v in of_heads.items()}}
         if layer.reweighs:
             p = torch.softmax(q @ k.transpose(2, 3) / math.sqrt(q.size(3)) + bias, -1)  # (1, H, T, T)
             variation = matrix_variation(p.square().sum(-1, keepdim=True)) if layer.scope == "matrix" else None
