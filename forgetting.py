@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 import attention
 from core.config import UserError
+from core.ops import expand_heads
 
 forgetting_spans = []  # initial spans in tokens, repeated over the heads; []: from 8 to block_size
 forgetting_prune = True  # leave out pairs that change an output by less than 1e-4 of the largest value
@@ -40,7 +41,7 @@ class Attention(attention.Attention):
         since no score of a query is above |q| times the largest |k|."""
         if not self.options.forgetting_prune:
             return None
-        q, k, scale = q.float(), k.float(), q.size(3) ** -0.5
+        q, k, scale = q.float(), expand_heads(k.float(), self.n_head), q.size(3) ** -0.5
         largest = scale * q.norm(dim=3) * k.norm(dim=3).amax(2, keepdim=True)
         return scale * (q * k).sum(3) - largest - 10 - math.log(q.size(2))
 

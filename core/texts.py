@@ -38,6 +38,12 @@ class Texts(NamedTuple):
                 kept = kept & (i[:, None] >= self.documents[:, None, None])
         return kept
 
+    def add_gates(self, gate, before=0):
+        """These texts with the sums of log forget gates, (B, H, T) or None. before: the sum before them, (B, H, 1)."""
+        if gate is None:
+            return self
+        return self._replace(decay=gate.cumsum(-1, dtype=torch.promote_types(gate.dtype, torch.float32)) + before)
+
     @property
     def limits_keys(self):
         """Whether `key_limits` can leave out keys."""

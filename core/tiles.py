@@ -20,8 +20,7 @@ TILE = 2**21
 
 
 class PackedTexts(NamedTuple):
-    """A `texts.Texts` in the engine's memory order, of B examples: (B,), (B, T), (H, B, T, 1), and the key limits as two
-    tensors (H, B, T, 1). Each may be None."""
+    """A `texts.Texts` in the engine's memory order: (B,), (B, T), (H, B, T, 1) and two of (H, B, T, 1); each or None."""
 
     lengths: torch.Tensor | None
     documents: torch.Tensor | None
@@ -34,13 +33,14 @@ class Tiles:
 
     q: (H, B, T, D). parameters: those of the bias that need a gradient; after the last tile `gradients` holds theirs.
     may_be_empty: whether a row may have no kept key. texts: `PackedTexts`. decay: its sums of gates. variation:
-    (H, B, T, 1) for `reweigh`, or None. joined: whether other parts hold keys of the same rows. The same seed gives the same dropout.
+    (H, B, T, 1) for `reweigh`, or None. joined: whether other parts hold keys of the same rows, or a sink. The same
+    seed gives the same dropout.
     """
 
     def __init__(self, layer, stacks, q, parameters=(), *, may_be_empty, texts, decay=None, dropout=0.0, seed=0,
                  variation=None, joined=False):
         self.layer, self.stacks, self.variation, self.joined = layer, stacks, variation, joined
-        self.may_be_empty = may_be_empty and not joined  # of several parts, `engine.attend` finds empty rows
+        self.may_be_empty = may_be_empty and not joined  # then `engine.attend` finds empty rows
         self.q, self.parameters, self.dropout = q, parameters, dropout
         self.random = torch.Generator(q.device).manual_seed(seed) if dropout else None
         self.gradients = [torch.zeros_like(p) for p in parameters]
@@ -236,7 +236,7 @@ class Tile:
 
     @cached_property
     def decay(self):
-        """The sum of gates between each query and key, (h b s, n, m): not of rounded sums, so that near keys are exact."""
+        """The sum of gates between each query and key, (h b s, n, m), from unrounded sums: near keys are exact."""
         queries, keys = self.gather(self.tiles.decay, self.queries), self.gather_keys(self.tiles.decay)
         return decay_between(queries[..., 0], keys[..., 0], self.tiles.layer.causal)
 
@@ -260,16 +260,14 @@ class Tile:
         """The layer's `reweigh` of this tile's rows p (h b s, n, m)."""
         if not self.tiles.layer.reweighs:
             return p
-        real = None  # whether a key is none of padding, (b, s, m)
-        if self.tiles.padding is not None:
-            real = (torch.cat(self.keys_of(self.tiles.padding), 3) == 0).to(self.kept.dtype)[0, ..., 0]
+        kept = self.kept[:, None, None]
         if self.apart is not None:
-            kept = self.kept[:, None, None].masked_fill(self.apart, 0)  # (h, b, s, n, m)
-            keys = (kept if real is None else kept * real[:, :, None]).sum(-1)
-        elif real is None:
-            keys = self.kept.sum(-1)[:, None, None]
+            kept = kept.masked_fill(self.apart, 0)  # (h, b, s, n, m)
+        if self.tiles.padding is None:
+            keys = kept.sum(-1)
         else:
-            keys = torch.einsum("hnm,bsm->hbsn", self.kept, real)
+            real = (torch.cat(self.keys_of(self.tiles.padding), 3) == 0).to(kept.dtype)[0, ..., 0]  # (b, s, m)
+            keys = torch.einsum("hbsnm,bsm->hbsn", kept, real)
         keys = keys.long()[..., None].expand(*self.shape[:4], 1).reshape(*p.shape[:2], 1)
         variation = self.tiles.variation
         return self.tiles.layer.reweigh(p, keys, None if variation is None else self.gather(variation, self.queries))
