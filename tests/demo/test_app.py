@@ -251,8 +251,8 @@ def test_two_models_write_side_by_side(page):
     check_choice(page, "Runs, newest first", "toy")
     write(page, "Tokens", "20")
     page.get_by_role("button", name="Write").click()
-    page.get_by_text(re.compile("^20 tokens, ")).nth(1).wait_for()
-    assert page.get_by_test_id("stCode").count() == 2
+    page.get_by_text(re.compile("^20 tokens, |; the text ended$")).nth(1).wait_for()  # the toy's sentence may end
+    assert page.get_by_test_id("stCode").count() == 2 and page.get_by_text(re.compile("^20 tokens, ")).count() >= 1
 
 
 def table(page):

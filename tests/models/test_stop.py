@@ -8,6 +8,7 @@ from test_sample import BYTES, CHARS, MARKED, REVIEWS, Fixed, Terminal, samples,
 import sample
 from core import demo, inference
 from core.checkpoint import save
+from core.dataset import Dataset
 from core.tokenizer import Tokenizer
 from helpers import call
 
@@ -124,6 +125,11 @@ def test_each_sample_ends_at_its_document(tmp_path, shown):
     got, counts = shown(f"--out_dir={tmp_path / 'out'}", "--start=ab", *common)
     assert got == [text.partition("c")[0] for text in whole] and len(set(got)) > 2
     assert counts == [len(text[2:].partition("c")[0]) + ("c" in text) for text in whole]
+
+
+def test_prepared_data_name_their_mark(toy, reviews, text):
+    """Those without a mark between documents have none."""
+    assert [Dataset(folder).tokenizer.mark for folder in (toy, reviews, text)] == [0, 0, None]
 
 
 def test_the_page_ends_likewise():
