@@ -23,7 +23,7 @@ import torch.nn as nn
 
 from core import blocks, kernels, kvcache
 from core.ops import ParameterReads, accumulate_dtype, drop, mask_value, matrix_variation, split_heads
-from core.texts import NO_TEXTS, decay_between
+from core.texts import NO_TEXTS, decay_between, with_gates
 
 
 class Attention(nn.Module):
@@ -169,11 +169,7 @@ class Attention(nn.Module):
 
     @cached_property
     def dense(self):
-        """Whether this is plain dense attention, which `scaled_dot_product_attention` computes."""
-        if self.gates or self.reweighs or not self.relative or self.mask_parameters():
-            return False
-        bias, T = self.bias_by_offset(self.block_size), self.block_size
-        return not bias[:, : T if self.causal else None].any()
+        return kernels.is_dense(self)
 
     def choose_kernel(self, device):
         """The name of the kernel that computes this layer on a device: see `kernels.choose_kernel`."""
@@ -211,32 +207,26 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(*x.shape[:2], 3, self.n_head, self.head_size).permute(2, 0, 3, 1, 4)
         return split_heads(qkv, rotation)
 
-    def with_gates(self, texts, x, before=0):
-        """`texts` with the sums of the gates of x (B, T, C). before: the sum up to the token before x, (B, H, 1)."""
-        if not self.gates:
-            return texts
-        gate = self.gate(x)
-        return texts._replace(decay=gate.to(accumulate_dtype(gate)).cumsum(-1) + before)
-
     def map(self, x, rotation=None, texts=NO_TEXTS):
         """The attention weights (B, H, T, T) of `forward` for x (B, T, C)."""
         q, k, _ = self.project(x, rotation)
-        return self.weights(q, k, texts=self.with_gates(texts, x))
+        return self.weights(q, k, texts=with_gates(self, x, texts))
 
     def forward(self, x, rotation=None, texts=NO_TEXTS, cache=None):
         """x (B, T, C) -> (B, T, C).
 
         rotation: cosines and sines (2, T, D / 2) of rotary positions (`ops.rotations`), or None.
-        texts: the padding and the documents of x, a `texts.Texts`. cache: a `kvcache.Cache`; x then continues the cached text.
+        texts: the padding and the documents of x, a `texts.Texts`.
+        cache: a `kvcache.Cache`; x then continues the cached text.
         """
         B, T, C = x.shape
         q, k, v = self.project(x, rotation)
-        texts = self.with_gates(texts, x, cache.last_decay() if cache is not None and self.gates else 0)
+        texts = with_gates(self, x, texts, cache)
         if cache is None or cache.length == 0:
             if cache is not None:
                 cache.extend(k, v, texts.decay)
             with torch.autocast(x.device.type, enabled=False):
-                y = self.attend(q, k, v, texts._replace(least=self.least_decay(q, k)))
+                y = self.attend(q, k, v, texts)
         else:
             y = kvcache.attend(self, q, k, v, cache, texts)
         return drop(self.proj(y.transpose(1, 2).reshape(B, T, C)), self.dropout if self.training else 0.0)

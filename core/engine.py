@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from core import blocks
 from core.ops import accumulate_dtype, mask_value, matrix_variation
-from core.texts import NO_TEXTS
-from core.tiles import PackedTexts, Tiles
+from core.texts import NO_TEXTS, PackedTexts
+from core.tiles import Tiles
 
 
 def attend(layer, q, k, v, texts=NO_TEXTS, dropout=0.0):
@@ -36,8 +36,8 @@ def attend(layer, q, k, v, texts=NO_TEXTS, dropout=0.0):
     parameters = [p for p in layer.mask_parameters() if p.requires_grad]
     results = []
     for n, stacks in enumerate(parts):
-        options = {"may_be_empty": not keeps_itself, "texts": texts._replace(decay=None), "dropout": dropout, "seed": seed + n,
-                   "variation": variation, "joined": len(parts) > 1}
+        options = {"may_be_empty": not keeps_itself, "texts": texts._replace(decay=None), "dropout": dropout,
+                   "seed": seed + n, "variation": variation, "joined": len(parts) > 1}
         results.append(Engine.apply(layer, stacks, options, q, k, v, texts.decay, *parameters))
     y, lse = results[0]
     for other, other_lse in results[1:]:  # softmax over all keys: parts are weighted by their sums of exponentials
@@ -60,7 +60,9 @@ def pack_heads(layer, same_heads, texts, q, *others):
         parts = [[s._replace(block=s.block._replace(heads=range(1))) for s in part] for part in parts]
 
     def pack(x):
-        return x if x is None else x.contiguous().view(1, B * H, *x.shape[2:]) if folded else x.transpose(0, 1).contiguous()
+        if x is None:
+            return None
+        return x.contiguous().view(1, B * H, *x.shape[2:]) if folded else x.transpose(0, 1).contiguous()
 
     def pack_rows(x):  # (B, H or 1, T)
         return x if x is None else pack(x.expand(-1, H, -1)[..., None])

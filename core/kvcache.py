@@ -55,8 +55,8 @@ class Cache:
         return filled if self.decay is None else (*filled, self.decay[:, :, :n])
 
     def last_decay(self):
-        """The sum of gates up to the last token, (B, H, 1); 0 at the beginning."""
-        return self.decay[:, :, (self.length - 1) % self.size, None] if self.length else 0
+        """The sum of gates up to the last token, (B, H, 1)."""
+        return self.decay[:, :, (self.length - 1) % self.size, None]
 
 
 def attend(layer, q, k, v, cache, texts=NO_TEXTS):

@@ -39,6 +39,9 @@ VARIANTS = {  # options of files in this repository, besides each file's default
         "snapped": {**PERIODIC, "snap_periods": True},
         "snapped, exact": {**PERIODIC, "snap_periods": True, "triangle_wave_harmonics": 0},
     },
+    "forgetting": {
+        "short": {"forgetting_spans": [1.5, 4.0, 20.0], "forgetting_prune": False},
+    },
     "atrt": {
         "raw": {"atrt_renormalize": False, "atrt_task": "summarization"},
         "matrix": {"atrt_scope": "matrix"},
@@ -64,6 +67,8 @@ class Case:
         if "ratio" in dict(layer.named_parameters()):  # as training may leave them: most keys dropped, and few
             layer.period.data = torch.tensor([-1.0, 0.1, 2.0], dtype=dtype)
             layer.ratio.data = torch.tensor([1.0, -4.0, -1.0], dtype=dtype)
+        if "forget_bias" in dict(layer.named_parameters()):  # gates that differ from token to token
+            torch.nn.init.normal_(layer.forget.weight, std=0.5)
         return layer
 
 
@@ -139,7 +144,8 @@ def test_exact_in_low_precision(causal_case, dtype):
     ours, theirs = [], []
     for draw in range(9):
         torch.manual_seed(draw)
-        inputs = [torch.randn(2, 3, 300, 8).to(dtype).requires_grad_() for _ in range(3)]
+        inputs = contract.random_inputs(exact, 300, torch.Generator().manual_seed(draw))
+        inputs = [x.to(dtype if x.dim() == 4 else torch.float32).requires_grad_() for x in inputs]  # sums of gates: float32
         same = [x.detach().double().requires_grad_() for x in inputs]
         true = outputs_and_gradients(exact, contract.kernels(exact)["reference"], same)
         for errors, kernel in ((ours, "engine"), (theirs, "reference")):
@@ -254,7 +260,7 @@ def test_decoding_reads_what_is_kept(causal_case):
             read = Cache(cache.size)
             read.__dict__.update(cache.__dict__)
             read.k, read.v = cache.k.clone(), cache.v.clone()
-            _, _, j = cache.filled()
+            j = cache.filled()[2]
             kept = (layer.bias_at(torch.tensor([t]), j) > -math.inf).expand(3, 1, len(j))[:, 0]
             if not layer.relative:  # the heads read the same slots
                 kept = kept.any(0).expand(3, -1)
@@ -340,6 +346,7 @@ CLAIMS = [  # mechanism, options, exponent of the work over T = 1,024 to 32,768
     ("adaptive_attention_span", FAR, 1),
     ("adaptive_attention_span", {**FAR, "snap_periods": True}, 1),
     ("atrt", {}, 2),
+    ("forgetting", {}, 2),
 ]
 
 
