@@ -23,7 +23,7 @@ import torch.nn as nn
 
 from core import blocks, kernels, kvcache, ops
 from core.ops import ParameterReads, drop, expand_heads, mask_value, norm_heads, scale_by_sink, split_heads
-from core.texts import NO_TEXTS, decay_between
+from core.texts import NO_TEXTS, decay_between, with_gates
 
 
 class Attention(nn.Module):
@@ -169,13 +169,13 @@ class Attention(nn.Module):
     def reweighs(self):
         return type(self).factor is not Attention.factor
 
+    @property
+    def gates(self):
+        return type(self).gate is not Attention.gate
+
     @cached_property
     def dense(self):
-        """Whether this is plain dense attention, which `scaled_dot_product_attention` computes."""
-        if type(self).gate is not Attention.gate or self.reweighs or self.sink() is not None or self.mask_parameters():
-            return False
-        bias, T = self.bias_by_offset(self.block_size), self.block_size
-        return self.relative and not bias[:, : T if self.causal else None].any()
+        return kernels.is_dense(self)
 
     def choose_kernel(self, device):
         """The name of the kernel that computes this layer on a device: see `kernels.choose_kernel`."""
@@ -215,7 +215,7 @@ class Attention(nn.Module):
     def map(self, x, rotation=None, texts=NO_TEXTS):
         """The attention weights (B, H, T, T) of `forward` for x (B, T, C)."""
         q, k, _ = self.project(x, rotation)
-        return self.weights(q, k, texts=texts.add_gates(self.gate(x)))
+        return self.weights(q, k, texts=with_gates(self, x, texts))
 
     def forward(self, x, rotation=None, texts=NO_TEXTS, cache=None):
         """x (B, T, C) -> (B, T, C).
@@ -225,12 +225,12 @@ class Attention(nn.Module):
         """
         B, T, C = x.shape
         q, k, v = self.project(x, rotation)
-        texts = texts.add_gates(self.gate(x), cache.last_decay() if cache is not None else 0)
+        texts = with_gates(self, x, texts, cache)
         if cache is None or cache.length == 0:
             if cache is not None:
                 cache.extend(k, v, texts.decay)
             with torch.autocast(x.device.type, enabled=False):
-                y = self.attend(q, k, v, texts._replace(least=self.least_decay(q, k)))
+                y = self.attend(q, k, v, texts)
         else:
             y = kvcache.attend(self, q, k, v, cache, texts)
         return drop(self.proj(y.transpose(1, 2).reshape(B, T, C)), self.dropout if self.training else 0.0)

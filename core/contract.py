@@ -16,7 +16,7 @@ import torch
 from core import engine, flex, kvcache
 from core.config import UserError
 from core.ops import expand_heads, rotations
-from core.texts import NO_TEXTS, Texts, document_starts
+from core.texts import NO_TEXTS, Texts, document_starts, with_gates
 
 ROWS = 24  # queries that `check` evaluates: the first, the middle, the last two and random ones
 
@@ -40,6 +40,8 @@ def check(layer, name):
                 check_blocks(layer, name, size, i[i < size], bias[:, i < size, :size])
     check_gradient(layer, name)
     check_sink(layer, name)
+    if layer.gates:
+        check_gate(layer, name)
 
 
 def pair(h, i, j):
@@ -168,6 +170,21 @@ def check_sink(layer, name):
                         f"{tuple(sink.shape)} {sink.dtype}")
 
 
+@torch.no_grad()
+def check_gate(layer, name):
+    """Raise UserError unless `gate` gives numbers at most 0, (B, H, T), each from its own token alone."""
+    weight, T = layer.proj.weight, 8
+    x = torch.randn(2, T, weight.size(1), generator=torch.Generator().manual_seed(0)).to(weight)
+    gate, expected = layer.gate(x), (2, layer.n_head, T)
+    if gate.shape != expected:
+        raise UserError(f"{name}: gate(x) expects one number for each head and token, {expected} for x of "
+                        f"{tuple(x.shape)}; got {tuple(gate.shape)}")
+    if index := first_of(~(gate <= 0)):
+        raise UserError(f"{name}: gate(x) expects logarithms of gates, at most 0; got {gate[tuple(index)].item():g}")
+    if not close(gate, torch.cat([layer.gate(x[:, t : t + 1]) for t in range(T)], 2)).all():
+        raise UserError(f"{name}: gate(x) of a token depends on other tokens; decoding gives it one token at a time")
+
+
 # ---- agreement of the kernels --------------------------------------------------------------
 
 
@@ -223,10 +240,11 @@ def random_inputs(layer, T, generator, B=2, D=8):
     """q (B, H, T, D) and k, v (B, K, T, D) in float64, and with gates their sums (B, H, T) for a random input."""
     inputs = [torch.randn(B, heads, T, D, generator=generator, dtype=torch.float64)
               for heads in (layer.n_head, layer.n_kv_head, layer.n_kv_head)]
-    weight = layer.proj.weight
-    x = torch.randn(B, T, weight.size(1), generator=generator, dtype=torch.float64).to(weight)
-    decay = NO_TEXTS.add_gates(layer.gate(x)).decay
-    return inputs if decay is None else [*inputs, decay.detach().double()]
+    if layer.gates:
+        weight = layer.proj.weight
+        x = torch.randn(B, T, weight.size(1), generator=generator, dtype=torch.float64).to(weight)
+        inputs.append(with_gates(layer, x, NO_TEXTS).decay.detach().double())
+    return inputs
 
 
 def random_documents(B, T, generator):

@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from core import blocks
 from core.ops import accumulate_dtype, expand_heads, mask_value, matrix_variation, scale_by_sink
-from core.texts import NO_TEXTS
-from core.tiles import PackedTexts, Tiles
+from core.texts import NO_TEXTS, PackedTexts
+from core.tiles import Tiles
 
 
 def attend(layer, q, k, v, texts=NO_TEXTS, dropout=0.0):
@@ -63,9 +63,9 @@ def pack_heads(layer, same_heads, texts, q, *others):
         parts = [[s._replace(block=s.block._replace(heads=range(1))) for s in part] for part in parts]
 
     def pack(x):
-        if x is None or not folded:
-            return x if x is None else x.transpose(0, 1).contiguous()
-        return x.contiguous().view(1, B * H, *x.shape[2:])
+        if x is None:
+            return None
+        return x.contiguous().view(1, B * H, *x.shape[2:]) if folded else x.transpose(0, 1).contiguous()
 
     def pack_rows(x):  # (B, H or 1, T)
         return x if x is None else pack(x.expand(-1, H, -1)[..., None])

@@ -15,6 +15,14 @@ from core.ops import drop, expand_heads
 KERNELS = ("auto", "engine", "flex", "sdpa", "reference")
 
 
+def is_dense(layer):
+    """Whether this is plain dense attention, which `scaled_dot_product_attention` computes."""
+    if layer.gates or layer.reweighs or layer.sink() is not None or not layer.relative or layer.mask_parameters():
+        return False
+    bias, T = layer.bias_by_offset(layer.block_size), layer.block_size
+    return not bias[:, : T if layer.causal else None].any()
+
+
 def choose_kernel(layer, device):
     """The layer's configured kernel, where 'auto' is resolved by the device: 'engine', 'flex', 'sdpa' or 'reference'.
 
@@ -38,6 +46,7 @@ def attend(layer, q, k, v, texts, dropout=0.0):
     kernel = layer.choose_kernel(q.device)
     if kernel == "reference":
         return drop(layer.weights(q, k, texts=texts), dropout) @ expand_heads(v, q.size(1))
+    texts = texts if texts.decay is None else texts._replace(least=layer.least_decay(q, k))
     return {"engine": engine.attend, "flex": flex.attend, "sdpa": sdpa}[kernel](layer, q, k, v, texts, dropout)
 
 

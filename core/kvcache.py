@@ -17,7 +17,6 @@ class Cache:
 
     def __init__(self, size, first=0):
         self.size, self.first, self.length = size, first, 0  # length: tokens of the text so far, cached or not
-        self.decay = None
         self.kept = None  # the result of `kept_by_distance`, computed once
         self.document = 0  # where the last token's document starts, (B, 1), if the model masks documents
 
@@ -63,8 +62,8 @@ class Cache:
         return filled if self.decay is None else (*filled, self.decay[:, :, :n])
 
     def last_decay(self):
-        """The sum of gates up to the last token, (B, H, 1); 0 at the beginning, or without gates."""
-        return 0 if self.decay is None else self.decay[:, :, self.slot(self.length - 1), None]
+        """The sum of gates up to the last token, (B, H, 1)."""
+        return self.decay[:, :, self.slot(self.length - 1), None]
 
 
 def new_cache(layer):

@@ -38,12 +38,6 @@ class Texts(NamedTuple):
                 kept = kept & (i[:, None] >= self.documents[:, None, None])
         return kept
 
-    def add_gates(self, gate, before=0):
-        """These texts with the sums of log forget gates, (B, H, T) or None. before: the sum before them, (B, H, 1)."""
-        if gate is None:
-            return self
-        return self._replace(decay=gate.cumsum(-1, dtype=torch.promote_types(gate.dtype, torch.float32)) + before)
-
     @property
     def limits_keys(self):
         """Whether `key_limits` can leave out keys."""
@@ -67,6 +61,24 @@ class Texts(NamedTuple):
 
 
 NO_TEXTS = Texts()
+
+
+class PackedTexts(NamedTuple):
+    """`Texts` in the engine's order: (B,), (B, T), (H, B, T, 1), and two key limits, (H, B, T, 1) each; or None."""
+
+    lengths: torch.Tensor | None
+    documents: torch.Tensor | None
+    decay: torch.Tensor | None
+    key_limits: list | None
+
+
+def with_gates(layer, x, texts, cache=None):
+    """`texts` with the sums of the layer's gates for its input x (B, T, C), which continues the text of a `cache`."""
+    if not layer.gates:
+        return texts
+    gate = layer.gate(x)
+    decay = gate.to(torch.promote_types(gate.dtype, torch.float32)).cumsum(-1)
+    return texts._replace(decay=decay + cache.last_decay() if cache is not None and cache.length else decay)
 
 
 def decay_between(queries, keys, causal):

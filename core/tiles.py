@@ -5,7 +5,6 @@ queries and m keys.
 """
 
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 
@@ -19,20 +18,11 @@ from core.texts import decay_between
 TILE = 2**21
 
 
-class PackedTexts(NamedTuple):
-    """A `texts.Texts` in the engine's memory order: (B,), (B, T), (H, B, T, 1) and two of (H, B, T, 1); each or None."""
-
-    lengths: torch.Tensor | None
-    documents: torch.Tensor | None
-    decay: torch.Tensor | None
-    key_limits: list | None
-
-
 class Tiles:
     """Iterates over the tiles of one part of the blocks, and holds what they share.
 
     q: (H, B, T, D). parameters: those of the bias that need a gradient; after the last tile `gradients` holds theirs.
-    may_be_empty: whether a row may have no kept key. texts: `PackedTexts`. decay: its sums of gates. variation:
+    may_be_empty: whether a row may have no kept key. texts: a `PackedTexts`. decay: its sums of gates. variation:
     (H, B, T, 1) for `reweigh`, or None. joined: whether other parts hold keys of the same rows, or a sink. The same
     seed gives the same dropout.
     """
@@ -71,6 +61,8 @@ class Tiles:
                 block = stack.block
                 bias = RelativeBias(row, block, T) if row else Bias(self, blocks.block_bias(self.layer, block))
             elements = TILE if self.q.device.type == "cpu" else 128 * TILE
+            if self.key_limits is not None:  # heads and examples of one tile keep all keys that one of them needs
+                elements //= 16
             limit = max(1, elements // (stack.block.pairs // len(stack.block.heads)))  # heads x examples x blocks
             n_blocks = min(limit, stack.count)
             n_batch = min(limit // n_blocks, B)
@@ -236,7 +228,7 @@ class Tile:
 
     @cached_property
     def decay(self):
-        """The sum of gates between each query and key, (h b s, n, m), from unrounded sums: near keys are exact."""
+        """The sum of gates between each query and key, (h b s, n, m)."""
         queries, keys = self.gather(self.tiles.decay, self.queries), self.gather_keys(self.tiles.decay)
         return decay_between(queries[..., 0], keys[..., 0], self.tiles.layer.causal)
 

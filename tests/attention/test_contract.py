@@ -44,6 +44,9 @@ VARIANTS = {  # options of files in this repository, besides each file's default
         "snapped, exact": {**PERIODIC, "snap_periods": True, "triangle_wave_harmonics": 0},
     },
     "alibi": {"learned": {"alibi_learned": True}},
+    "forgetting": {
+        "short": {"forgetting_spans": [1.5, 4.0, 20.0], "forgetting_prune": False},
+    },
     "atrt": {
         "raw": {"atrt_renormalize": False, "atrt_task": "summarization"},
         "matrix": {"atrt_scope": "matrix"},
@@ -73,6 +76,8 @@ class Case:
         if "ratio" in dict(layer.named_parameters()):  # as training may leave them: most keys dropped, and few
             layer.period.data = torch.tensor([-1.0, 0.1, 2.0], dtype=dtype)
             layer.ratio.data = torch.tensor([1.0, -4.0, -1.0], dtype=dtype)
+        if "forget_bias" in dict(layer.named_parameters()):  # gates that differ from token to token
+            torch.nn.init.normal_(layer.forget.weight, std=0.5)
         return layer
 
 
@@ -150,7 +155,8 @@ def test_exact_in_low_precision(causal_case, dtype):
     ours, theirs = [], []
     for draw in range(9):
         torch.manual_seed(draw)
-        inputs = [torch.randn(2, heads, 300, 8).to(dtype).requires_grad_() for heads in (3, low.n_kv_head, low.n_kv_head)]
+        inputs = contract.random_inputs(exact, 300, torch.Generator().manual_seed(draw))
+        inputs = [x.to(dtype if x.dim() == 4 else torch.float32).requires_grad_() for x in inputs]  # sums of gates: float32
         same = [x.detach().double().requires_grad_() for x in inputs]
         true = outputs_and_gradients(exact, contract.kernels(exact)["reference"], same)
         for errors, kernel in ((ours, "engine"), (theirs, "reference")):
@@ -265,7 +271,7 @@ def test_decoding_reads_what_is_kept(causal_case):
             read = Cache(cache.size, cache.first)
             read.__dict__.update(cache.__dict__)
             read.k, read.v = cache.k.clone(), cache.v.clone()
-            _, _, j = cache.filled()
+            j = cache.filled()[2]
             kept = (layer.bias_at(torch.tensor([t]), j) > -math.inf).expand(3, 1, len(j))[:, 0]
             if not layer.relative:  # the heads read the same slots
                 kept = kept.any(0).expand(3, -1)
@@ -355,6 +361,7 @@ CLAIMS = [  # mechanism, options, exponent of the work over T = 1,024 to 32,768
     ("sparse", {"sparse_pattern": "LLS", "pattern_by": "head", "window": 64}, 1.24),  # (2 n w + n sqrt(n)) / 3
     ("alibi", {}, 2),
     ("atrt", {}, 2),
+    ("forgetting", {}, 2),
 ]
 
 
