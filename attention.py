@@ -9,7 +9,7 @@ From this formula come the dense reference (`weights`), a blocked CPU kernel (co
 for CUDA (core/flex.py), cached decoding (core/kvcache.py) and pictures. `python attention.py NAME --T=64` draws a
 mechanism and checks that they all agree. The class itself is dense attention.
 
-Letters: B batch, T time, C channels, H heads, D head size; n queries, m keys.
+Letters: B batch, T time, C channels, H heads, K key heads, D head size; n queries, m keys.
 """
 
 from core import startup  # first: torch reads its settings when it is loaded
@@ -21,9 +21,9 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 
-from core import blocks, kernels, kvcache
-from core.ops import ParameterReads, accumulate_dtype, drop, mask_value, matrix_variation, split_heads
-from core.texts import NO_TEXTS, decay_between
+from core import blocks, kernels, kvcache, ops
+from core.ops import ParameterReads, drop, expand_heads, mask_value, norm_heads, scale_by_sink, split_heads
+from core.texts import NO_TEXTS, decay_between, with_gates
 
 
 class Attention(nn.Module):
@@ -31,22 +31,30 @@ class Attention(nn.Module):
 
     If causal, a query sees itself and the `block_size - 1` positions before it, so texts may be longer than a block.
     Otherwise it sees every position. A query without a kept key gives 0, with gradient 0.
+    H / K neighbouring heads share keys and values (grouped queries, Ainslie et al. 2023; K = 1: Shazeer 2019).
 
-    config: `GPTConfig` (n_embd, n_head, block_size, dropout, bias, causal, kernel, options).
+    config: `GPTConfig`, or what has its fields for attention.
     """
 
     relative = False  # True: bias depends on i - j only, so blocks may share it
+    description = ""  # a line for the start of a run
+    first_tokens = 0  # positions that a causal query may see, and the cache holds, beyond block_size and max_distance()
     scope = "row"  # the weights that `factor` ranks among: a query's, or 'matrix': all of one head of one example
     renormalize = True  # whether weights times `factor` are divided by their sum
 
     def __init__(self, config, layer=0):
         super().__init__()
-        self.n_head, self.head_size = config.n_head, config.n_embd // config.n_head
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
+        self.head_size = config.n_embd // config.n_head
         self.block_size, self.causal, self.layer = config.block_size, config.causal, layer
         self.dropout, self.kernel, self.document_mask = config.dropout, config.kernel, config.document_mask
         self.options = SimpleNamespace(**config.options)
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_size, bias=config.bias)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.qk_norm = config.qk_norm  # see `ops.norm_heads`
+        if self.qk_norm:
+            self.q_gain, self.k_gain = (nn.Parameter(torch.ones(self.head_size)) for _ in range(2))
+        self.sinks = nn.Parameter(torch.zeros(self.n_head)) if config.attention_sink else None
         if type(self).bias is Attention.bias:  # the constant 0
             self.relative = True
         self.blocks_of = {}  # cache of core/blocks.py, core/engine.py and core/flex.py, by T
@@ -84,20 +92,12 @@ class Attention(nn.Module):
 
         keys: (..., n, 1); variation: (..., n or 1, 1), or None: computed per row.
         """
-        keys = keys.clamp(min=1)  # 0 in a row of padding
-        x = p.detach().to(accumulate_dtype(p))
-        if variation is None:
-            x = x / x.sum(-1, keepdim=True).clamp(min=0.1)  # the sum is 0, or 1 up to rounding
-            variation = x.square().sum(-1, keepdim=True) * keys - 1
-        y = p * self.factor(x, keys, variation).to(p.dtype)
-        total = y.sum(-1, keepdim=True)
-        return y / total.masked_fill(total == 0, 1) if self.renormalize else y
+        return ops.reweigh(p, keys, variation, self.factor, self.renormalize)
 
     def gate(self, x):
         """Log forget gates (B, H, T), at most 0, of the layer's input x (B, T, C), each from its own token alone.
 
-        A pair's score gets the sum of the gates after the earlier token, up to the later one. The default None adds
-        nothing.
+        A pair's score gets the sum of the gates after its earlier token, up to the later one. The default is none.
         """
         return None
 
@@ -105,8 +105,13 @@ class Attention(nn.Module):
         """Per query, (B, H, T): pairs with a smaller sum of gates may be left out. The default None keeps all."""
         return None
 
+    def sink(self):
+        """The logit (H,) of one more key per head, whose value is 0 (Xiao et al. 2023, section 3.3; gpt-oss, 2025), or
+        None. It scales each row of weights to the sum sigmoid(log-sum-exp of the scores - logit), after `factor`."""
+        return self.sinks
+
     def max_distance(self):
-        """The largest distance i - j of a kept pair, which determines the size of the cache."""
+        """The largest distance i - j of a kept pair beyond `first_tokens`, which determines the size of the cache."""
         if not self.relative:
             return self.block_size - 1
         kept = (self.bias_by_offset(self.block_size) > -math.inf).any(0).nonzero()
@@ -128,7 +133,8 @@ class Attention(nn.Module):
         bias, distance = self.bias(h, i, j), i - j
         if not self.causal:
             return bias if isinstance(bias, torch.Tensor) else 0.0 * distance + bias
-        return torch.where((distance >= 0) & (distance < self.block_size), bias, -math.inf)
+        near = (distance < self.block_size) | (j < self.first_tokens)
+        return torch.where((distance >= 0) & near, bias, -math.inf)
 
     def bias_at(self, i, j, heads=None):
         """`total_bias` at positions i (n,) and j (m,) for `heads` (a range; None: all): (h, n, m), or (1, n, m) if all
@@ -169,74 +175,62 @@ class Attention(nn.Module):
 
     @cached_property
     def dense(self):
-        """Whether this is plain dense attention, which `scaled_dot_product_attention` computes."""
-        if self.gates or self.reweighs or not self.relative or self.mask_parameters():
-            return False
-        bias, T = self.bias_by_offset(self.block_size), self.block_size
-        return not bias[:, : T if self.causal else None].any()
+        return kernels.is_dense(self)
 
     def choose_kernel(self, device):
         """The name of the kernel that computes this layer on a device: see `kernels.choose_kernel`."""
         return kernels.choose_kernel(self, device)
 
     def weights(self, q, k, i=None, j=None, texts=NO_TEXTS):
-        """The dense reference: reweigh(softmax(q k^T / sqrt(D) + bias)).
+        """The dense reference: reweigh(softmax(q k^T / sqrt(D) + bias)), scaled by the `sink`.
 
-        q: (B, H, n, D) at positions i, k: (B, H, m, D) at positions j (default 0, 1, ...). texts: a `texts.Texts`.
+        q: (B, H, n, D) at positions i, k: (B, K, m, D) at positions j (default 0, 1, ...). texts: a `texts.Texts`.
         Returns (B, H, n, m); a row without a kept key is 0.
         """
         i = torch.arange(q.size(2), device=q.device) if i is None else i
         j = torch.arange(k.size(2), device=q.device) if j is None else j
         bias = self.bias_at(i, j)
         kept = texts.restrict((bias > -math.inf)[None], i, j, self.causal)
-        scores = q @ k.mT / math.sqrt(q.size(3)) + bias.to(q.dtype)
+        scores = q @ expand_heads(k, self.n_head).mT / math.sqrt(q.size(3)) + bias.to(q.dtype)
         if texts.decay is not None:  # of the keys; the queries are the last of them
             scores = scores + decay_between(texts.decay[..., -q.size(2) :], texts.decay, self.causal).to(q.dtype)
         scores = scores.masked_fill(~kept, mask_value(q.dtype))
         p = torch.softmax(scores, -1, dtype=q.dtype).masked_fill(~kept, 0)
-        if not self.reweighs:
-            return p
-        variation = None
-        if self.scope == "matrix":
-            exact = torch.softmax(scores.detach(), -1, dtype=accumulate_dtype(p)).masked_fill(~kept, 0)
-            variation = matrix_variation(exact.square().sum(-1, keepdim=True), texts)
-        return self.reweigh(p, kept.sum(-1, keepdim=True), variation)
+        if self.reweighs:
+            variation = ops.scores_variation(scores, kept, texts) if self.scope == "matrix" else None
+            p = self.reweigh(p, kept.sum(-1, keepdim=True), variation)
+        return scale_by_sink(p, scores, self.sink())
 
     def attend(self, q, k, v, texts=NO_TEXTS):
-        """Attention over whole texts (a `texts.Texts`): q, k, v (B, H, T, D) -> (B, H, T, D)."""
+        """Attention over whole texts (a `texts.Texts`): q (B, H, T, D), and k, v (B, K, T, D) -> (B, H, T, D)."""
         return kernels.attend(self, q, k, v, texts, self.dropout if self.training else 0.0)
 
     def project(self, x, rotation=None):
-        """q, k, v, each (B, H, T, D), of x (B, T, C)."""
-        qkv = self.qkv(x).view(*x.shape[:2], 3, self.n_head, self.head_size).permute(2, 0, 3, 1, 4)
-        return split_heads(qkv, rotation)
-
-    def with_gates(self, texts, x, before=0):
-        """`texts` with the sums of the gates of x (B, T, C). before: the sum up to the token before x, (B, H, 1)."""
-        if not self.gates:
-            return texts
-        gate = self.gate(x)
-        return texts._replace(decay=gate.to(accumulate_dtype(gate)).cumsum(-1) + before)
+        """q (B, H, T, D), and k, v (B, K, T, D), of x (B, T, C)."""
+        heads = self.qkv(x).view(*x.shape[:2], -1, self.head_size)  # (B, T, H + 2 K, D)
+        if self.qk_norm:
+            heads = norm_heads(heads, self.n_head, self.q_gain, self.k_gain)
+        return split_heads(heads, self.n_head, rotation)
 
     def map(self, x, rotation=None, texts=NO_TEXTS):
         """The attention weights (B, H, T, T) of `forward` for x (B, T, C)."""
         q, k, _ = self.project(x, rotation)
-        return self.weights(q, k, texts=self.with_gates(texts, x))
+        return self.weights(q, k, texts=with_gates(self, x, texts))
 
     def forward(self, x, rotation=None, texts=NO_TEXTS, cache=None):
         """x (B, T, C) -> (B, T, C).
 
         rotation: cosines and sines (2, T, D / 2) of rotary positions (`ops.rotations`), or None.
-        texts: the padding and the documents of x, a `texts.Texts`. cache: a `kvcache.Cache`; x then continues the cached text.
+        texts: padding and documents of x, a `texts.Texts`. cache: a `kvcache.Cache`; x then continues the cached text.
         """
         B, T, C = x.shape
         q, k, v = self.project(x, rotation)
-        texts = self.with_gates(texts, x, cache.last_decay() if cache is not None and self.gates else 0)
+        texts = with_gates(self, x, texts, cache)
         if cache is None or cache.length == 0:
             if cache is not None:
                 cache.extend(k, v, texts.decay)
             with torch.autocast(x.device.type, enabled=False):
-                y = self.attend(q, k, v, texts._replace(least=self.least_decay(q, k)))
+                y = self.attend(q, k, v, texts)
         else:
             y = kvcache.attend(self, q, k, v, cache, texts)
         return drop(self.proj(y.transpose(1, 2).reshape(B, T, C)), self.dropout if self.training else 0.0)

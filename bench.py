@@ -36,7 +36,6 @@ from core import dist, hardware, timing
 from core.config import Text, UserError, check_choice, configure, run_main, convert
 from core.inference import convert_for_inference
 from core.mechanisms import mechanism
-from core.ops import split_heads
 from core.report import print_table
 from model import GPT, GPTConfig
 
@@ -52,6 +51,7 @@ shapes = []  # "BATCHxHEADSxTIME", for `attention` and `layer`; empty: the mode'
 head_size = 64
 n_layer = 6  # the model of `step` and `sample`
 n_head = 6
+n_kv_head = 0
 n_embd = 384
 dropout = 0.0  # in `step`
 vocab_size = 256
@@ -82,7 +82,8 @@ NAMES = {  # short names, with a space in them: none can hide a mechanism's file
     "adaptive span, period 4, 1 key in 4": f"{FOUR} ratio_init_triangle_wave_masking=-0.15",
     "adaptive span, period 4, 1 key in 4, snapped": f"{FOUR} ratio_init_triangle_wave_masking=-0.15 snap_periods=True",
 }
-ALL = ["dense", "sparse local", "sparse strided", "sparse fixed", "sparse log", "adaptive span", "adaptive span, wave", "atrt"]
+ALL = ["dense", "sparse local", "sparse strided", "sparse fixed", "sparse log", "adaptive span", "adaptive span, wave", "atrt",
+       "alibi"]
 LAYER = ["dense", "dense, fused call", "adaptive span, wave", "adaptive span, wave, reference", "adaptive span, period 4",
          "adaptive span, period 4, snapped", "adaptive span, period 4, 1 key in 4",
          "adaptive span, period 4, 1 key in 4, snapped"]
@@ -204,8 +205,7 @@ def masked(layer, x, rotation):
     x: (B, T, C) -> (B, T, C). The same function of the same parameters as layer(x, rotation).
     """
     B, T, C = x.shape
-    qkv = layer.qkv(x).view(B, T, 3, layer.n_head, layer.head_size).permute(2, 0, 3, 1, 4)
-    q, k, v = split_heads(qkv, rotation)  # (B, H, T, D)
+    q, k, v = layer.project(x, rotation)  # (B, H, T, D)
     distance = torch.arange(T, device=x.device)[:, None] - torch.arange(T, device=x.device)
     future, distance = distance < 0, distance.to(x.dtype)
     span, period, ratio = (x[:, None, None] for x in (layer.spans(), *layer.waves()))  # (H, 1, 1)
@@ -263,8 +263,8 @@ def nanogpt(context):
 
 
 def ours(row, context):
-    return row.model(block_size=context, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
-                     dropout=dropout, n_class=0 if causal else 2)
+    return row.model(block_size=context, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_kv_head=n_kv_head,
+                     n_embd=n_embd, dropout=dropout, n_class=0 if causal else 2)
 
 
 def add_ratios(table, *peers):

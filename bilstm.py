@@ -127,7 +127,7 @@ class BiLSTM(Model):
         if self.config.attention == "additive":
             work += C * C + 2 * C
         for attn in self.attentions():
-            work += 4 * C * C + 2 * C * attn.multiplied_pairs(T) / T
+            work += 2 * C * (C + attn.n_kv_head * attn.head_size) + 2 * C * attn.multiplied_pairs(T) / T
         return 3 * 2 * work
 
 

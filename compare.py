@@ -40,7 +40,7 @@ from core.readers import read_log, read_predictions
 from core.report import SCORES, main_score, summarize, table
 from core.runs import Stop, asked, check_folder, clock, locked, write_text
 from core.tokenizer import Tokenizer
-from model import load, new_model
+from model import ABSOLUTE, load, new_model
 
 TRAIN = plain_values(vars(train))  # its defaults
 
@@ -396,7 +396,7 @@ def check_text(key, text, tokenizer, chosen):
     if not length:
         raise UserError(f"{key}: expected texts that hold a token, got {text!r}")
     for settings in (variant.settings for variant in chosen if key == "prompts"):
-        if settings["pos"] != "rope" and length > settings["block_size"]:
+        if settings["pos"] in ABSOLUTE and length > settings["block_size"]:
             raise UserError(f"prompts: {text[:60]!r} has {length} tokens; pos={settings['pos']} knows {settings['block_size']} "
                             "positions (block_size)")
 

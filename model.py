@@ -26,6 +26,8 @@ from core.texts import NO_TEXTS, texts_of
 
 ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
+ABSOLUTE = ("learned", "sinusoidal")  # positions that end at the block size
+
 
 @dataclass
 class GPTConfig:
@@ -33,10 +35,11 @@ class GPTConfig:
     vocab_size: int = 256
     n_layer: int = 6
     n_head: int = 6
+    n_kv_head: int = 0  # heads of keys and values, each shared by n_head / n_kv_head heads of queries; 0: n_head
     n_embd: int = 384
     dropout: float = 0.0
     bias: bool = False  # in linear layers and LayerNorm
-    pos: str = "rope"  # 'rope', 'learned' or 'sinusoidal'
+    pos: str = "rope"  # 'rope', 'learned', 'sinusoidal' or 'none'
     norm: str = "rmsnorm"  # 'rmsnorm' or 'layernorm'
     activation: str = "gelu"  # 'gelu', or 'gelu_tanh': GPT-2's approximation of it
     tie: bool = True  # a language model's head shares the token embedding's weight
@@ -46,6 +49,8 @@ class GPTConfig:
     document_mask: bool = False  # a token sees its own document only
     document_mark: int | None = None  # the token that begins each document
     attention: str = "dense"  # or the name of a mechanism's file without .py
+    qk_norm: bool = False  # normalise the queries and keys of each head: bounded scores, for high learning rates
+    attention_sink: bool = False  # a learned logit per head that takes weight which no key deserves
     kernel: str = "auto"  # how attention is computed: see core/kernels.py
     options: dict = field(default_factory=dict)  # of the mechanism and the model, by name
 
@@ -59,7 +64,7 @@ class GPTConfig:
 
     def check(self):
         """Raise UserError for a value that is unknown or out of range, or two values that do not fit."""
-        check_choice("pos", self.pos, ("rope", "learned", "sinusoidal"))
+        check_choice("pos", self.pos, ("rope", *ABSOLUTE, "none"))
         check_choice("norm", self.norm, ("rmsnorm", "layernorm"))
         check_choice("activation", self.activation, ACTIVATIONS)
         check_choice("pool", self.pool, ("mean", "max", "first"))
@@ -67,6 +72,8 @@ class GPTConfig:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.n_kv_head < 0 or self.n_kv_head and self.n_head % self.n_kv_head:
+            raise UserError(f"n_kv_head must divide n_head = {self.n_head} (0: n_head), got {self.n_kv_head}")
         if self.n_layer > 10_000:  # the Python objects of a million layers fill any memory before their weights do
             raise UserError(f"n_layer must be at most 10,000, got {self.n_layer:,}")
         step = 2 * self.n_head if self.pos == "rope" else self.n_head
@@ -159,6 +166,8 @@ class GPT(Model):
         x = self.embedding(idx)
         if pos == "rope":
             return x, self.position_table(end)[:, start:]
+        if pos == "none":
+            return x, None
         if end > self.config.block_size:
             raise UserError(f"pos={pos} knows {self.config.block_size} positions (block_size); "
                             f"got a text of {end} tokens")
@@ -217,23 +226,24 @@ class GPT(Model):
         2 per multiply and add, three times the forward pass; attention is counted from each layer's blocks.
         """
         C, layers = self.config.n_embd, self.config.n_layer
-        linear = 12 * C * C * layers + (C * self.config.vocab_size if self.config.causal else 0)
+        kv = C * (self.config.n_kv_head or self.config.n_head) // self.config.n_head  # channels of keys, and of values
+        linear = 2 * C * (5 * C + kv) * layers + (C * self.config.vocab_size if self.config.causal else 0)
         pairs = sum(block.attention.multiplied_pairs(T) for block in self.layers)
         return 3 * 2 * (linear + 2 * C * pairs / T)
 
     def new_caches(self):
         """An empty key-value cache for each layer."""
-        return [kvcache.Cache(block.attention.max_distance() + 1) for block in self.layers]
+        return [kvcache.new_cache(block.attention) for block in self.layers]
 
     @torch.inference_mode()
     def generate_stream(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         """Sample max_new_tokens tokens after idx (B, T), T >= 1; yield each as a tensor (B,) when it is drawn.
 
         temperature, top_k, top_p: see `inference.sample_next_token`.
-        Past the block size rotary positions keep counting, and each token sees the `block_size` positions up to its
-        own. Absolute positions end at the block size: generation then restarts from the last block_size / 2 tokens.
+        Past the block size each token sees the `block_size` positions up to its own; rotary positions keep counting.
+        Absolute positions end at the block size: generation then restarts from the last block_size / 2 tokens.
         """
-        block_size, absolute = self.config.block_size, self.config.pos != "rope"
+        block_size, absolute = self.config.block_size, self.config.pos in ABSOLUTE
         caches, text = self.new_caches(), idx
         new = idx[:, -block_size:] if absolute else idx  # tokens that are not in the caches yet
         for _ in range(max_new_tokens):

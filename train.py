@@ -62,6 +62,7 @@ model = "gpt"
 block_size = 256
 n_layer = 4
 n_head = 4
+n_kv_head = 0
 n_embd = 256
 dropout = 0.0
 bias = False
@@ -72,6 +73,8 @@ tie = True
 pool = "mean"
 document_mask = False  # a token sees its own document only
 attention = "dense"
+qk_norm = False
+attention_sink = False
 kernel = "auto"
 
 # the optimiser: AdamW

@@ -15,8 +15,8 @@ import torch
 
 from core import engine, flex, kvcache
 from core.config import UserError
-from core.ops import rotations
-from core.texts import NO_TEXTS, Texts, document_starts
+from core.ops import expand_heads, rotations
+from core.texts import NO_TEXTS, Texts, document_starts, with_gates
 
 ROWS = 24  # queries that `check` evaluates: the first, the middle, the last two and random ones
 
@@ -39,6 +39,9 @@ def check(layer, name):
             for size in sorted({1, min(7, T), T}):
                 check_blocks(layer, name, size, i[i < size], bias[:, i < size, :size])
     check_gradient(layer, name)
+    check_sink(layer, name)
+    if layer.gates:
+        check_gate(layer, name)
 
 
 def pair(h, i, j):
@@ -90,6 +93,8 @@ def check_elementwise(layer, name, i):
 def check_relative(layer, name, i, bias):
     """Raise UserError unless the bias (H, n, T) at queries i depends on the offset only."""
     T = layer.block_size
+    if layer.first_tokens:
+        raise UserError(f"{name}: relative = True, but first_tokens stay visible at any distance; leave relative out")
     row = layer.bias_by_offset(T).expand(layer.n_head, -1)
     expected = row[:, torch.arange(T, device=i.device) - i[:, None] + T - 1]
     if index := first_of(~close(bias, expected)):
@@ -103,7 +108,7 @@ def check_distance(layer, name, i, bias):
     """Raise UserError if the bias (H, n, T) at queries i keeps a pair beyond `max_distance`."""
     distance = i[:, None] - torch.arange(layer.block_size, device=i.device)
     most = layer.max_distance()
-    if index := first_of((bias > -math.inf) & (distance > most)):
+    if index := first_of((bias > -math.inf) & (distance > most) & (distance < i[:, None] + 1 - layer.first_tokens)):
         h, n, j = index
         raise UserError(f"{name}: max_distance() is {most}, but {pair(h, i[n], j)} is kept; "
                         "return the largest kept distance")
@@ -157,6 +162,29 @@ def check_gradient(layer, name):
                         "pair is dropped; guard its argument: x.where(kept, 1).log()")
 
 
+def check_sink(layer, name):
+    """Raise UserError unless the sink is None or a finite number for each head."""
+    sink = layer.sink()
+    if sink is not None and not (sink.shape == (layer.n_head,) and sink.is_floating_point() and sink.isfinite().all()):
+        raise UserError(f"{name}: sink() must be None or a finite logit for each head, of shape ({layer.n_head},); got "
+                        f"{tuple(sink.shape)} {sink.dtype}")
+
+
+@torch.no_grad()
+def check_gate(layer, name):
+    """Raise UserError unless `gate` gives numbers at most 0, (B, H, T), each from its own token alone."""
+    weight, T = layer.proj.weight, 8
+    x = torch.randn(2, T, weight.size(1), generator=torch.Generator().manual_seed(0)).to(weight)
+    gate, expected = layer.gate(x), (2, layer.n_head, T)
+    if gate.shape != expected:
+        raise UserError(f"{name}: gate(x) expects one number for each head and token, {expected} for x of "
+                        f"{tuple(x.shape)}; got {tuple(gate.shape)}")
+    if index := first_of(~(gate <= 0)):
+        raise UserError(f"{name}: gate(x) expects logarithms of gates, at most 0; got {gate[tuple(index)].item():g}")
+    if not close(gate, torch.cat([layer.gate(x[:, t : t + 1]) for t in range(T)], 2)).all():
+        raise UserError(f"{name}: gate(x) of a token depends on other tokens; decoding gives it one token at a time")
+
+
 # ---- agreement of the kernels --------------------------------------------------------------
 
 
@@ -182,20 +210,20 @@ def flex_on_cpu():
 
 
 def kernels(layer, texts=NO_TEXTS):
-    """{name of a kernel: function of q, k, v (B, H, T, D) and sums of gates (B, H, T) or None that returns the outputs
-    (B, H, T, D)}, without dropout."""
-    def with_decay(decay):
-        return texts._replace(decay=decay)
+    """{name of a kernel: function of q (B, H, T, D), k, v (B, K, T, D) and sums of gates (B, H, T) or None that returns
+    the outputs (B, H, T, D)}, without dropout."""
+    def reference(layer, q, k, v, texts):
+        return layer.weights(q, k, texts=texts) @ expand_heads(v, q.size(1))
 
-    return {
-        "reference": lambda q, k, v, decay=None: layer.weights(q, k, texts=with_decay(decay)) @ v,
-        "engine": lambda q, k, v, decay=None: engine.attend(layer, q, k, v, with_decay(decay)),
-        "flex": lambda q, k, v, decay=None: flex.attend(layer, q, k, v, with_decay(decay)),
-    }
+    def with_decay(attend):
+        return lambda q, k, v, decay=None: attend(layer, q, k, v, texts._replace(decay=decay))
+
+    functions = {"reference": reference, "engine": engine.attend, "flex": flex.attend}
+    return {name: with_decay(attend) for name, attend in functions.items()}
 
 
 def outputs_and_gradients(layer, attend, inputs, lengths=None):
-    """[outputs, gradients of the inputs, gradients of the bias's parameters] for a fixed random upstream gradient.
+    """[outputs, gradients of the inputs, gradients of the parameters] for a fixed random upstream gradient.
 
     Outputs at padding are 0 and get no gradient.
     """
@@ -204,17 +232,18 @@ def outputs_and_gradients(layer, attend, inputs, lengths=None):
     if lengths is not None:
         real = (torch.arange(y.size(2)) < lengths[:, None])[:, None, :, None]
         y, upstream = y * real, upstream * real
-    gradients = torch.autograd.grad(y, [*inputs, *layer.mask_parameters()], upstream, allow_unused=True)
+    gradients = torch.autograd.grad(y, [*inputs, *layer.parameters()], upstream, allow_unused=True)
     return [y, *(torch.zeros(()) if g is None else g for g in gradients)]
 
 
 def random_inputs(layer, T, generator, B=2, D=8):
-    """q, k, v (B, H, T, D) in float64, and if the layer has gates their sums (B, H, T) for a random input."""
-    inputs = [torch.randn(B, layer.n_head, T, D, generator=generator, dtype=torch.float64) for _ in range(3)]
+    """q (B, H, T, D) and k, v (B, K, T, D) in float64, and with gates their sums (B, H, T) for a random input."""
+    inputs = [torch.randn(B, heads, T, D, generator=generator, dtype=torch.float64)
+              for heads in (layer.n_head, layer.n_kv_head, layer.n_kv_head)]
     if layer.gates:
         weight = layer.proj.weight
         x = torch.randn(B, T, weight.size(1), generator=generator, dtype=torch.float64).to(weight)
-        inputs.append(layer.with_gates(NO_TEXTS, x).decay.detach().double())
+        inputs.append(with_gates(layer, x, NO_TEXTS).decay.detach().double())
     return inputs
 
 
@@ -249,7 +278,7 @@ def decoding_error(layer, T, prompt, chunk, documents=False):
     rotation, generator = rotations(torch.arange(T), layer.head_size), torch.Generator().manual_seed(T)
     x = torch.randn(2, T, layer.proj.in_features, generator=generator, dtype=torch.float64)
     starts = random_documents(2, T, generator) if documents else None
-    cache, pieces, edges = kvcache.Cache(layer.max_distance() + 1), [], [0, *range(prompt, T, chunk), T]
+    cache, pieces, edges = kvcache.new_cache(layer), [], [0, *range(prompt, T, chunk), T]
     for a, b in zip(edges, edges[1:]):
         texts = Texts(documents=starts[:, a:b] if documents else None)
         pieces.append(layer(x[:, a:b], rotation[:, a:b], texts, cache))

@@ -12,18 +12,20 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from core import blocks
-from core.ops import accumulate_dtype, mask_value, matrix_variation
-from core.texts import NO_TEXTS
-from core.tiles import PackedTexts, Tiles
+from core.ops import accumulate_dtype, expand_heads, mask_value, matrix_variation, scale_by_sink
+from core.texts import NO_TEXTS, PackedTexts
+from core.tiles import Tiles
 
 
 def attend(layer, q, k, v, texts=NO_TEXTS, dropout=0.0):
     """Attention by `layer`'s bias and blocks, equal to `layer.weights(q, k) @ v`: (B, H, T, D).
 
-    q, k, v: (B, H, T, D). texts: a `texts.Texts`. It has first derivatives only. Raises ValueError if the layer
-    reweighs but its blocks have several parts, because `factor` needs complete rows.
+    q: (B, H, T, D). k, v: (B, K, T, D), expanded to H heads, which costs little beside the products. texts: a
+    `texts.Texts`. It has first derivatives only. Raises ValueError if the layer reweighs but its blocks have several
+    parts, because `factor` needs complete rows.
     """
     B, H = q.shape[:2]
+    k, v = expand_heads(k, H), expand_heads(v, H)
     same_heads, keeps_itself = diagonal(layer, q.size(2))
     variation = None
     if layer.reweighs and layer.scope == "matrix":
@@ -34,18 +36,19 @@ def attend(layer, q, k, v, texts=NO_TEXTS, dropout=0.0):
         raise ValueError(f"factor needs complete rows, blocks of one part; these have {len(parts)}")
     seed = int(torch.randint(2**62, ())) if dropout else 0  # from the global generator, which resuming restores
     parameters = [p for p in layer.mask_parameters() if p.requires_grad]
-    results = []
+    needs_lse, results = len(parts) > 1 or layer.sink() is not None, []
     for n, stacks in enumerate(parts):
-        options = {"may_be_empty": not keeps_itself, "texts": texts._replace(decay=None), "dropout": dropout, "seed": seed + n,
-                   "variation": variation, "joined": len(parts) > 1}
+        options = {"may_be_empty": not keeps_itself, "texts": texts._replace(decay=None), "dropout": dropout,
+                   "seed": seed + n, "variation": variation, "joined": needs_lse}
         results.append(Engine.apply(layer, stacks, options, q, k, v, texts.decay, *parameters))
     y, lse = results[0]
     for other, other_lse in results[1:]:  # softmax over all keys: parts are weighted by their sums of exponentials
         y = torch.lerp(y, other, torch.sigmoid(other_lse - lse).to(y.dtype))
         lse = torch.logaddexp(lse, other_lse)
-    if len(parts) > 1 and not keeps_itself:
+    if needs_lse and not keeps_itself:
         y = y.masked_fill(lse < mask_value(q.dtype) / 2, 0)  # rows without a kept key
-    return unpack_heads(y, B, H)
+    y = unpack_heads(y, B, H)
+    return scale_by_sink(y, unpack_heads(lse, B, H), layer.sink()) if needs_lse else y
 
 
 def pack_heads(layer, same_heads, texts, q, *others):
@@ -60,7 +63,9 @@ def pack_heads(layer, same_heads, texts, q, *others):
         parts = [[s._replace(block=s.block._replace(heads=range(1))) for s in part] for part in parts]
 
     def pack(x):
-        return x if x is None else x.contiguous().view(1, B * H, *x.shape[2:]) if folded else x.transpose(0, 1).contiguous()
+        if x is None:
+            return None
+        return x.contiguous().view(1, B * H, *x.shape[2:]) if folded else x.transpose(0, 1).contiguous()
 
     def pack_rows(x):  # (B, H or 1, T)
         return x if x is None else pack(x.expand(-1, H, -1)[..., None])
@@ -113,7 +118,7 @@ def row_squares(layer, q, k, texts=NO_TEXTS):
 
 class Engine(torch.autograd.Function):
     """One part of the blocks: its output (H, B, T, D), and the log-sum-exp of each row of scores (H, B, T, 1) if other
-    parts are joined to it, else None."""
+    parts or a sink are joined to it, else None."""
 
     @staticmethod
     def forward(ctx, layer, stacks, options, q, k, v, decay, *parameters):
@@ -138,6 +143,7 @@ class Engine(torch.autograd.Function):
         q, k, v, decay, *parameters = ctx.saved_tensors
         tiles = Tiles(ctx.layer, ctx.stacks, q, parameters, decay=decay, **ctx.options)
         grad, scale = grad.contiguous(), q.size(-1) ** -0.5
+        grad_lse = grad_lse.contiguous() if tiles.joined else None
         dq = tiles.new(q)
         dk, dv = (torch.zeros_like(x, dtype=accumulate_dtype(x)) for x in (k, v))  # sums over many blocks
         d_decay = torch.zeros_like(decay) if decay is not None else None
@@ -147,13 +153,13 @@ class Engine(torch.autograd.Function):
             largest = s.amax(-1, keepdim=True) if tiles.may_be_empty else None
             p = tile.without_empty_rows(torch.softmax(s, -1, out=s), largest)
             dp = tile.drop(torch.bmm(g, tile.gather_keys(v).mT))
-            used = tile.reweigh(p)
-            if ctx.layer.reweighs and ctx.layer.renormalize:  # p f / sum(p f) is softmax(s + log f)
-                p = used
-            elif ctx.layer.reweighs:  # p f
+            softmax = used = tile.reweigh(p)  # p f / sum(p f) is softmax(s + log f)
+            if not ctx.layer.reweighs or not ctx.layer.renormalize:
+                softmax = p
+            if ctx.layer.reweighs and not ctx.layer.renormalize:  # p f
                 dp.mul_(torch.where(p > 0, used / p, 0))
             tile.scatter_add(dv, torch.bmm(tile.drop(used).mT, g))
-            ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
+            ds = torch.ops.aten._softmax_backward_data.out(dp, softmax, -1, p.dtype, grad_input=dp)
             if tiles.joined:
                 ds.addcmul_(p, tile.gather(grad_lse, tile.queries).to(p.dtype))
             tile.put(dq, tile.queries, scaled_bmm(ds, keys, scale))

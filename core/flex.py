@@ -4,7 +4,7 @@ The formula becomes score_mod(s, b, h, i, j) = s + bias(h, i, j) and mask_mod = 
 with parameters the bias is first tabulated by offset, so that gradients accumulate in one tensor. The block mask is
 built on the device, without a T x T mask and without synchronising.
 
-Letters: B batch, T time, H heads, D head size; n = T / BLOCK blocks of queries, and as many of keys.
+Letters: B batch, T time, H heads, K key heads, D head size; n = T / BLOCK blocks of queries, and as many of keys.
 """
 
 import functools
@@ -16,7 +16,7 @@ from torch.nn.attention import flex_attention as torch_flex
 
 from core import blocks
 from core.config import UserError
-from core.ops import matrix_variation
+from core.ops import matrix_variation, scale_by_sink
 from core.texts import NO_TEXTS
 
 BLOCK = 128  # queries and keys per block of the mask: FlexAttention's default
@@ -26,15 +26,23 @@ FACTOR_FLOOR = 1e-30  # a factor of 0 would give a score of -inf, and a row of s
 def attend(layer, q, k, v, texts=NO_TEXTS, dropout=0.0):
     """Attention by `layer`'s bias, equal to `layer.weights(q, k) @ v` except for dropout's random stream: (B, H, T, D).
 
-    q, k, v: (B, H, T, D). texts: a `texts.Texts`. A `factor` takes two more passes without gradient, for each row's sum
-    of exponentials and of their squares. FlexAttention has no dropout: the output of a pass that drops pairs is scaled
-    by the ratio of its sums to those of all pairs.
+    q: (B, H, T, D). k, v: (B, K, T, D). texts: a `texts.Texts`. A `factor` takes two more passes without gradient, for
+    each row's sum of exponentials and of their squares. FlexAttention has no dropout: the output of a pass that drops
+    pairs is scaled by the ratio of its sums to those of all pairs.
     """
     score, mask = score_and_mask(layer, q.size(2), texts)
     call = functools.partial(run, q, k, v, block_mask=block_mask(layer, q.size(2), mask, q.device, texts))
-    if not layer.reweighs and not dropout:
-        return call(score)[0]
-    total, scaled = call(score)[1], score  # log-sum-exp of each row, (B, H, T)
+    if layer.reweighs or dropout:
+        y, total = reweighed(layer, score, call, texts, dropout, q)
+    else:
+        y, total = call(score)
+    return scale_by_sink(y, total[..., None], layer.sink())
+
+
+def reweighed(layer, score, call, texts, dropout, q):
+    """`run` with the layer's factor and dropout: (outputs (B, H, T, D), log-sum-exp of the scores (B, H, T))."""
+    plain = total = call(score)[1]
+    scaled = score
     if layer.reweighs:
         scaled = with_factor(layer, score, total.detach(), call, texts)
         if layer.renormalize:
@@ -43,9 +51,9 @@ def attend(layer, q, k, v, texts=NO_TEXTS, dropout=0.0):
         scaled = with_dropout(scaled, dropout, q.device)
     y, scaled_total = call(scaled)
     if total is None:
-        return y
+        return y, plain
     share = torch.exp(scaled_total - total).nan_to_num(0.0)[..., None]  # NaN where a row keeps no key
-    return (y * share / (1 - dropout)).to(q.dtype)
+    return (y * share / (1 - dropout)).to(q.dtype), plain
 
 
 def run(q, k, v, score_mod, block_mask):
@@ -55,7 +63,7 @@ def run(q, k, v, score_mod, block_mask):
     """
     try:
         y, aux = kernel(q.device.type)(q, k, v, score_mod=score_mod, block_mask=block_mask,
-                                       return_aux=torch_flex.AuxRequest(lse=True))
+                                       enable_gqa=k.size(1) < q.size(1), return_aux=torch_flex.AuxRequest(lse=True))
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:
         limit = torch._dynamo.config.recompile_limit
         raise UserError("kernel=flex: FlexAttention was compiled for more shapes than "

@@ -1,6 +1,6 @@
 """The choice of an attention kernel, and PyTorch's fused call for dense attention.
 
-Letters: B batch, T time, H heads, D head size.
+Letters: B batch, T time, H heads, K key heads, D head size.
 """
 
 import math
@@ -10,9 +10,17 @@ import torch.nn.functional as F
 
 from core import engine, flex
 from core.config import UserError
-from core.ops import drop
+from core.ops import drop, expand_heads
 
 KERNELS = ("auto", "engine", "flex", "sdpa", "reference")
+
+
+def is_dense(layer):
+    """Whether this is plain dense attention, which `scaled_dot_product_attention` computes."""
+    if layer.gates or layer.reweighs or layer.sink() is not None or not layer.relative or layer.mask_parameters():
+        return False
+    bias, T = layer.bias_by_offset(layer.block_size), layer.block_size
+    return not bias[:, : T if layer.causal else None].any()
 
 
 def choose_kernel(layer, device):
@@ -26,23 +34,24 @@ def choose_kernel(layer, device):
     if layer.kernel == "flex" and kind == "cpu":
         raise UserError("kernel=flex needs CUDA (FlexAttention has no backward pass on a CPU); use engine or reference")
     if layer.kernel == "auto":
-        return "sdpa" if layer.dense and not layer.document_mask and kind != "cpu" else "flex" if kind == "cuda" else "engine"
+        fused = kind != "cpu" and layer.dense and not layer.document_mask  # which would need a T x T mask
+        return "sdpa" if fused else "flex" if kind == "cuda" else "engine"
     return layer.kernel
 
 
 def attend(layer, q, k, v, texts, dropout=0.0):
-    """Attention of q, k, v (B, H, T, D) over whole texts (a `texts.Texts`) by the layer's kernel: (B, H, T, D).
-
-    All kernels but the reference use O(T) memory; with documents, `sdpa` makes a T x T mask.
+    """Attention of q (B, H, T, D) to k, v (B, K, T, D) over whole texts (a `texts.Texts`) by the layer's kernel:
+    (B, H, T, D). All kernels but the reference use O(T) memory; with documents, `sdpa` makes a T x T mask.
     """
     kernel = layer.choose_kernel(q.device)
     if kernel == "reference":
-        return drop(layer.weights(q, k, texts=texts), dropout) @ v
+        return drop(layer.weights(q, k, texts=texts), dropout) @ expand_heads(v, q.size(1))
+    texts = texts if texts.decay is None else texts._replace(least=layer.least_decay(q, k))
     return {"engine": engine.attend, "flex": flex.attend, "sdpa": sdpa}[kernel](layer, q, k, v, texts, dropout)
 
 
 def sdpa(layer, q, k, v, texts, dropout=0.0):
-    """Dense attention of q, k, v (B, H, T, D) by `scaled_dot_product_attention`."""
+    """Dense attention by `scaled_dot_product_attention`: see `attend`."""
     mask, position = None, torch.arange(q.size(2), device=q.device)
     if texts.documents is not None:
         mask = texts.restrict((layer.bias_at(position, position) > -math.inf)[None], position, position, layer.causal)
@@ -50,4 +59,5 @@ def sdpa(layer, q, k, v, texts, dropout=0.0):
         mask = (position < texts.lengths[:, None])[:, None, None]
     elif layer.causal and q.size(2) > layer.block_size:
         mask = layer.bias_at(position, position)[0].to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=layer.causal and mask is None)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=layer.causal and mask is None,
+                                          enable_gqa=k.size(1) < q.size(1))

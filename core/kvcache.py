@@ -1,66 +1,78 @@
 """Cached decoding: a ring of keys and values, and attention of new tokens to it.
 
-Letters: B batch, T time, H heads, D head size; m keys.
+Letters: B batch, T time, H heads, K key heads, G = H / K heads that share a key head, D head size; m keys.
 """
 
 import math
 
 import torch
 
-from core.ops import mask_value
+from core.ops import expand_heads, mask_value, scale_by_sink
 from core.texts import NO_TEXTS, decay_between
 
 
 class Cache:
-    """Keys and values of the last `size` positions of one layer, in a ring: (B, H, size, D). If the layer has forget
-    gates, also their sums up to each position, (B, H, size)."""
+    """Keys and values of one layer: of the first `first` positions, and of the last `size` positions after them in a
+    ring, (B, K, first + size, D). If the layer has forget gates, also their sums, (B, H, first + size)."""
 
-    def __init__(self, size):
-        self.size, self.length = size, 0  # length: tokens of the text so far, cached or not
+    def __init__(self, size, first=0):
+        self.size, self.first, self.length = size, first, 0  # length: tokens of the text so far, cached or not
         self.kept = None  # the result of `kept_by_distance`, computed once
         self.document = 0  # where the last token's document starts, (B, 1), if the model masks documents
 
     def extend(self, k, v, decay=None):
-        """Append k, v (B, H, T, D), from position `length` on, and the sums of their gates (B, H, T), or None.
+        """Append k, v (B, K, T, D), from position `length` on, and the sums of their gates (B, H, T), or None.
 
-        Returns the keys and values that the new tokens may need, (B, H, m, D) in any order, their positions (m,), and
+        Returns the keys and values that the new tokens may need, (B, K, m, D) in any order, their positions (m,), and
         with gates their sums (B, H, m).
         """
         T, start = k.size(2), self.length
         new = torch.arange(start, start + T, device=k.device)
         if start == 0:
-            self.k, self.v = (x.new_empty(*x.shape[:2], self.size, x.size(3)) for x in (k, v))
-            self.positions = torch.empty(self.size, dtype=torch.long, device=k.device)
-            self.decay = None if decay is None else decay.new_empty(*decay.shape[:2], self.size)
+            n = self.first + self.size
+            self.k, self.v = (x.new_empty(*x.shape[:2], n, x.size(3)) for x in (k, v))
+            self.positions = torch.empty(n, dtype=torch.long, device=k.device)
+            self.decay = None if decay is None else decay.new_empty(*decay.shape[:2], n)
         available = (k, v, new) if decay is None else (k, v, new, decay)
         if T > 1 and start:  # joined before the ring is written: the last token may overwrite keys that the first needs
             available = [torch.cat([old, x], dim) for old, x, dim in zip(self.filled(), available, (2, 2, 0, 2))]
-        first = max(0, T - self.size)  # the first new token that is cached
-        while first < T:
-            slot = (start + first) % self.size
-            last = min(T, first + self.size - slot)
-            slots = slice(slot, slot + last - first)
-            self.k[:, :, slots], self.v[:, :, slots] = k[:, :, first:last], v[:, :, first:last]
-            self.positions[slots] = new[first:last]
+        a = start  # written up to here
+        while a < start + T:
+            if a >= self.first:
+                a = max(a, start + T - self.size)  # what comes before would be overwritten
+            slot = self.slot(a)
+            end = min(start + T, a + (self.first if a < self.first else self.first + self.size) - slot)
+            slots, tokens = slice(slot, slot + end - a), slice(a - start, end - start)
+            self.k[:, :, slots], self.v[:, :, slots] = k[:, :, tokens], v[:, :, tokens]
+            self.positions[slots] = new[tokens]
             if decay is not None:
-                self.decay[:, :, slots] = decay[:, :, first:last]
-            first = last
+                self.decay[:, :, slots] = decay[:, :, tokens]
+            a = end
         self.length += T
         return available if T > 1 else self.filled()
 
+    def slot(self, position):
+        """Where the key of a position is, or will be."""
+        return position if position < self.first else self.first + (position - self.first) % self.size
+
     def filled(self):
-        """(keys (B, H, m, D), values, positions (m,)) of the filled slots, and with gates their sums (B, H, m)."""
-        n = min(self.length, self.size)
+        """(keys (B, K, m, D), values, positions (m,)) of the filled slots, and with gates their sums (B, H, m)."""
+        n = min(self.length, self.first + self.size)
         filled = self.k[:, :, :n], self.v[:, :, :n], self.positions[:n]
         return filled if self.decay is None else (*filled, self.decay[:, :, :n])
 
     def last_decay(self):
-        """The sum of gates up to the last token, (B, H, 1); 0 at the beginning."""
-        return self.decay[:, :, (self.length - 1) % self.size, None] if self.length else 0
+        """The sum of gates up to the last token, (B, H, 1)."""
+        return self.decay[:, :, self.slot(self.length - 1), None]
+
+
+def new_cache(layer):
+    """An empty cache for a layer."""
+    return Cache(layer.max_distance() + 1, layer.first_tokens)
 
 
 def attend(layer, q, k, v, cache, texts=NO_TEXTS):
-    """Attention of new tokens q, k, v (B, H, T, D), which extend the cached text: (B, H, T, D).
+    """Attention of new tokens q (B, H, T, D) and k, v (B, K, T, D), which extend the cached text: (B, H, T, D).
 
     texts: the `texts.Texts` of the new tokens.
     """
@@ -68,22 +80,30 @@ def attend(layer, q, k, v, cache, texts=NO_TEXTS):
     keys, values, j, *decay = cache.extend(k, v, texts.decay)
     i = torch.arange(start, start + T, device=q.device)
     if T > 1:
-        return layer.weights(q, keys, i, j, texts._replace(decay=decay[0] if decay else None)) @ values
+        texts = texts._replace(decay=decay[0] if decay else None)
+        return layer.weights(q, keys, i, j, texts) @ expand_heads(values, q.size(1))
+    grouped = q.view(len(q), layer.n_kv_head, -1, q.size(3))  # (B, K, G, D): a key is read once for its G heads
     if layer.relative and texts.documents is None and texts.decay is None:
-        return attend_by_distance(layer, q, cache, i, j)
-    bias = layer.bias_at(i, j)
+        return attend_by_distance(layer, grouped, cache, i, j).view(q.shape)
+    bias, dropped = layer.bias_at(i, j), mask_value(q.dtype)
     slots = (bias > -math.inf).any(0)[0].nonzero()[:, 0]
-    bias = bias[:, :, slots].to(q.dtype).clamp(min=mask_value(q.dtype))
+    bias = bias[:, :, slots].to(q.dtype).clamp(min=dropped)
     if decay:
         between = decay_between(texts.decay, decay[0][:, :, slots], True).to(q.dtype)
-        bias = torch.where(bias > mask_value(q.dtype), bias + between, bias)  # (B, H, 1, m)
+        bias = torch.where(bias > dropped, bias + between, bias)  # (B, H, 1, m)
     if texts.documents is not None:
-        bias = torch.where(j[slots] >= texts.documents[:, None, :, None], bias, mask_value(q.dtype))  # (B, H, 1, m)
-    return average(layer, q, keys.index_select(2, slots), values.index_select(2, slots), bias)
+        bias = torch.where(j[slots] >= texts.documents[:, None, :, None], bias, dropped)  # (B, H or 1, 1, m)
+    keys, values = keys.index_select(2, slots), values.index_select(2, slots)
+    return average(layer, grouped, keys, values, group(layer, bias)).view(q.shape)
+
+
+def group(layer, bias):
+    """A bias (..., H or 1, 1, m) as (..., K or 1, G or 1, m)."""
+    return bias.squeeze(-2).unflatten(-2, (layer.n_kv_head, -1)) if bias.size(-3) > 1 else bias
 
 
 def attend_by_distance(layer, q, cache, i, j):
-    """`attend` for one token of a relative layer: only kept slots are read."""
+    """`attend` for one token of a relative layer, q (B, K, G, D): only kept slots are read."""
     if cache.kept is None:
         cache.kept = kept_by_distance(layer, cache.size, q.dtype)
     (k, v, _), (heads, distances, bias, keeps_itself) = cache.filled(), cache.kept
@@ -96,43 +116,45 @@ def attend_by_distance(layer, q, cache, i, j):
     if not len(heads):
         return average(layer, q, k.index_select(2, slots), v.index_select(2, slots), bias, keeps_itself)
     k, v = (x.flatten(1, 2).index_select(1, heads * cache.size + slots)[:, None] for x in (cache.k, cache.v))
-    q, bias = q.transpose(1, 2), bias.transpose(0, 1)  # heads as queries: one product
-    return average(layer, q, k, v, bias, keeps_itself).transpose(1, 2)
+    return average(layer, q.flatten(1, 2)[:, None], k, v, bias, keeps_itself)  # heads as queries: one product
 
 
 def average(layer, q, k, v, bias, keeps_itself=False):
-    """reweigh(softmax(q k^T / sqrt(D) + bias)) v: (B, H, n, D).
+    """reweigh(softmax(q k^T / sqrt(D) + bias)) v scaled by the sink, for the heads of each group as rows: (B, K, G, D).
 
-    bias: (H or 1, n, m) or (B, H or 1, n, m) in the dtype of q, `mask_value` for dropped pairs; None: 0. keeps_itself:
-    every row has a kept key; otherwise rows without one give 0.
+    bias: (K or 1, G or 1, m) or (B, K or 1, G or 1, m) in the dtype of q, `mask_value` for dropped pairs; None: 0.
+    keeps_itself: every row has a kept key; otherwise rows without one give 0.
     """
     scores = q @ k.mT / math.sqrt(q.size(3))
-    p = torch.softmax(scores if bias is None else scores + bias, -1)
+    if bias is not None:
+        scores = scores + bias
+    p = torch.softmax(scores, -1)
     dropped = None if bias is None or keeps_itself and not layer.reweighs else bias == mask_value(q.dtype)
     if dropped is not None:
         p = p.masked_fill(dropped, 0)
     if layer.reweighs:
         m = torch.full((1, 1), k.size(2), device=q.device) if dropped is None else (~dropped).sum(-1, keepdim=True)
         p = layer.reweigh(p, m.expand(*p.shape[:3], 1))
-    return p @ v
+    return scale_by_sink(p @ v, scores, layer.sink())
 
 
 def kept_by_distance(layer, size, dtype):
     """What a query of a relative layer keeps of the `size` positions up to its own: (heads, distances, bias, whether
     each head keeps the query's own key).
 
-    If all are kept, distances is None, and bias is (H or 1, 1, size) by distance, or None: 0. If all heads keep the
-    same, distances is (m,), bias (H or 1, 1, m), and heads is empty. Else the distances of all heads are joined to
-    (m,), heads (m,) names the head of each, and bias (H, 1, m) drops each head's keys for the others.
+    If all are kept, distances is None, and bias is (K or 1, G or 1, size) by distance, or None: 0. If all heads keep
+    the same, distances is (m,), bias (K or 1, G or 1, m), and heads is empty. Else the distances that any head of a
+    group keeps are joined to (m,) for all groups, heads (m,) names the key head of each, and bias (1, H, m) drops each
+    group's keys for the others.
     """
     bias = layer.bias_by_offset(size, future=False).flip(1)[:, None].to(dtype).clamp(min=mask_value(dtype))
     kept = bias[:, 0] > mask_value(dtype)
     if kept.all():
-        return None, None, bias if bias.any() else None, True
+        return None, None, group(layer, bias) if bias.any() else None, True
     keeps_itself = bool(kept[:, 0].all())
     if (kept == kept[0]).all():
         distances = kept[0].nonzero()[:, 0]
-        return distances[:0], distances, bias[:, :, distances], keeps_itself
-    heads, distances = kept.nonzero().unbind(1)
-    same_head = heads == torch.arange(len(kept), device=bias.device)[:, None, None]
-    return heads, distances, bias[:, :, distances].where(same_head, mask_value(dtype)), keeps_itself
+        return distances[:0], distances, group(layer, bias[:, :, distances]), keeps_itself
+    heads, distances = kept.view(layer.n_kv_head, -1, size).any(1).nonzero().unbind(1)
+    same_group = heads == torch.arange(layer.n_head, device=bias.device)[:, None] // (layer.n_head // layer.n_kv_head)
+    return heads, distances, bias[:, 0, distances].where(same_group, mask_value(dtype))[None], keeps_itself

@@ -50,7 +50,7 @@ def check_size(settings, data, device):
     process without a message, or swap."""
     given = SimpleNamespace(**settings)
     room, C = hardware.memory_size(device) * (dist.world if given.shard else 1), given.n_embd
-    model_bytes = 16 * (12 * C * C * given.n_layer * (given.model == "gpt") + C * data.vocab_size)
+    model_bytes = 16 * (10 * C * C * given.n_layer * (given.model == "gpt") + C * data.vocab_size)
     batch_bytes = given.batch_size * given.block_size * (16 + 4 * C) if data.kind == "lm" else 0
     for need, what in ((model_bytes, f"weights, gradients and AdamW of n_layer={given.n_layer}, n_embd={C}"),
                        (batch_bytes, f"a batch of batch_size={given.batch_size}, block_size={given.block_size}")):
@@ -59,7 +59,12 @@ def check_size(settings, data, device):
 
 
 def print_costs(model, example, settings, device, dtype):
-    """Print what the model costs. example: a batch of one text, whose activations are counted unless it is sharded."""
+    """Print how attention read its options, and what the model costs.
+
+    example: a batch of one text, whose activations are counted unless it is sharded.
+    """
+    for line in dict.fromkeys(attn.description for attn in model.attentions() if attn.description):
+        print(line)
     N, T, activations = model.parameter_count(), example[0].size(1), ""
     if not dist.is_sharded(model):
         with hardware.autocast(device, dtype):

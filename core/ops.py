@@ -1,6 +1,6 @@
-"""Elementwise operations with hand-written fast paths: RMS normalisation, dropout, rotary positions.
+"""Elementwise operations with hand-written fast paths: RMS normalisation, dropout, rotary positions, heads.
 
-Letters: B batch, T time, C channels, H heads, D head size.
+Letters: B batch, T time, C channels, H heads, K key heads, D head size.
 """
 
 import torch
@@ -54,6 +54,28 @@ def matrix_variation(squares, texts=NO_TEXTS):
         return squares.sum(2, keepdim=True) - 1
     documents = texts.documents[:, None, :, None].expand_as(squares)
     return torch.zeros_like(squares).scatter_add_(2, documents, squares).gather(2, documents) - 1
+
+
+@torch.no_grad()
+def scores_variation(scores, kept, texts=NO_TEXTS):
+    """`matrix_variation` of the softmax of scores (B, H, T, T), exact also in low precision. kept: a mask of them."""
+    p = torch.softmax(scores, -1, dtype=accumulate_dtype(scores)).masked_fill(~kept, 0)
+    return matrix_variation(p.square().sum(-1, keepdim=True), texts)
+
+
+def reweigh(p, keys, variation, factor, renormalize):
+    """p f / sum(p f), or p f without `renormalize`, for the detached factor f = factor(p, keys, variation).
+
+    p: (..., n, m), complete rows; keys: (..., n, 1); variation: (..., n or 1, 1), or None: computed per row.
+    """
+    keys = keys.clamp(min=1)  # 0 in a row of padding
+    x = p.detach().to(accumulate_dtype(p))
+    if variation is None:
+        x = x / x.sum(-1, keepdim=True).clamp(min=0.1)  # the sum is 0, or 1 up to rounding
+        variation = x.square().sum(-1, keepdim=True) * keys - 1
+    y = p * factor(x, keys, variation).to(p.dtype)
+    total = y.sum(-1, keepdim=True)
+    return y / total.masked_fill(total == 0, 1) if renormalize else y
 
 
 # ---- normalisation -------------------------------------------------------------------------
@@ -127,41 +149,84 @@ def rotations(positions, head_size, base=10000.0):
 
 
 class Rotate(torch.autograd.Function):
-    """Rotary positions on q and k, and a contiguous copy in the order the engine needs, in two passes.
+    """Rotary positions, and a contiguous copy in the order the engine needs, in two passes.
 
-    qkv: (3, B, H, T, D) with any strides. Returns the same shape, contiguous; dimensions d and d + D / 2 of q and k are
-    rotated by the angle. The backward pass is written by hand because autograd would keep and pad every half.
+    x: (N, B, H, T, D) with any strides. Returns the same shape, contiguous; dimensions d and d + D / 2 of the first
+    `count` of the N are rotated by the angle. The backward pass is written by hand because autograd would keep and pad
+    every half.
     """
 
     @staticmethod
-    def rotate(x, cos, sin):
+    def rotate(x, cos, sin, count):
         half = x.size(-1) // 2
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        x1, x2, y1, y2 = x[:2, ..., :half], x[:2, ..., half:], y[:2, ..., :half], y[:2, ..., half:]
+        x1, x2, y1, y2 = x[:count, ..., :half], x[:count, ..., half:], y[:count, ..., :half], y[:count, ..., half:]
         torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-1)
         torch.mul(x2, cos, out=y2).addcmul_(x1, sin)
-        y[2] = x[2]
+        y[count:] = x[count:]
         return y
 
     @staticmethod
-    def forward(ctx, qkv, cos, sin):
+    def forward(ctx, x, cos, sin, count):
         ctx.save_for_backward(cos, sin)
-        return Rotate.rotate(qkv, cos, sin)
+        ctx.count = count
+        return Rotate.rotate(x, cos, sin, count)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
-        return Rotate.rotate(grad, cos, -sin), None, None
+        return Rotate.rotate(grad, cos, -sin, ctx.count), None, None, None
 
 
-def split_heads(qkv, rotation=None):
-    """q, k, v, each (B, H, T, D) and contiguous, from a (3, B, H, T, D) view.
+def rotated(x, rotation, count):
+    """x (N, B, H, T, D) as a contiguous copy, the first `count` of the N rotated: see `split_heads`."""
+    if rotation is None:
+        return x.contiguous()
+    cos, sin = rotation.to(x.dtype).unbind(0)
+    rotate = Rotate.apply if torch.is_grad_enabled() else Rotate.rotate  # apply costs a decoding step 5 %
+    return rotate(x, cos, sin, count)
+
+
+# ---- heads ---------------------------------------------------------------------------------
+
+
+def split_heads(x, n_head, rotation=None):
+    """q (B, H, T, D), and k, v (B, K, T, D), contiguous, from x (B, T, H + 2 K, D).
 
     rotation: from `rotations`, (2, T, D / 2), applied to q and k; None: no rotation.
     """
-    if rotation is None:
-        return qkv.contiguous().unbind(0)
-    cos, sin = rotation.to(qkv.dtype).unbind(0)
-    rotate = Rotate.apply if torch.is_grad_enabled() else Rotate.rotate  # apply costs a decoding step 5 %
-    return rotate(qkv, cos, sin).unbind(0)
+    if x.size(2) == 3 * n_head:
+        return rotated(x.view(*x.shape[:2], 3, n_head, -1).permute(2, 0, 3, 1, 4), rotation, 2).unbind(0)
+    q, kv = x[:, :, None, :n_head], x[:, :, n_head:].unflatten(2, (2, -1))
+    return *rotated(q.permute(2, 0, 3, 1, 4), rotation, 1), *rotated(kv.permute(2, 0, 3, 1, 4), rotation, 1)
+
+
+def norm_heads(x, n_head, q_gain, k_gain):
+    """x (B, T, H + 2 K, D) with each head of q and k divided by its root mean square and multiplied by a gain (D,).
+
+    QK norm before the rotation (Dehghani et al. 2023, section 2), with RMS norm and gains that the heads share (Qwen3,
+    2025, section 2).
+    """
+    kv_heads = (x.size(2) - n_head) // 2
+    q, k, v = x.split((n_head, kv_heads, kv_heads), 2)
+    return torch.cat([rms_norm(q) * q_gain.to(x.dtype), rms_norm(k) * k_gain.to(x.dtype), v], 2)
+
+
+def expand_heads(x, n_head):
+    """x (B, K, ...) with each head H / K times, (B, H, ...): a copy, or x itself if K = H. Its gradient is summed."""
+    if x.size(1) == n_head:
+        return x
+    return x.unsqueeze(2).expand(-1, -1, n_head // x.size(1), *x.shape[2:]).flatten(1, 2)
+
+
+def scale_by_sink(y, scores, sink):
+    """y times the share of the softmax that the keys get beside a sink: sigmoid(log-sum-exp of their scores - sink).
+
+    y: (B, K, n, E), weights or outputs. scores: (B, K, n, m), or their log-sum-exp with m = 1. sink: the logits (H,) of
+    H = K heads, or of K x n; None: none.
+    """
+    if sink is None:
+        return y
+    lse = torch.logsumexp(scores.to(accumulate_dtype(scores)), -1, keepdim=True)
+    return y * torch.sigmoid(lse - sink.view(y.size(1), -1, 1)).to(y.dtype)

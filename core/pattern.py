@@ -73,7 +73,8 @@ def patterns(layers, name, T):
         of_heads = {key[:-1]: v for key, v in layer.stats().items() if isinstance(v, list) and len(v) == layer.n_head}
         for h in range(layer.n_head):
             masks[n, h] = torch.where(unseen[h], math.nan, mask[h]).numpy()
-            facts[n, h] = {"": getattr(layer, "pattern", name), **{key: f"{v[h]:.3g}" for key, v in of_heads.items()}}
+            kind = getattr(layer, "patterns", [name] * layer.n_head)[h]
+            facts[n, h] = {"": kind, **{key: f"{v[h]:.3g}" for key, v in of_heads.items()}}
         if layer.reweighs:
             p = torch.softmax(q @ k.transpose(2, 3) / math.sqrt(q.size(3)) + bias, -1)  # (1, H, T, T)
             variation = matrix_variation(p.square().sum(-1, keepdim=True)) if layer.scope == "matrix" else None
@@ -162,7 +163,8 @@ def pattern(name, defaults, arguments=None):
     torch.manual_seed(0)  # of periods that begin at random
     H = settings["n_head"]
     config = SimpleNamespace(block_size=T, n_layer=settings["n_layer"], n_head=H, n_embd=16 * H, dropout=0.0,
-                             bias=False, document_mask=False, causal=settings["causal"], kernel="auto", options=options)
+                             bias=False, document_mask=False, causal=settings["causal"], kernel="auto", n_kv_head=H,
+                             qk_norm=False, attention_sink=False, options=options)
     layers = [mechanism(name)[0](config, n).eval() for n in range(config.n_layer)]
     for layer in layers:
         contract.check(layer, name)

@@ -63,6 +63,24 @@ class Texts(NamedTuple):
 NO_TEXTS = Texts()
 
 
+class PackedTexts(NamedTuple):
+    """`Texts` in the engine's order: (B,), (B, T), (H, B, T, 1), and two key limits, (H, B, T, 1) each; or None."""
+
+    lengths: torch.Tensor | None
+    documents: torch.Tensor | None
+    decay: torch.Tensor | None
+    key_limits: list | None
+
+
+def with_gates(layer, x, texts, cache=None):
+    """`texts` with the sums of the layer's gates for its input x (B, T, C), which continues the text of a `cache`."""
+    if not layer.gates:
+        return texts
+    gate = layer.gate(x)
+    decay = gate.to(torch.promote_types(gate.dtype, torch.float32)).cumsum(-1)
+    return texts._replace(decay=decay + cache.last_decay() if cache is not None and cache.length else decay)
+
+
 def decay_between(queries, keys, causal):
     """The sum of log forget gates between queries (..., n) and keys (..., m), whose sums from the first token on these
     are: (..., n, m), at most 0. In a causal model it holds for keys up to the query only."""

@@ -5,7 +5,6 @@ queries and m keys.
 """
 
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 
@@ -19,28 +18,19 @@ from core.texts import decay_between
 TILE = 2**21
 
 
-class PackedTexts(NamedTuple):
-    """A `texts.Texts` in the engine's memory order, of B examples: (B,), (B, T), (H, B, T, 1), and the key limits as two
-    tensors (H, B, T, 1). Each may be None."""
-
-    lengths: torch.Tensor | None
-    documents: torch.Tensor | None
-    decay: torch.Tensor | None
-    key_limits: list | None
-
-
 class Tiles:
     """Iterates over the tiles of one part of the blocks, and holds what they share.
 
     q: (H, B, T, D). parameters: those of the bias that need a gradient; after the last tile `gradients` holds theirs.
-    may_be_empty: whether a row may have no kept key. texts: `PackedTexts`. decay: its sums of gates. variation:
-    (H, B, T, 1) for `reweigh`, or None. joined: whether other parts hold keys of the same rows. The same seed gives the same dropout.
+    may_be_empty: whether a row may have no kept key. texts: a `PackedTexts`. decay: its sums of gates. variation:
+    (H, B, T, 1) for `reweigh`, or None. joined: whether other parts hold keys of the same rows, or a sink. The same
+    seed gives the same dropout.
     """
 
     def __init__(self, layer, stacks, q, parameters=(), *, may_be_empty, texts, decay=None, dropout=0.0, seed=0,
                  variation=None, joined=False):
         self.layer, self.stacks, self.variation, self.joined = layer, stacks, variation, joined
-        self.may_be_empty = may_be_empty and not joined  # of several parts, `engine.attend` finds empty rows
+        self.may_be_empty = may_be_empty and not joined  # then `engine.attend` finds empty rows
         self.q, self.parameters, self.dropout = q, parameters, dropout
         self.random = torch.Generator(q.device).manual_seed(seed) if dropout else None
         self.gradients = [torch.zeros_like(p) for p in parameters]
@@ -71,6 +61,8 @@ class Tiles:
                 block = stack.block
                 bias = RelativeBias(row, block, T) if row else Bias(self, blocks.block_bias(self.layer, block))
             elements = TILE if self.q.device.type == "cpu" else 128 * TILE
+            if self.key_limits is not None:  # heads and examples of one tile keep all keys that one of them needs
+                elements //= 16
             limit = max(1, elements // (stack.block.pairs // len(stack.block.heads)))  # heads x examples x blocks
             n_blocks = min(limit, stack.count)
             n_batch = min(limit // n_blocks, B)
@@ -236,7 +228,7 @@ class Tile:
 
     @cached_property
     def decay(self):
-        """The sum of gates between each query and key, (h b s, n, m): not of rounded sums, so that near keys are exact."""
+        """The sum of gates between each query and key, (h b s, n, m)."""
         queries, keys = self.gather(self.tiles.decay, self.queries), self.gather_keys(self.tiles.decay)
         return decay_between(queries[..., 0], keys[..., 0], self.tiles.layer.causal)
 
@@ -260,16 +252,14 @@ class Tile:
         """The layer's `reweigh` of this tile's rows p (h b s, n, m)."""
         if not self.tiles.layer.reweighs:
             return p
-        real = None  # whether a key is none of padding, (b, s, m)
-        if self.tiles.padding is not None:
-            real = (torch.cat(self.keys_of(self.tiles.padding), 3) == 0).to(self.kept.dtype)[0, ..., 0]
+        kept = self.kept[:, None, None]
         if self.apart is not None:
-            kept = self.kept[:, None, None].masked_fill(self.apart, 0)  # (h, b, s, n, m)
-            keys = (kept if real is None else kept * real[:, :, None]).sum(-1)
-        elif real is None:
-            keys = self.kept.sum(-1)[:, None, None]
+            kept = kept.masked_fill(self.apart, 0)  # (h, b, s, n, m)
+        if self.tiles.padding is None:
+            keys = kept.sum(-1)
         else:
-            keys = torch.einsum("hnm,bsm->hbsn", self.kept, real)
+            real = (torch.cat(self.keys_of(self.tiles.padding), 3) == 0).to(kept.dtype)[0, ..., 0]  # (b, s, m)
+            keys = torch.einsum("hbsnm,bsm->hbsn", kept, real)
         keys = keys.long()[..., None].expand(*self.shape[:4], 1).reshape(*p.shape[:2], 1)
         variation = self.tiles.variation
         return self.tiles.layer.reweigh(p, keys, None if variation is None else self.gather(variation, self.queries))

@@ -119,4 +119,15 @@ class Squared(attention.Attention):
         return p * keys + 0.1
 
 
-STRANGERS = {kind.__name__: kind for kind in (AbsoluteKeys, Prefix, PerHead, Learned, Bands, FarBands, Span, EvenOdd, Squared)}
+class Fading(EvenOdd):
+    """What lies far fades, in two parts of keys, by what the tokens in between say; some tokens fade nothing at all."""
+
+    def __init__(self, config, layer=0):
+        super().__init__(config, layer)
+        self.fade = torch.nn.Linear(config.n_embd, self.n_head)
+
+    def gate(self, x):
+        return self.fade(x).clamp(max=0).transpose(1, 2)
+
+
+STRANGERS = {kind.__name__: kind for kind in (AbsoluteKeys, Prefix, PerHead, Learned, Bands, FarBands, Span, EvenOdd, Squared, Fading)}

@@ -12,7 +12,8 @@ import torch
 from core import contract, engine, tiles
 from core.config import UserError
 from core.contract import outputs_and_gradients
-from core.kvcache import Cache
+from core.kvcache import Cache, new_cache
+from core.ops import expand_heads
 from core.mechanisms import mechanism, mechanisms
 from core.texts import Texts, document_starts
 from model import GPTConfig
@@ -31,6 +32,9 @@ VARIANTS = {  # options of files in this repository, besides each file's default
         "fixed, global": {"sparse_pattern": "fixed", "stride": 5, "global_tokens": 3},
         "log, global": {"sparse_pattern": "log", "window": 4, "global_tokens": 1},
         "dense": {"sparse_pattern": "dense"},
+        "by head": {"sparse_pattern": "LSG", "pattern_by": "head", "window": 5, "stride": 7},
+        "by head, global": {"sparse_pattern": "DFL", "pattern_by": "head", "window": 9, "stride": 5, "global_tokens": 2},
+        "by head, bands": {"sparse_pattern": "LLD", "pattern_by": "head", "window": 9},
     },
     "adaptive_attention_span": {
         "spans": SPANS,
@@ -39,11 +43,16 @@ VARIANTS = {  # options of files in this repository, besides each file's default
         "snapped": {**PERIODIC, "snap_periods": True},
         "snapped, exact": {**PERIODIC, "snap_periods": True, "triangle_wave_harmonics": 0},
     },
+    "alibi": {"learned": {"alibi_learned": True}},
+    "forgetting": {
+        "short": {"forgetting_spans": [1.5, 4.0, 20.0], "forgetting_prune": False},
+    },
     "atrt": {
         "raw": {"atrt_renormalize": False, "atrt_task": "summarization"},
         "matrix": {"atrt_scope": "matrix"},
     },
 }
+SHARED = {"n_kv_head": 1, "qk_norm": True, "attention_sink": True}  # keys that three heads share, and a sink
 LENGTHS = (1, 2, 5, 23, 64, 65, 130)  # odd sizes: one token, shorter than a block, no multiple of one
 BOUND = 1e-10  # in float64
 
@@ -55,15 +64,20 @@ class Case:
     kind: type
     options: dict
     causal: bool
+    changes: dict = dataclasses.field(default_factory=dict)  # of the GPTConfig
 
     def layer(self, block_size=64, dropout=0.0, kernel="engine", dtype=torch.float64, n_head=3):
         torch.manual_seed(0)
         config = GPTConfig(n_head=n_head, n_embd=8 * n_head, block_size=block_size, n_class=0 if self.causal else 2,
-                           dropout=dropout, kernel=kernel, options=dict(self.options))
+                           dropout=dropout, kernel=kernel, options=dict(self.options), **self.changes)
         layer = self.kind(config).to(dtype)
+        if layer.sinks is not None:
+            layer.sinks.data = torch.tensor([-1.0, 0.5, 2.0], dtype=dtype)
         if "ratio" in dict(layer.named_parameters()):  # as training may leave them: most keys dropped, and few
             layer.period.data = torch.tensor([-1.0, 0.1, 2.0], dtype=dtype)
             layer.ratio.data = torch.tensor([1.0, -4.0, -1.0], dtype=dtype)
+        if "forget_bias" in dict(layer.named_parameters()):  # gates that differ from token to token
+            torch.nn.init.normal_(layer.forget.weight, std=0.5)
         return layer
 
 
@@ -84,6 +98,8 @@ def cases(only=""):
             except UserError:  # matrix scope in a causal model
                 continue
             every[f"{name}, {'causal' if causal else 'both directions'}"] = Case(kind, options, causal)
+            if ":" not in name or name == "adaptive_attention_span: periodic":  # one variant of each file
+                every[f"{name}, shared keys, {'causal' if causal else 'both directions'}"] = Case(kind, options, causal, SHARED)
     return every
 
 
@@ -95,9 +111,9 @@ def pytest_generate_tests(metafunc):
             metafunc.parametrize(name, chosen.values(), ids=list(chosen))
 
 
-def random_qkv(T, B=2, H=3, D=8, dtype=torch.float64):
+def random_qkv(T, B=2, H=3, D=8, dtype=torch.float64, K=3):
     torch.manual_seed(T)
-    return [torch.randn(B, H, T, D, dtype=torch.float64).to(dtype).requires_grad_() for _ in range(3)]
+    return [torch.randn(B, heads, T, D, dtype=torch.float64).to(dtype).requires_grad_() for heads in (H, K, K)]
 
 
 def test_exact(case):
@@ -139,7 +155,8 @@ def test_exact_in_low_precision(causal_case, dtype):
     ours, theirs = [], []
     for draw in range(9):
         torch.manual_seed(draw)
-        inputs = [torch.randn(2, 3, 300, 8).to(dtype).requires_grad_() for _ in range(3)]
+        inputs = contract.random_inputs(exact, 300, torch.Generator().manual_seed(draw))
+        inputs = [x.to(dtype if x.dim() == 4 else torch.float32).requires_grad_() for x in inputs]  # sums of gates: float32
         same = [x.detach().double().requires_grad_() for x in inputs]
         true = outputs_and_gradients(exact, contract.kernels(exact)["reference"], same)
         for errors, kernel in ((ours, "engine"), (theirs, "reference")):
@@ -248,22 +265,23 @@ def test_decoding_reads_what_is_kept(causal_case):
     x = torch.randn(2, 80, 24, dtype=torch.float64)
     with torch.no_grad():
         whole = layer(x)
-        cache, dropped = Cache(layer.max_distance() + 1), 0
+        cache, dropped = new_cache(layer), 0
         layer(x[:, :10], cache=cache)
         for t in range(10, 80):
-            read = Cache(cache.size)
+            read = Cache(cache.size, cache.first)
             read.__dict__.update(cache.__dict__)
             read.k, read.v = cache.k.clone(), cache.v.clone()
-            _, _, j = cache.filled()
+            j = cache.filled()[2]
             kept = (layer.bias_at(torch.tensor([t]), j) > -math.inf).expand(3, 1, len(j))[:, 0]
             if not layer.relative:  # the heads read the same slots
                 kept = kept.any(0).expand(3, -1)
+            kept = kept.view(layer.n_kv_head, -1, len(j)).any(1)  # a key is read for all heads that share it
             dropped += (~kept).sum().item()
-            for h in range(3):
+            for h in range(layer.n_kv_head):
                 read.k[:, h, : len(j)][:, ~kept[h]] = math.nan
                 read.v[:, h, : len(j)][:, ~kept[h]] = math.nan
-            if cache.length >= cache.size:  # else the slot is free, and is about to be written
-                slot = t % cache.size
+            if cache.length >= cache.size + cache.first:  # else the slot is free, and is about to be written
+                slot = cache.slot(t)
                 read.k[:, :, slot], read.v[:, :, slot] = cache.k[:, :, slot], cache.v[:, :, slot]
             assert (layer(x[:, t : t + 1], cache=read) - whole[:, t : t + 1]).abs().max() < 1e-12, t
             layer(x[:, t : t + 1], cache=cache)
@@ -278,7 +296,7 @@ def test_rows_without_a_key(case):
     empty = ~(layer.bias_at(i, i) > -math.inf).expand(3, 40, 40).any(2)
     for attend in contract.kernels(layer).values():
         with contract.flex_on_cpu():
-            y, *gradients = outputs_and_gradients(layer, attend, random_qkv(40))
+            y, *gradients = outputs_and_gradients(layer, attend, random_qkv(40, K=layer.n_kv_head))
         assert all(g.isfinite().all() for g in (y, *gradients))
         assert (y[:, empty] == 0).all() and (gradients[0][:, empty] == 0).all()
 
@@ -287,7 +305,7 @@ def test_dropout(causal_case):
     """Dropout drops weights at its rate, the same in both directions, and from the global stream."""
     layer = causal_case.layer(block_size=128, dropout=0.25)
     layer.train()
-    inputs = random_qkv(100)
+    inputs = random_qkv(100, K=layer.n_kv_head)
     q, k, v = inputs
 
     def attend(v):
@@ -295,7 +313,7 @@ def test_dropout(causal_case):
         return layer.attend(q, k, v)
 
     # v = identity shows the dropped weights themselves
-    eye = torch.eye(100, dtype=torch.float64).expand(2, 3, 100, 100).contiguous().requires_grad_()
+    eye = torch.eye(100, dtype=torch.float64).expand(2, layer.n_kv_head, 100, 100).contiguous().requires_grad_()
     dropped, plain = attend(eye).detach(), layer.weights(q, k).detach()
     there = plain > 1e-12
     kept = dropped[there] > 0
@@ -304,10 +322,11 @@ def test_dropout(causal_case):
     # the same mask going back: with it fixed the layer is linear in v, so the gradient is that matrix
     upstream = torch.randn(2, 3, 100, 8, dtype=torch.float64)
     (grad,) = torch.autograd.grad(attend(v), v, upstream)
-    torch.testing.assert_close(grad, dropped.mT @ upstream)
+    grouped = dropped.mT @ upstream  # summed over the heads that share a value
+    torch.testing.assert_close(grad, grouped.unflatten(1, (layer.n_kv_head, -1)).sum(2))
     # and q's gradient against the reference with those weights dropped
     mask = torch.where(there, dropped / plain, 0)
-    (expected,) = torch.autograd.grad(((layer.weights(q, k) * mask) @ v * upstream).sum(), q)
+    (expected,) = torch.autograd.grad(((layer.weights(q, k) * mask) @ expand_heads(v, 3) * upstream).sum(), q)
     (grad,) = torch.autograd.grad(attend(v), q, upstream)
     torch.testing.assert_close(grad, expected)
     torch.manual_seed(8)
@@ -339,7 +358,10 @@ CLAIMS = [  # mechanism, options, exponent of the work over T = 1,024 to 32,768
     ("adaptive_attention_span", {**SPANS, "max_span": 0}, 1),
     ("adaptive_attention_span", FAR, 1),
     ("adaptive_attention_span", {**FAR, "snap_periods": True}, 1),
+    ("sparse", {"sparse_pattern": "LLS", "pattern_by": "head", "window": 64}, 1.24),  # (2 n w + n sqrt(n)) / 3
+    ("alibi", {}, 2),
     ("atrt", {}, 2),
+    ("forgetting", {}, 2),
 ]
 
 

@@ -150,7 +150,8 @@ def test_nothing_is_added_to_one_place_twice_at_once(name, monkeypatch):
 
     monkeypatch.setattr(tiles.Tile, "scatter_add", watched)
     for T in (23, 300):
-        CASES[name].layer(block_size=300).attend(*random_qkv(T, B=1)).sum().backward()
+        layer = CASES[name].layer(block_size=300)
+        layer.attend(*random_qkv(T, B=1, K=layer.n_kv_head)).sum().backward()
     assert added
 
 
@@ -160,7 +161,7 @@ def test_engine_builds_no_square(name, monkeypatch):
     T = 2048
     layer = CASES[name].layer(block_size=T, dtype=torch.float32)
     monkeypatch.setattr(tiles, "TILE", 2**16)
-    inputs = random_qkv(T, B=1, dtype=torch.float32)
+    inputs = random_qkv(T, B=1, dtype=torch.float32, K=layer.n_kv_head)
     with LargestTensor() as largest:
         torch.autograd.grad(layer.attend(*inputs).sum(), inputs + layer.mask_parameters(), allow_unused=True)
     assert 0 < largest.elements <= 1024 * T  # a strip of bias, or a tile of one head; T x T would be 2048 * T
@@ -179,10 +180,10 @@ def test_rotations():
     assert near.item() != pytest.approx((turned(q, 7) @ turned(k, 3)).item(), abs=1e-3)
     # the layer's own turn is this one
     qkv = torch.stack([q, k, k])[:, None, None, None]
-    found = ops.split_heads(qkv, ops.rotations(torch.tensor([7]), 8))
+    found = ops.rotated(qkv, ops.rotations(torch.tensor([7]), 8), 2)
     torch.testing.assert_close(found[0].flatten(), turned(q, 7))
     torch.testing.assert_close(found[1].flatten(), turned(k, 7))
     torch.testing.assert_close(found[2].flatten(), k)
     several = torch.randn(3, 2, 2, 5, 8, dtype=torch.float64, requires_grad=True)
     rotation = ops.rotations(torch.arange(5), 8)
-    assert torch.autograd.gradcheck(lambda x: torch.stack(ops.split_heads(x, rotation)), several)
+    assert torch.autograd.gradcheck(lambda x: ops.rotated(x, rotation, 2), several)

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
+from core import contract
 from core.config import UserError
+from core.kvcache import new_cache
 from core.mechanisms import mechanism
 from model import GPT, GPTConfig
 
@@ -167,3 +169,50 @@ def test_kept_pairs():
     assert layer(100, causal=False, window=7).kept_pairs(100) == 100 * 13 - 42
     assert layer(16, sparse_pattern="log", window=1).kept_pairs(16) == 16 + 15 + 14 + 12 + 8
     assert math.isclose(layer(16, sparse_pattern="log", window=1).stats()["kept_share"], 65 / 136)
+
+
+def test_a_pattern_for_each_head():
+    """`LLS` by head: heads 0 and 1 see a window, head 2 the stride, and so on from the first letter, in every layer."""
+    options = {"sparse_pattern": "LLS", "pattern_by": "head", "window": 3, "stride": 4}
+    model = GPT(GPTConfig(n_layer=2, n_head=4, n_embd=16, block_size=16, attention="sparse", options=options))
+    i, names = torch.arange(16), ("local", "local", "strided", "local")
+    for block in model.layers:
+        assert block.attention.patterns == list(names)
+        for head, name in zip(block.attention.bias_at(i, i), names):
+            alone = layer(sparse_pattern=name, window=3, stride=4)
+            assert torch.equal(head, alone.bias_at(i, i)[0])
+
+
+def test_letters_are_explained():
+    """In the run's start lines: what each letter was read as. A name needs no explanation."""
+    described = [layer(sparse_pattern=text, pattern_by=by).description
+                 for text, by in (("LLD", "layer"), ("SFG", "head"), ("local", "layer"), ("local,dense", "layer"))]
+    assert described == ["sparse_pattern LLD: L local, D dense; a letter for each layer, repeated",
+                         "sparse_pattern SFG: S strided, F fixed, G log; a letter for each head, repeated", "", ""]
+
+
+@pytest.mark.parametrize("pattern", ["local", "dense", "strided", "fixed", "LS"])
+def test_first_tokens_stay_visible(pattern):
+    """In a causal model the global tokens are seen at any distance, by the formula, in whole texts, and in decoding, whose
+    cache holds them beside the positions that slide."""
+    attn = layer(16, sparse_pattern=pattern, pattern_by="head", window=5, stride=4, global_tokens=3).double()
+    i = torch.arange(100)
+    kept = attn.bias_at(i, i) == 0
+    assert kept[:, 3:, :3].all() and not kept[:, 40:, 3:20].any()
+    assert contract.error(attn, "engine", 100) < 1e-10
+    for prompt, chunk in ((1, 1), (2, 1), (40, 1), (10, 7)):
+        assert contract.decoding_error(attn, 100, prompt, chunk) < 1e-12
+    cache = new_cache(attn)
+    attn(torch.randn(1, 60, 8, dtype=torch.float64), cache=cache)
+    size = {"local": 5}.get(pattern, 16)
+    assert cache.k.size(2) == 3 + size and sorted(cache.positions.tolist()) == [0, 1, 2, *range(60 - size, 60)]
+
+
+def test_a_window_that_drops_its_first_tokens_differs():
+    """Without global tokens the same text is another one far past the block; with them the first tokens still matter."""
+    x = torch.randn(1, 100, 8, dtype=torch.float64)
+    changed = x.clone()
+    changed[:, :2] += 1
+    for count, matters in ((0, False), (2, True)):
+        attn = layer(16, window=5, global_tokens=count).double()
+        assert ((attn(x) - attn(changed))[:, -1].abs().max() > 1e-6) == matters

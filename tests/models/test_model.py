@@ -32,7 +32,7 @@ def make(**changes):
 
 @pytest.mark.parametrize("kernel", ["engine", "sdpa", "reference"])
 @pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
-@pytest.mark.parametrize("pos", ["rope", "learned", "sinusoidal"])
+@pytest.mark.parametrize("pos", ["rope", "learned", "sinusoidal", "none"])
 def test_cached_equals_full(pos, norm, kernel):
     """Token by token, and in pieces, through the caches: the logits of the full pass."""
     model = make(pos=pos, norm=norm, kernel=kernel, bias=True)
@@ -47,9 +47,10 @@ def test_cached_equals_full(pos, norm, kernel):
                 assert (logits[:, 0] - full[:, at - 1]).abs().max() < 1e-12
 
 
-def test_past_the_block_size_rotary_positions_slide():
-    """Every token past the block size is the one the full pass over the whole text gives."""
-    model = make()
+@pytest.mark.parametrize("changes", [{}, {"pos": "none"}, {"pos": "none", "attention": "alibi"}], ids=str)
+def test_past_the_block_size_rotary_positions_slide(changes):
+    """Every token past the block size is the one the full pass over the whole text gives; without positions, too."""
+    model = make(**changes)
     prompt = torch.randint(50, (2, 5))
     text = model.generate(prompt, 60, temperature=0)
     with torch.no_grad():
@@ -77,7 +78,7 @@ def test_past_the_block_size_absolute_positions_start_again(pos):
 
 
 @pytest.mark.parametrize("pool", ["mean", "max", "first"])
-@pytest.mark.parametrize("pos", ["rope", "learned"])
+@pytest.mark.parametrize("pos", ["rope", "learned", "none"])
 def test_padding_and_batch_change_nothing(pos, pool):
     model = make(n_class=2, pool=pool, pos=pos)
     x, lengths = torch.randint(50, (3, 16)), torch.tensor([16, 9, 1])
@@ -129,12 +130,15 @@ def test_rms_norm():
     assert torch.autograd.gradcheck(rms_norm, x)
 
 
-@pytest.mark.parametrize("changes", [{}, {"n_class": 2}, {"tie": False, "bias": True, "norm": "layernorm", "pos": "learned"}])
+@pytest.mark.parametrize("changes", [{}, {"n_class": 2}, {"tie": False, "bias": True, "norm": "layernorm", "pos": "learned"},
+                                     {"n_head": 4, "n_kv_head": 1, "qk_norm": True}])
 def test_counts(changes):
     """Parameters and work as counted are what is there. PyTorch counts the reference's full matrix."""
     model = GPT(GPTConfig(**{**SMALL, "kernel": "reference", **changes}))
     C, V = 16, 50
     per_layer = 12 * C * C + (13 * C - 4 * C + 4 * C if changes.get("bias") else 0)  # biases 3C + C + 4C + C, norms 4C
+    if changes.get("n_kv_head"):
+        per_layer += 2 * 4 * C - 2 * C * C + 2 * 4  # keys and values of one head of 4 channels; two gains
     expected = V * C + 2 * per_layer
     if changes.get("n_class"):
         expected += 2 * C + 2

@@ -63,7 +63,7 @@ def by_hand(model, idx):
 
 
 @pytest.mark.parametrize("n_class", [0, 2])
-@pytest.mark.parametrize("changes", [{}, {"pos": "sinusoidal"}, {"activation": "gelu_tanh"},
+@pytest.mark.parametrize("changes", [{}, {"pos": "sinusoidal"}, {"pos": "none"}, {"activation": "gelu_tanh"},
                                      {"bias": True, "norm": "layernorm", "pos": "learned", "tie": False}])
 @torch.no_grad()
 def test_forward_by_hand(changes, n_class):

@@ -32,6 +32,7 @@ OPTIONS = {  # more than the defaults, and small enough to leave something out o
         "--softness_span_mask=4 --use_triangle_wave_masking=True --triangle_wave_harmonics=0 --snap_periods=True",
     ],
     "sparse": [f"--window=3 --stride=4 --sparse_pattern={pattern}" for pattern in ("local", "strided,fixed", "GD")],
+    "alibi": ["--pos=none", "--pos=none --alibi_learned=True"],
     "atrt": ["", "--atrt_renormalize=False --atrt_task=summarization"],
     "my_attention": ["--price=0.1 --start=[0.1,1.0]"],
 }
