@@ -144,10 +144,11 @@ def read(source, wanted, path):
     if len(documents.skipped) > NAMED:
         print(f"... and {len(documents.skipped) - NAMED:,} other files", file=sys.stderr)
     if not len(documents):
-        raise UserError(f"{source.name}: expected UTF-8 text, found none ({files:,} files, {len(documents.skipped):,} of "
-                        f"them not UTF-8 text, {documents.blank:,} blank documents): check --source")
+        raise UserError(f"{source.name}: expected UTF-8 text, found none ({files:,} files, "
+                        f"{len(documents.skipped):,} of them not UTF-8 text, {documents.blank:,} blank documents): "
+                        "check --source")
     if len(documents.classes) == 1:
-        raise UserError(f"{source.name}: expected labels of two classes, found {short_repr(documents.classes[0])} alone; "
-                        "leave the labels out for a language model")
+        raise UserError(f"{source.name}: expected labels of two classes, found {short_repr(documents.classes[0])} "
+                        "alone; leave the labels out for a language model")
     documents.file.flush()
     return documents

@@ -43,8 +43,8 @@ from core.vocabulary import vocabulary
 
 NAME = re.compile(r"[a-z0-9][\w-]{0,39}", re.ASCII | re.IGNORECASE)
 STEP = 1 << 16  # bytes of a document that are encoded at a time
-IN_ORDER = "whole documents in the order of a hash of the seed and the text; val, then test, take those that fit their " \
-           "share of the {}; their duplicates are dropped"
+IN_ORDER = "whole documents in the order of a hash of the seed and the text; val, then test, take those that fit " \
+           "their share of the {}; their duplicates are dropped"
 RULES = {"lm": IN_ORDER.format("bytes"), "classify": IN_ORDER.format("documents of each class"),
          "cut": "each document is cut: its beginning is train, then comes val, then test, by their shares of its bytes"}
 
@@ -145,8 +145,11 @@ def split_documents(documents, data, seed, shares):
 
 
 def divide(order, sizes, shares):
-    """The documents of `order` of each split, train first. Each split of `shares` takes the documents that fit its
-    share of the sum of sizes, at least the smallest one, and leaves one to each split after it; train gets the others."""
+    """The documents of `order` of each split, train first.
+
+    Each split of `shares` takes the documents that fit its share of the sum of sizes, at least the smallest one, and
+    leaves one to each split after it; train gets the others.
+    """
     parts, left, total = [], order, sizes[order].sum()
     for later, share in zip(range(len(shares), 0, -1), shares.values()):
         room, spare, taken = round(share * total), len(left) - later, np.zeros(len(left), bool)
@@ -179,8 +182,8 @@ def cut_by_place(ends, order, data, shares):
 
 
 def pieces_of(data, spans):
-    """Yield (whether a document begins, text) of the spans of `data` (UTF-8), pieces of at most about STEP bytes. A long
-    document is cut before white space, where no word or byte pair is cut."""
+    """Yield (whether a document begins, text) of the spans of `data` (UTF-8), in pieces of at most about STEP bytes. A
+    long document is cut before white space, where no word or byte pair is cut."""
     for start, end in spans:
         first = True
         while start < end:
