@@ -21,9 +21,9 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 
-from core import blocks, kernels, kvcache
-from core.ops import (ParameterReads, accumulate_dtype, drop, expand_heads, mask_value, norm_heads, scale_by_sink,
-                      scores_variation, split_heads)
+from core import blocks, kernels, kvcache, sinks
+from core.ops import (ParameterReads, accumulate_dtype, drop, expand_heads, mask_value, norm_heads, scores_variation,
+                      split_heads)
 
 
 class Attention(nn.Module):
@@ -48,6 +48,7 @@ class Attention(nn.Module):
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
         self.head_size = config.n_embd // config.n_head
         self.block_size, self.causal, self.layer = config.block_size, config.causal, layer
+        self.rotary = config.pos == "rope"
         self.dropout, self.kernel = config.dropout, config.kernel
         self.options = SimpleNamespace(**config.options)
         self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_size, bias=config.bias)
@@ -130,8 +131,7 @@ class Attention(nn.Module):
         bias, distance = self.bias(h, i, j), i - j
         if not self.causal:
             return bias if isinstance(bias, torch.Tensor) else 0.0 * distance + bias
-        near = (distance < self.block_size) | (j < self.first_tokens)
-        return torch.where((distance >= 0) & near, bias, -math.inf)
+        return torch.where((distance >= 0) & (distance < self.block_size), bias, -math.inf)
 
     def bias_at(self, i, j, heads=None):
         """`total_bias` at positions i (n,) and j (m,) for `heads` (a range; None: all): (h, n, m), or (1, n, m) if all
@@ -187,17 +187,17 @@ class Attention(nn.Module):
         """
         i = torch.arange(q.size(2), device=q.device) if i is None else i
         j = torch.arange(k.size(2), device=q.device) if j is None else j
-        bias = self.bias_at(i, j)
+        bias = sinks.bias_at(self, i, j)
         kept = (bias > -math.inf)[None]
         if lengths is not None:
             kept = kept & (j < lengths[:, None, None, None])
-        k = expand_heads(k, self.n_head)
-        scores = (q @ k.mT / math.sqrt(q.size(3)) + bias.to(q.dtype)).masked_fill(~kept, mask_value(q.dtype))
+        scores = sinks.scores_at(self, q, expand_heads(k, self.n_head), i, j)
+        scores = (scores + bias.to(q.dtype)).masked_fill(~kept, mask_value(q.dtype))
         p = torch.softmax(scores, -1, dtype=q.dtype).masked_fill(~kept, 0)
         if self.reweighs:
             variation = scores_variation(scores, kept, lengths) if self.scope == "matrix" else None
             p = self.reweigh(p, kept.sum(-1, keepdim=True), variation)
-        return scale_by_sink(p, scores, self.sink())
+        return sinks.scale_by_sink(p, scores, self.sink())
 
     def attend(self, q, k, v, lengths=None):
         """Attention over whole texts: q (B, H, T, D), and k, v (B, K, T, D) -> (B, H, T, D).

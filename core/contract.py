@@ -39,6 +39,8 @@ def check(layer, name):
                 check_blocks(layer, name, size, i[i < size], bias[:, i < size, :size])
     check_gradient(layer, name)
     check_sink(layer, name)
+    if layer.reweighs and layer.first_tokens:
+        raise UserError(f"{name}: factor needs complete rows, which first_tokens are joined to; leave one of them out")
 
 
 def pair(h, i, j):

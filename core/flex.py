@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import flex_attention as torch_flex
 
-from core import blocks
+from core import blocks, sinks
 from core.config import UserError
-from core.ops import matrix_variation, scale_by_sink
+from core.ops import matrix_variation
 
 BLOCK = 128  # queries and keys per block of the mask: FlexAttention's default
 FACTOR_FLOOR = 1e-30  # a factor of 0 would give a score of -inf, and a row of such scores has no gradient
@@ -35,7 +35,7 @@ def attend(layer, q, k, v, lengths=None, dropout=0.0):
         y, total = reweighed(layer, score, call, lengths, dropout, q)
     else:
         y, total = call(score)
-    return scale_by_sink(y, total[..., None], layer.sink())
+    return sinks.complete(layer, y, total[..., None], q, k, v, lengths, dropout)
 
 
 def reweighed(layer, score, call, lengths, dropout, q):

@@ -7,7 +7,8 @@ import math
 
 import torch
 
-from core.ops import expand_heads, mask_value, scale_by_sink
+from core import sinks
+from core.ops import expand_heads, mask_value
 
 
 class Cache:
@@ -70,10 +71,11 @@ def attend(layer, q, k, v, cache):
     grouped = q.view(len(q), layer.n_kv_head, -1, q.size(3))  # (B, K, G, D): a key is read once for its G heads
     if layer.relative:
         return attend_by_distance(layer, grouped, cache, i, j).view(q.shape)
-    bias = layer.bias_at(i, j)
+    bias = sinks.bias_at(layer, i, j)
     slots = (bias > -math.inf).any(0)[0].nonzero()[:, 0]
     bias = group(layer, bias[:, :, slots].to(q.dtype).clamp(min=mask_value(q.dtype)))
-    return average(layer, grouped, keys.index_select(2, slots), values.index_select(2, slots), bias).view(q.shape)
+    keys = sinks.cap_distances(layer, keys.index_select(2, slots), i, j[slots])
+    return average(layer, grouped, keys, values.index_select(2, slots), bias).view(q.shape)
 
 
 def group(layer, bias):
@@ -114,7 +116,7 @@ def average(layer, q, k, v, bias, keeps_itself=False):
     if layer.reweighs:
         m = torch.full((1, 1), k.size(2), device=q.device) if dropped is None else (~dropped).sum(-1, keepdim=True)
         p = layer.reweigh(p, m.expand(*p.shape[:3], 1))
-    return scale_by_sink(p @ v, scores, layer.sink())
+    return sinks.scale_by_sink(p @ v, scores, layer.sink())
 
 
 def kept_by_distance(layer, size, dtype):
