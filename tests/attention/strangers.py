@@ -120,7 +120,11 @@ class Squared(attention.Attention):
 
 
 class Fading(EvenOdd):
-    """What lies far fades, in two parts of keys, by what the tokens in between say; some tokens fade nothing at all."""
+    """What lies far fades, in two parts of keys, by what the tokens in between say; some tokens fade nothing at all.
+    The first tokens stay visible beyond the block size, if they have not faded."""
+
+    relative = False
+    first_tokens = 3
 
     def __init__(self, config, layer=0):
         super().__init__(config, layer)
