@@ -128,7 +128,11 @@ class Fading(EvenOdd):
 
     def __init__(self, config, layer=0):
         super().__init__(config, layer)
+        self.price = torch.nn.Parameter(torch.linspace(0.1, 0.5, self.n_head))
         self.fade = torch.nn.Linear(config.n_embd, self.n_head)
+
+    def bias(self, h, i, j):
+        return -self.price[h] * (i - j).abs().sqrt()
 
     def gate(self, x):
         return self.fade(x).clamp(max=0).transpose(1, 2)
