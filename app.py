@@ -1,7 +1,7 @@
 """What a model attends to, in a browser: make demo, or streamlit run app.py
 
 Reviews   a classifier's prediction for a text, the words that support or oppose it, and the maps of each layer and head
-Text      what a language model generates, token by token
+Text      what a language model generates, token by token, and the next tokens that it expects
 Patterns  the pairs that a mechanism keeps, and the time that this saves on this machine
 Training  losses and health of the runs below the working folder, also while they train
 

@@ -232,7 +232,7 @@ def is_result(result, folder, wanted):
         return (result["split"] == ("test" if wanted["eval_test"] else "val") and bool(scores) and scores.keys() <= SCORES.keys()
                 and all(len(curve) >= 2 and all(len(pair) == 2 for pair in curve) for curve in curves)
                 and all(map(is_number, numbers)) and (result["kept_share"] is None or is_number(result["kept_share"]))
-                and ("f1" not in scores or (folder / f"predictions-{result['split']}.npz").exists())
+                and ("auc" not in scores or (folder / f"predictions-{result['split']}.npz").exists())
                 and (not hard or all(map(is_number, result["hard"].values())))
                 and all(type(result["next"][prompt][0]) is str and is_number(result["next"][prompt][1]) for prompt in prompts))
     except (KeyError, TypeError, AttributeError, IndexError):

@@ -1,7 +1,7 @@
 """Pictures: python plot.py OUT_DIR [OUT_DIR ...] [--key=value], or python plot.py results/FILE.json
 
 OUT_DIR   a run of train.py; several runs share each picture. In the first one's folder, or in --out=FOLDER:
-    curves.png      loss, and accuracy or bits per byte, over the steps
+    curves.png      loss, bits per byte and accuracy, over the steps
     kept.png        the share of pairs that attention keeps, if it drops some
     spans.png       the spans and periods that heads have learned
     confusion.png   a classifier's predictions against the truth, roc.png, and lengths.png, its accuracy by length of

@@ -93,8 +93,7 @@ def beside(path):
 
 
 def build_with_weights(path, checkpoint, config, shapes, build, given):
-    """The model of a config with the weights of a checkpoint. given: options in place of the checkpoint's.
-    Raises UserError if the weights do not fit, ValueError if they are not finite."""
+    """The model of a config with a checkpoint's weights. given: see `check_fit`. Raises UserError or ValueError."""
     with torch.random.fork_rng(devices=[]):  # initial weights are replaced: the run's random stream stays
         model = build(config)
     state = model.state_dict()
@@ -131,8 +130,7 @@ def explained(path):
     except FileNotFoundError as error:
         if path.exists():
             raise UserError(f"{path} is damaged: {error.filename} beside it is missing; {beside(path)}")
-        raise UserError(f"no checkpoint at {path}; "
-                        + (foreign.explain_missing(path) or f"train one first: python train.py --out_dir={path.parent}"))
+        raise UserError(f"no checkpoint at {path}; {foreign.explain_missing(path)}")
     except UserError:
         raise
     except Exception as error:

@@ -8,7 +8,7 @@ import numpy as np
 from core import figures, readers
 from core.config import UserError
 
-SCORES = {"loss": "loss (nats)", "accuracy": "accuracy", "bits_per_byte": "bits per byte"}
+SCORES = {"loss": "loss (nats)", "bits_per_byte": "bits per byte", "accuracy": "accuracy"}
 MOST_LAYERS, MOST_HEADS, MOST_POINTS = 16, 16, 400  # in one picture: as many as are legible, and drawn in seconds
 
 

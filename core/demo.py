@@ -64,7 +64,7 @@ def first_record(folder):
 def kind_of(folder):
     """'classify' or 'lm' by a run's log; '' without a log."""
     record = first_record(folder)
-    return "classify" if "f1" in record else "lm" if record else ""
+    return "classify" if "auc" in record else "lm" if record else ""
 
 
 def is_toy(folder):

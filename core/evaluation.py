@@ -45,9 +45,9 @@ def evaluate(model, data, split, batch_size, device, dtype, count=0):
             p[source.by_length] = predicted
             result["accuracy_by_length"] = accuracy_by_length(p, source.labels, np.diff(source.offsets))
         return result, p
-    result["accuracy"] = sum(details[0]) / sum(counts)
     if data.bytes_per_token(split):
         result["bits_per_byte"] = result["loss"] / math.log(2) / data.bytes_per_token(split)
+    result["accuracy"] = sum(details[0]) / sum(counts)
     return result, p
 
 

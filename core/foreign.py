@@ -1,6 +1,6 @@
 """Files of other programs, recognised where this repository's own are expected: words for errors that say what to do.
 
-convert.py reads these files. The functions return '' for what they do not recognise.
+convert.py reads these files.
 """
 
 
@@ -10,7 +10,7 @@ def command(source):
 
 
 def explain_checkpoint(path, checkpoint):
-    """What to do with nanoGPT's checkpoint (dict) at `path`."""
+    """What to do with nanoGPT's checkpoint (dict) at `path`; '' for another one."""
     if "model_args" in checkpoint and "model_config" not in checkpoint:
         return f"{path} is a checkpoint of nanoGPT; make a run of it first: {command(path)}"
     return ""
@@ -23,18 +23,18 @@ def explain_missing(path):
         return f"best.pt beside it holds weights, but no state of a training: start from them with --init_from={folder}"
     if folder.is_dir() and any(folder.glob("*.safetensors")):
         return f"{folder} holds weights of another program; make a run of them first: {command(folder)}"
-    return ""
+    return f"train one first: python train.py --out_dir={folder}"
 
 
 def explain_data(folder):
-    """What to do with nanoGPT's data folder: flat files of tokens, and no meta.json, finished or not."""
+    """What to do with nanoGPT's data folder: flat files of tokens, and no meta.json, finished or not; '' for others."""
     if (folder / "train.bin").exists() and not any(folder.glob("meta.json*")):
         return f"{folder} is a data folder of nanoGPT; prepare it first: {command(folder)}"
     return ""
 
 
 def explain_setting(key):
-    """What to do with a setting of nanoGPT's train.py that train.py lacks."""
+    """What to do with a setting of nanoGPT's train.py that train.py lacks; '' for others."""
     lacking = {"always_save_checkpoint": "ckpt.pt is saved at every evaluation", "backend": "it follows the device"}
     if key in lacking:
         return (f"; it is a setting of nanoGPT: remove it ({lacking[key]}); the weights and the data of nanoGPT are "

@@ -12,7 +12,7 @@ SCORES = {"bits_per_byte": -1, "accuracy": 1, "f1": 1, "precision": 1, "recall":
 
 def main_score(scores):
     """The name of the score that a comparison judges: of classifiers the accuracy, else bits per byte or the loss."""
-    return next(name for name in SCORES if name in scores and (name != "accuracy" or "f1" in scores))
+    return next(name for name in SCORES if name in scores and (name != "accuracy" or "auc" in scores))
 
 
 def difference_from(first, runs, score, right_answers, resamples):
@@ -40,7 +40,7 @@ def summarize(results, costs, right_answers, resamples):
     """The comparison's rows, one for each variant, from the results of its runs, {name: [result, ...]}, and what a step
     of each costs. right_answers, resamples: see `difference_from`."""
     rows, first = [], next(iter(results.values()))
-    kind, score = "classify" if "f1" in first[0]["scores"] else "lm", main_score(first[0]["scores"])
+    kind, score = "classify" if "auc" in first[0]["scores"] else "lm", main_score(first[0]["scores"])
     for name, runs in results.items():
         mean = lambda key: None if runs[0][key] is None else float(np.mean([r[key] for r in runs]))  # noqa: E731
         row = {"variant": name, "parameters": costs[name]["parameters"], "steps": runs[0]["steps"],

@@ -23,7 +23,8 @@ from core.tokenizer import Tokenizer
 
 NAMES = ("scratch", "resume", "auto")  # the other values of init_from
 OF_THE_RUN = ("dropout", "kernel")  # fields of a model's configuration that are not inherited
-OF_THE_MECHANISM = re.compile(r"\battention\.(?!(qkv|proj)\.)")  # in names of weights
+PART_OF_ATTENTION = re.compile(r"\battention\.(\w+)")  # in names of weights
+PROJECTIONS = ("qkv", "proj")  # which every mechanism has
 TOKENIZER = ("tokenizer", "vocab_size", "mark", "vocab", "pattern", "ranks")  # entries of a meta.json
 
 
@@ -122,12 +123,9 @@ class WarmStart:
     def copy(self, name, weight, config, meta, tokens):
         """Copy what fits of one weight; returns the number of elements. tokens: from `matching_tokens`."""
         source = self.weights.get(name)
-        is_head, other = name.startswith("head."), self.config.n_class != config.n_class
-        other_classes = other or self.meta.get("classes") != meta.get("classes") and bool(config.n_class)
-        other_attention = self.config.attention != config.attention
-        if source is None or is_head and other_classes or other_attention and OF_THE_MECHANISM.search(name):
+        if source is None or self.is_other(name, source.shape != weight.shape, config, meta):
             return 0
-        rows = None
+        rows = None  # (of the weight, of the source); None: all
         if name == "embedding.weight" or name == "head.weight" and config.causal:
             rows = tokens
             if not rows and source.shape != weight.shape:  # of a model with more rows than tokens
@@ -142,6 +140,15 @@ class WarmStart:
             return weight.numel()
         weight[list(rows[0])] = source[list(rows[1])].to(weight.dtype)
         return len(rows[0]) * weight[0].numel()
+
+    def is_other(self, name, reshaped, config, meta):
+        """Whether a weight means something else in the source: of a head for other classes, or of another mechanism,
+        except for projections of one shape."""
+        if name.startswith("head."):
+            same = self.config.n_class == config.n_class
+            return not same or config.n_class and self.meta.get("classes") != meta.get("classes")
+        part = PART_OF_ATTENTION.search(name)
+        return part and self.config.attention != config.attention and (reshaped or part[1] not in PROJECTIONS)
 
     def print(self, model, taken, new, left):
         """Print the settings that the source gave, and the weights in {name: elements} that were taken, new and left."""

@@ -13,7 +13,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CURRENT = [page for page in PAGES if page.name != "log.md"]
 # Files of a run, a data set or a user, in any folder.
 WRITTEN = {"config.json", "log.jsonl", "ckpt.pt", "ckpt-previous.pt", "best.pt", "meta.json", "train.bin", "val.bin",
-           "test.bin", "results.jsonl", "result.json", "prepare.py", "reviews.txt", "enwik8.zip"}
+           "test.bin", "results.jsonl", "result.json", "prepare.py", "reviews.txt", "enwik8.zip", "book.txt",
+           "mails.jsonl"}
 PATH = re.compile(r"[\w./-]+\.(?:py|md|jsonl?|txt|png)|(?:config|core|data|docs|results|tests)/[\w./-]*")
 PLACEHOLDER = re.compile(r"NAME|FOLDER|OUT_DIR|\bx\.py|\bmy_\w+\.py|^out")
 COMMAND = re.compile(r"(?<![\w/])((?:data/\w+/)?\w+)\.py((?:[^\n`]|\\\n)*)")

@@ -48,7 +48,7 @@ def page(tmp_path, monkeypatch):
 def write_run(folder, dataset, age):
     """A small classifier with a log and settings, written `age` seconds ago."""
     write_checkpoint(folder, REVIEWS)
-    (folder / "log.jsonl").write_text(json.dumps({"step": 0, "split": "val", "loss": 0.7, "accuracy": 0.5, "f1": 0.5}))
+    (folder / "log.jsonl").write_text(json.dumps({"step": 0, "split": "val", "loss": 0.7, "accuracy": 0.5, "auc": 0.5}))
     (folder / "config.json").write_text(json.dumps({"settings": {"dataset": dataset}}))
     for name in ("best.pt", "log.jsonl"):
         os.utime(folder / name, (time.time() - age,) * 2)

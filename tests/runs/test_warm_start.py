@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import os
 import re
 import shutil
 
@@ -167,6 +168,7 @@ def test_a_mechanism_s_parameters(spans, text, tmp_path, capsys):
     start.config, start.weights, start.meta = GPTConfig(**SHAPE, attention="strange"), source, {}
     for name, count in (("layers.0.attention.span", 0), ("layers.0.attention.qkv.weight", 48 * 16)):
         assert start.copy(name, model.state_dict()[name], config, {}, None) == count
+    assert start.copy("layers.0.attention.qkv.weight", torch.zeros(24, 16), config, {}, None) == 0  # fewer keys than queries
     padded = torch.zeros(300, 16)  # of a model that was edited to have more rows than tokens
     assert start.copy("embedding.weight", padded, config, {"vocab_size": 256}, None) == 256 * 16
     assert torch.equal(padded[:256], source["embedding.weight"]) and not padded[256:].any()
@@ -342,7 +344,7 @@ def test_from_scratch_holds_no_origin(dense):
     assert "warm_start" not in json.loads((dense / "config.json").read_text()) | torch.load(dense / "ckpt.pt")
 
 
-@pytest.mark.skipif(not hasattr(dist.os, "fork"), reason="needs processes that fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
 def test_two_ranks_are_one(text, tmp_path):
     """From a sharded checkpoint, to one rank, two, and a sharded model on two."""
     fit_ranks(2, tmp_path / "source", text, "--shard=True", "--max_iters=2")
