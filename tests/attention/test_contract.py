@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from core import contract, engine, tiles
+from core import contract, engine, sinks, tiles
 from core.config import UserError
 from core.contract import outputs_and_gradients
 from core.kvcache import Cache, new_cache
@@ -274,7 +274,7 @@ def test_decoding_reads_what_is_kept(causal_case):
             read.__dict__.update(cache.__dict__)
             read.k, read.v = cache.k.clone(), cache.v.clone()
             j = cache.filled()[2]
-            kept = (layer.bias_at(torch.tensor([t]), j) > -math.inf).expand(3, 1, len(j))[:, 0]
+            kept = (sinks.bias_at(layer, torch.tensor([t]), j) > -math.inf).expand(3, 1, len(j))[:, 0]
             if not layer.relative:  # the heads read the same slots
                 kept = kept.any(0).expand(3, -1)
             kept = kept.view(layer.n_kv_head, -1, len(j)).any(1)  # a key is read for all heads that share it
