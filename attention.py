@@ -21,8 +21,8 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 
-from core import blocks, kernels, kvcache, ops
-from core.ops import ParameterReads, drop, expand_heads, mask_value, norm_heads, scale_by_sink, split_heads
+from core import blocks, kernels, kvcache, ops, sinks
+from core.ops import ParameterReads, drop, expand_heads, mask_value, norm_heads, split_heads
 from core.texts import NO_TEXTS, decay_between, with_gates
 
 
@@ -47,7 +47,8 @@ class Attention(nn.Module):
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
         self.head_size = config.n_embd // config.n_head
         self.block_size, self.causal, self.layer = config.block_size, config.causal, layer
-        self.dropout, self.kernel, self.document_mask = config.dropout, config.kernel, config.document_mask
+        self.rotary, self.document_mask = config.pos == "rope", config.document_mask
+        self.dropout, self.kernel = config.dropout, config.kernel
         self.options = SimpleNamespace(**config.options)
         self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_size, bias=config.bias)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
@@ -133,8 +134,7 @@ class Attention(nn.Module):
         bias, distance = self.bias(h, i, j), i - j
         if not self.causal:
             return bias if isinstance(bias, torch.Tensor) else 0.0 * distance + bias
-        near = (distance < self.block_size) | (j < self.first_tokens)
-        return torch.where((distance >= 0) & near, bias, -math.inf)
+        return torch.where((distance >= 0) & (distance < self.block_size), bias, -math.inf)
 
     def bias_at(self, i, j, heads=None):
         """`total_bias` at positions i (n,) and j (m,) for `heads` (a range; None: all): (h, n, m), or (1, n, m) if all
@@ -189,9 +189,9 @@ class Attention(nn.Module):
         """
         i = torch.arange(q.size(2), device=q.device) if i is None else i
         j = torch.arange(k.size(2), device=q.device) if j is None else j
-        bias = self.bias_at(i, j)
+        bias = sinks.bias_at(self, i, j)
         kept = texts.restrict((bias > -math.inf)[None], i, j, self.causal)
-        scores = q @ expand_heads(k, self.n_head).mT / math.sqrt(q.size(3)) + bias.to(q.dtype)
+        scores = sinks.scores_at(self, q, expand_heads(k, self.n_head), i, j) + bias.to(q.dtype)
         if texts.decay is not None:  # of the keys; the queries are the last of them
             scores = scores + decay_between(texts.decay[..., -q.size(2) :], texts.decay, self.causal).to(q.dtype)
         scores = scores.masked_fill(~kept, mask_value(q.dtype))
@@ -199,7 +199,7 @@ class Attention(nn.Module):
         if self.reweighs:
             variation = ops.scores_variation(scores, kept, texts) if self.scope == "matrix" else None
             p = self.reweigh(p, kept.sum(-1, keepdim=True), variation)
-        return scale_by_sink(p, scores, self.sink())
+        return sinks.scale_by_sink(p, scores, self.sink())
 
     def attend(self, q, k, v, texts=NO_TEXTS):
         """Attention over whole texts (a `texts.Texts`): q (B, H, T, D), and k, v (B, K, T, D) -> (B, H, T, D)."""

@@ -75,6 +75,8 @@ def measure_pruning(arguments=None):
             raise UserError(f"expected a run with --attention=forgetting, got {model.config.attention}")
         data = Dataset(checkpoint["settings"]["dataset"], checkpoint["settings"]["task"])
         idx = torch.from_numpy(data.tokens("val")[: T + 1].astype("int64"))[None]
+        if idx.size(1) <= T:
+            raise UserError(f"expected more than {T:,} tokens in the validation split, {data.folder} has {idx.size(1):,}")
 
         def step(prune):
             for layer in model.attentions():

@@ -81,8 +81,7 @@ def derive(layer, T):
             layer.blocks_of[key] = kept, [relative_blocks(layer, T, kept)]
         return layer.blocks_of[key][1]
     if layer.mask_parameters():  # training may change which pairs are kept
-        before, after = (T if layer.first_tokens else layer.block_size - 1, 0) if layer.causal else (T, T)
-        heads = range(layer.n_head)
+        heads, before, after = range(layer.n_head), *((layer.block_size - 1, 0) if layer.causal else (T, T))
         return [[Block(heads, *pair) for pair in windows(range(T), CELL, before, after)]]
     return [cell_blocks(layer, T)]
 

@@ -42,6 +42,8 @@ def check(layer, name):
     check_sink(layer, name)
     if layer.gates:
         check_gate(layer, name)
+    if layer.reweighs and layer.first_tokens:
+        raise UserError(f"{name}: factor needs complete rows, which first_tokens are joined to; leave one of them out")
 
 
 def pair(h, i, j):

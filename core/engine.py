@@ -11,8 +11,8 @@ import math
 import torch
 from torch.autograd.function import once_differentiable
 
-from core import blocks
-from core.ops import accumulate_dtype, expand_heads, mask_value, matrix_variation, scale_by_sink
+from core import blocks, sinks
+from core.ops import accumulate_dtype, expand_heads, mask_value, matrix_variation
 from core.texts import NO_TEXTS, PackedTexts
 from core.tiles import Tiles
 
@@ -26,29 +26,30 @@ def attend(layer, q, k, v, texts=NO_TEXTS, dropout=0.0):
     """
     B, H = q.shape[:2]
     k, v = expand_heads(k, H), expand_heads(v, H)
+    qkv = q, k, v
     same_heads, keeps_itself = diagonal(layer, q.size(2))
     variation = None
     if layer.reweighs and layer.scope == "matrix":
         squares = row_squares(layer, q, k, texts)
         variation = matrix_variation(squares, texts).expand_as(squares)
-    parts, texts, q, k, v, variation = pack_heads(layer, same_heads, texts, q, k, v, variation)
+    parts, packed, q, k, v, variation = pack_heads(layer, same_heads, texts, q, k, v, variation)
     if layer.reweighs and len(parts) > 1:
         raise ValueError(f"factor needs complete rows, blocks of one part; these have {len(parts)}")
     seed = int(torch.randint(2**62, ())) if dropout else 0  # from the global generator, which resuming restores
     parameters = [p for p in layer.mask_parameters() if p.requires_grad]
-    needs_lse, results = len(parts) > 1 or layer.sink() is not None, []
+    needs_lse, results = len(parts) > 1 or sinks.needs_lse(layer, qkv[0].size(2)), []
     for n, stacks in enumerate(parts):
-        options = {"may_be_empty": not keeps_itself, "texts": texts._replace(decay=None), "dropout": dropout,
+        options = {"may_be_empty": not keeps_itself, "texts": packed._replace(decay=None), "dropout": dropout,
                    "seed": seed + n, "variation": variation, "joined": needs_lse}
-        results.append(Engine.apply(layer, stacks, options, q, k, v, texts.decay, *parameters))
+        results.append(Engine.apply(layer, stacks, options, q, k, v, packed.decay, *parameters))
     y, lse = results[0]
     for other, other_lse in results[1:]:  # softmax over all keys: parts are weighted by their sums of exponentials
         y = torch.lerp(y, other, torch.sigmoid(other_lse - lse).to(y.dtype))
         lse = torch.logaddexp(lse, other_lse)
     if needs_lse and not keeps_itself:
         y = y.masked_fill(lse < mask_value(q.dtype) / 2, 0)  # rows without a kept key
-    y = unpack_heads(y, B, H)
-    return scale_by_sink(y, unpack_heads(lse, B, H), layer.sink()) if needs_lse else y
+    y, lse = unpack_heads(y, B, H), unpack_heads(lse, B, H) if needs_lse else None
+    return sinks.complete(layer, y, lse, *qkv, texts, dropout)
 
 
 def pack_heads(layer, same_heads, texts, q, *others):

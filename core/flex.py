@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import flex_attention as torch_flex
 
-from core import blocks
+from core import blocks, sinks
 from core.config import UserError
-from core.ops import matrix_variation, scale_by_sink
+from core.ops import matrix_variation
 from core.texts import NO_TEXTS
 
 BLOCK = 128  # queries and keys per block of the mask: FlexAttention's default
@@ -36,7 +36,7 @@ def attend(layer, q, k, v, texts=NO_TEXTS, dropout=0.0):
         y, total = reweighed(layer, score, call, texts, dropout, q)
     else:
         y, total = call(score)
-    return scale_by_sink(y, total[..., None], layer.sink())
+    return sinks.complete(layer, y, total[..., None], q, k, v, texts, dropout)
 
 
 def reweighed(layer, score, call, texts, dropout, q):

@@ -46,7 +46,9 @@ def attend(layer, q, k, v, texts, dropout=0.0):
     kernel = layer.choose_kernel(q.device)
     if kernel == "reference":
         return drop(layer.weights(q, k, texts=texts), dropout) @ expand_heads(v, q.size(1))
-    texts = texts if texts.decay is None else texts._replace(least=layer.least_decay(q, k))
+    if texts.decay is not None:
+        with torch.no_grad():
+            texts = texts._replace(least=layer.least_decay(q, k))
     return {"engine": engine.attend, "flex": flex.attend, "sdpa": sdpa}[kernel](layer, q, k, v, texts, dropout)
 
 

@@ -7,7 +7,8 @@ import math
 
 import torch
 
-from core.ops import expand_heads, mask_value, scale_by_sink
+from core import sinks
+from core.ops import expand_heads, mask_value
 from core.texts import NO_TEXTS, decay_between
 
 
@@ -85,7 +86,7 @@ def attend(layer, q, k, v, cache, texts=NO_TEXTS):
     grouped = q.view(len(q), layer.n_kv_head, -1, q.size(3))  # (B, K, G, D): a key is read once for its G heads
     if layer.relative and texts.documents is None and texts.decay is None:
         return attend_by_distance(layer, grouped, cache, i, j).view(q.shape)
-    bias, dropped = layer.bias_at(i, j), mask_value(q.dtype)
+    bias, dropped = sinks.bias_at(layer, i, j), mask_value(q.dtype)
     slots = (bias > -math.inf).any(0)[0].nonzero()[:, 0]
     bias = bias[:, :, slots].to(q.dtype).clamp(min=dropped)
     if decay:
@@ -93,8 +94,8 @@ def attend(layer, q, k, v, cache, texts=NO_TEXTS):
         bias = torch.where(bias > dropped, bias + between, bias)  # (B, H, 1, m)
     if texts.documents is not None:
         bias = torch.where(j[slots] >= texts.documents[:, None, :, None], bias, dropped)  # (B, H or 1, 1, m)
-    keys, values = keys.index_select(2, slots), values.index_select(2, slots)
-    return average(layer, grouped, keys, values, group(layer, bias)).view(q.shape)
+    keys = sinks.cap_distances(layer, keys.index_select(2, slots), i, j[slots])
+    return average(layer, grouped, keys, values.index_select(2, slots), group(layer, bias)).view(q.shape)
 
 
 def group(layer, bias):
@@ -135,7 +136,7 @@ def average(layer, q, k, v, bias, keeps_itself=False):
     if layer.reweighs:
         m = torch.full((1, 1), k.size(2), device=q.device) if dropped is None else (~dropped).sum(-1, keepdim=True)
         p = layer.reweigh(p, m.expand(*p.shape[:3], 1))
-    return scale_by_sink(p @ v, scores, layer.sink())
+    return sinks.scale_by_sink(p @ v, scores, layer.sink())
 
 
 def kept_by_distance(layer, size, dtype):

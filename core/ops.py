@@ -218,15 +218,3 @@ def expand_heads(x, n_head):
     if x.size(1) == n_head:
         return x
     return x.unsqueeze(2).expand(-1, -1, n_head // x.size(1), *x.shape[2:]).flatten(1, 2)
-
-
-def scale_by_sink(y, scores, sink):
-    """y times the share of the softmax that the keys get beside a sink: sigmoid(log-sum-exp of their scores - sink).
-
-    y: (B, K, n, E), weights or outputs. scores: (B, K, n, m), or their log-sum-exp with m = 1. sink: the logits (H,) of
-    H = K heads, or of K x n; None: none.
-    """
-    if sink is None:
-        return y
-    lse = torch.logsumexp(scores.to(accumulate_dtype(scores)), -1, keepdim=True)
-    return y * torch.sigmoid(lse - sink.view(y.size(1), -1, 1)).to(y.dtype)

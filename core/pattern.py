@@ -164,7 +164,7 @@ def pattern(name, defaults, arguments=None):
     H = settings["n_head"]
     config = SimpleNamespace(block_size=T, n_layer=settings["n_layer"], n_head=H, n_embd=16 * H, dropout=0.0,
                              bias=False, document_mask=False, causal=settings["causal"], kernel="auto", n_kv_head=H,
-                             qk_norm=False, attention_sink=False, options=options)
+                             qk_norm=False, attention_sink=False, pos="rope", options=options)
     layers = [mechanism(name)[0](config, n).eval() for n in range(config.n_layer)]
     for layer in layers:
         contract.check(layer, name)

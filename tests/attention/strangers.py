@@ -120,11 +120,19 @@ class Squared(attention.Attention):
 
 
 class Fading(EvenOdd):
-    """What lies far fades, in two parts of keys, by what the tokens in between say; some tokens fade nothing at all."""
+    """What lies far fades, in two parts of keys, by what the tokens in between say; some tokens fade nothing at all.
+    The first tokens stay visible beyond the block size, if they have not faded."""
+
+    relative = False
+    first_tokens = 3
 
     def __init__(self, config, layer=0):
         super().__init__(config, layer)
+        self.price = torch.nn.Parameter(torch.linspace(0.1, 0.5, self.n_head))
         self.fade = torch.nn.Linear(config.n_embd, self.n_head)
+
+    def bias(self, h, i, j):
+        return -self.price[h] * (i - j).abs().sqrt()
 
     def gate(self, x):
         return self.fade(x).clamp(max=0).transpose(1, 2)

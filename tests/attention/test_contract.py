@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from core import contract, engine, tiles
+from core import contract, engine, sinks, tiles
 from core.config import UserError
 from core.contract import outputs_and_gradients
 from core.kvcache import Cache, new_cache
@@ -52,6 +52,7 @@ VARIANTS = {  # options of files in this repository, besides each file's default
         "matrix": {"atrt_scope": "matrix"},
     },
 }
+SHARED_TOO = ("adaptive_attention_span: periodic", "sparse: local, global", "atrt: matrix")  # besides each file's defaults
 SHARED = {"n_kv_head": 1, "qk_norm": True, "attention_sink": True}  # keys that three heads share, and a sink
 LENGTHS = (1, 2, 5, 23, 64, 65, 130)  # odd sizes: one token, shorter than a block, no multiple of one
 BOUND = 1e-10  # in float64
@@ -98,7 +99,7 @@ def cases(only=""):
             except UserError:  # matrix scope in a causal model
                 continue
             every[f"{name}, {'causal' if causal else 'both directions'}"] = Case(kind, options, causal)
-            if ":" not in name or name == "adaptive_attention_span: periodic":  # one variant of each file
+            if ":" not in name or name in SHARED_TOO:
                 every[f"{name}, shared keys, {'causal' if causal else 'both directions'}"] = Case(kind, options, causal, SHARED)
     return every
 
@@ -202,13 +203,14 @@ def test_documents_are_alone(case):
     marks = torch.zeros(2, T, dtype=torch.long)
     marks[0, [0, 1, 30, 70]] = marks[1, 99] = 1
     texts = Texts(documents=document_starts(marks, 1))
-    q, k, v = (x.detach() for x in random_qkv(T))
+    q, k, v = (x.detach() for x in random_qkv(T, K=layer.n_kv_head))
     with contract.flex_on_cpu(), torch.no_grad():
         for name, attend in contract.kernels(layer, texts).items():
             y = attend(q, k, v)
             for b, a, end in ((0, 0, 1), (0, 1, 30), (0, 30, 70), (0, 70, 100), (1, 0, 99), (1, 99, 100)):
                 own, place = slice(a, end), torch.arange(a, end)
-                alone = layer.weights(q[b : b + 1, :, own], k[b : b + 1, :, own], place, place) @ v[b : b + 1, :, own]
+                weights = layer.weights(q[b : b + 1, :, own], k[b : b + 1, :, own], place, place)
+                alone = weights @ expand_heads(v[b : b + 1, :, own], 3)
                 assert (y[b, :, own] - alone[0]).abs().max() < 1e-12, (name, b, a)
 
 
@@ -272,7 +274,7 @@ def test_decoding_reads_what_is_kept(causal_case):
             read.__dict__.update(cache.__dict__)
             read.k, read.v = cache.k.clone(), cache.v.clone()
             j = cache.filled()[2]
-            kept = (layer.bias_at(torch.tensor([t]), j) > -math.inf).expand(3, 1, len(j))[:, 0]
+            kept = (sinks.bias_at(layer, torch.tensor([t]), j) > -math.inf).expand(3, 1, len(j))[:, 0]
             if not layer.relative:  # the heads read the same slots
                 kept = kept.any(0).expand(3, -1)
             kept = kept.view(layer.n_kv_head, -1, len(j)).any(1)  # a key is read for all heads that share it

@@ -9,6 +9,7 @@ from core import contract
 from core.config import UserError
 from core.kvcache import new_cache
 from core.mechanisms import mechanism
+from core.ops import rotations
 from model import GPT, GPTConfig
 
 # 16 queries downwards, keys to the right, stride 4: x a key that is kept.
@@ -94,9 +95,9 @@ xx..xx
 """
 
 
-def layer(n=16, causal=True, **options):
+def layer(n=16, causal=True, pos="rope", **options):
     kind, defaults = mechanism("sparse")
-    return kind(GPTConfig(n_head=2, n_embd=8, block_size=n, n_class=0 if causal else 2, options={**defaults, **options}))
+    return kind(GPTConfig(n_head=2, n_embd=8, block_size=n, pos=pos, n_class=0 if causal else 2, options={**defaults, **options}))
 
 
 @pytest.mark.parametrize("pattern, window, causal, drawn", [
@@ -196,16 +197,32 @@ def test_first_tokens_stay_visible(pattern):
     """In a causal model the global tokens are seen at any distance, by the formula, in whole texts, and in decoding, whose
     cache holds them beside the positions that slide."""
     attn = layer(16, sparse_pattern=pattern, pattern_by="head", window=5, stride=4, global_tokens=3).double()
-    i = torch.arange(100)
-    kept = attn.bias_at(i, i) == 0
-    assert kept[:, 3:, :3].all() and not kept[:, 40:, 3:20].any()
-    assert contract.error(attn, "engine", 100) < 1e-10
+    kept = attn.weights(*torch.randn(2, 1, 2, 100, 4, dtype=torch.float64)) > 0
+    assert kept[..., 3:, :3].all() and not kept[..., 40:, 3:20].any()
+    for kernel in ("engine", "flex"):
+        assert contract.error(attn, kernel, 100, torch.tensor([100, 2])) < 1e-10
     for prompt, chunk in ((1, 1), (2, 1), (40, 1), (10, 7)):
         assert contract.decoding_error(attn, 100, prompt, chunk) < 1e-12
     cache = new_cache(attn)
     attn(torch.randn(1, 60, 8, dtype=torch.float64), cache=cache)
     size = {"local": 5}.get(pattern, 16)
     assert cache.k.size(2) == 3 + size and sorted(cache.positions.tolist()) == [0, 1, 2, *range(60 - size, 60)]
+
+
+@pytest.mark.parametrize("rotary", [True, False])
+def test_distances_of_first_tokens_are_capped(rotary):
+    """A rotation counts the distance of a first token up to block_size - 1: scores by complex numbers, of each distance."""
+    attn = layer(16, window=5, global_tokens=3, pos="rope" if rotary else "none").double()
+    x, i = torch.randn(1, 50, 8, dtype=torch.float64), torch.arange(50)
+    q, k, _ = attn.project(x)
+    distance = i[:, None] - i
+    capped = torch.where(i < 3, distance.clamp(max=15), distance) if rotary else 0 * distance
+    turn = torch.polar(torch.ones(1, dtype=torch.float64), capped[..., None] * torch.tensor([1.0, 0.01], dtype=torch.float64))
+    q, k = (torch.complex(*y.chunk(2, -1)) for y in (q, k))
+    scores = (q[..., :, None, :] * turn * k.conj()[..., None, :, :]).sum(-1).real / 2
+    scores = scores.masked_fill((distance < 0) | (i >= 3) & (distance >= 5), -math.inf)
+    found = attn.map(x, rotations(i, 4) if rotary else None)
+    torch.testing.assert_close(found, torch.softmax(scores, -1))
 
 
 def test_a_window_that_drops_its_first_tokens_differs():

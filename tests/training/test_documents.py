@@ -64,9 +64,17 @@ def test_both_directions():
     assert map[:, :, :9, :9].min() > 0
 
 
-def test_decoding_continues_the_document():
+SHARED = {"n_kv_head": 1, "attention_sink": True, "pos": "none"}  # without rotations, whose angles are float32
+
+
+@pytest.mark.parametrize("changes", [
+    {"attention": "sparse", "options": {"window": 12}},
+    {"attention": "sparse", "options": {"window": 12, "global_tokens": 3}, **SHARED},
+    {"attention": "forgetting", "options": {"forgetting_spans": [3.0, 20.0]}, **SHARED},
+], ids=["window", "first tokens, sink, shared keys", "gates, sink, shared keys"])
+def test_decoding_continues_the_document(changes):
     """The texts of a batch begin documents at different tokens: each token is the one that the full pass gives."""
-    model = make(attention="sparse", options={"window": 12})
+    model = make(**changes)
     text = torch.cat([text_of(3, 4), text_of(2, 5, seed=1)])
     text = model.generate(text, 70, temperature=0)
     with torch.no_grad():

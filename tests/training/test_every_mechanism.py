@@ -25,13 +25,16 @@ from training_runs import SHAPE, SMALL, assert_same_runs, fit, log_of
 pytestmark = pytest.mark.usefixtures("quick")
 
 
+SHARED = "--n_kv_head=1 --qk_norm=True --attention_sink=True"
 OPTIONS = {  # more than the defaults, and small enough to leave something out of 16 tokens
     "adaptive_attention_span": [
         "--softness_span_mask=4 --span_init=[2,9] --span_reg=0.01",
         "--softness_span_mask=4 --span_init=[2,9] --span_reg=0.01 --use_triangle_wave_masking=True",
         "--softness_span_mask=4 --use_triangle_wave_masking=True --triangle_wave_harmonics=0 --snap_periods=True",
     ],
-    "sparse": [f"--window=3 --stride=4 --sparse_pattern={pattern}" for pattern in ("local", "strided,fixed", "GD")],
+    "sparse": [f"--window=3 --stride=4 --sparse_pattern={pattern}" for pattern in ("local", "strided,fixed", "GD")]
+    + [f"--window=3 --stride=4 --sparse_pattern=LS --pattern_by=head --global_tokens=2 {SHARED}"],
+    "dense": ["", SHARED],
     "alibi": ["--pos=none", "--pos=none --alibi_learned=True"],
     "atrt": ["", "--atrt_renormalize=False --atrt_task=summarization"],
     "my_attention": ["--price=0.1 --start=[0.1,1.0]"],
