@@ -11,6 +11,8 @@ from core import sinks
 from core.ops import expand_heads, mask_value
 from core.texts import NO_TEXTS, decay_between
 
+AHEAD = 16  # queries whose bias is computed at once: for a single one, starting the operations takes longer than they do
+
 
 class Cache:
     """Keys and values of one layer: of the first `first` positions, and of the last `size` positions after them in a
@@ -19,6 +21,7 @@ class Cache:
     def __init__(self, size, first=0):
         self.size, self.first, self.length = size, first, 0  # length: tokens of the text so far, cached or not
         self.kept = None  # the result of `kept_by_distance`, computed once
+        self.ahead = 0, []  # the position of a query, and (slots, bias) of its kept keys and those of the next queries
         self.document = 0  # where the last token's document starts, (B, 1), if the model masks documents
 
     def extend(self, k, v, decay=None):
@@ -86,9 +89,7 @@ def attend(layer, q, k, v, cache, texts=NO_TEXTS):
     grouped = q.view(len(q), layer.n_kv_head, -1, q.size(3))  # (B, K, G, D): a key is read once for its G heads
     if layer.relative and texts.documents is None and texts.decay is None:
         return attend_by_distance(layer, grouped, cache, i, j).view(q.shape)
-    bias, dropped = sinks.bias_at(layer, i, j), mask_value(q.dtype)
-    slots = (bias > -math.inf).any(0)[0].nonzero()[:, 0]
-    bias = bias[:, :, slots].to(q.dtype).clamp(min=dropped)
+    (slots, bias), dropped = kept_by_query(layer, cache, start, q), mask_value(q.dtype)
     if decay:
         between = decay_between(texts.decay, decay[0][:, :, slots], True).to(q.dtype)
         bias = torch.where(bias > dropped, bias + between, bias)  # (B, H, 1, m)
@@ -96,6 +97,23 @@ def attend(layer, q, k, v, cache, texts=NO_TEXTS):
         bias = torch.where(j[slots] >= texts.documents[:, None, :, None], bias, dropped)  # (B, H or 1, 1, m)
     keys = sinks.cap_distances(layer, keys.index_select(2, slots), i, j[slots])
     return average(layer, grouped, keys, values.index_select(2, slots), group(layer, bias)).view(q.shape)
+
+
+def kept_by_query(layer, cache, i, q):
+    """(slots (m,) of the cached keys that the query q at position i keeps, their bias (H or 1, 1, m) in its dtype)."""
+    first, rows = cache.ahead
+    if not first <= i < first + len(rows):
+        queries = torch.arange(i, i + AHEAD, device=q.device)
+        keys = torch.arange(max(0, i + 1 - cache.size), i + AHEAD, device=q.device)
+        keys = torch.cat([torch.arange(min(cache.first, int(keys[0])), device=q.device), keys])
+        bias = sinks.bias_at(layer, queries, keys)
+        kept = (bias > -math.inf).any(0)  # (AHEAD, keys)
+        row, column = kept.nonzero().unbind(1)
+        bias = bias[:, row, column].to(q.dtype).clamp(min=mask_value(q.dtype))[:, None]
+        slots = torch.where(keys < cache.first, keys, cache.first + (keys - cache.first) % cache.size)[column]
+        counts = kept.sum(1).tolist()
+        first, rows = cache.ahead = i, list(zip(slots.split(counts), bias.split(counts, 2)))
+    return rows[i - first]
 
 
 def group(layer, bias):
