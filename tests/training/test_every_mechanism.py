@@ -77,6 +77,11 @@ def test_every_mechanism(request, tmp_path, capsys, beside, line, kind):
     assert_it_serves(tmp_path / "whole", model, capsys)
 
 
+def test_letters_are_explained_once(text, tmp_path, capsys):
+    assert not fit(tmp_path, text, "--attention=sparse", "--sparse_pattern=LD", "--max_iters=0")
+    assert capsys.readouterr().out.count("sparse_pattern LD: L local, D dense; a letter for each layer, repeated\n") == 1
+
+
 def sharpen(out):
     """Make the weights of a run large, and give its model: after four steps no token makes a difference to another."""
     for name in ("ckpt.pt", "best.pt"):
