@@ -11,8 +11,9 @@ from core.dataset import batches
 
 @torch.no_grad()
 def evaluate(model, data, split, batch_size, device, dtype, count=0):
-    """(scores, p) of a split. scores: a dict of floats, the loss in nats and the task's other scores. p: for a
-    classifier on the whole split the probability of class 1 of each text, (N,) in the file's order, else None.
+    """(scores, p) of a split. scores: a dict of floats, the loss in nats and the task's other scores; with distances in
+    the data also the list `accuracy_by_distance`. p: for a classifier on the whole split the probability of class 1 of
+    each text, (N,) in the file's order, else None.
 
     count: number of batches, spread evenly over the split; 0: all of them. Raises Stop or DataChanged on all ranks.
     """
@@ -24,22 +25,42 @@ def evaluate(model, data, split, batch_size, device, dtype, count=0):
         x, y, lengths = (t if t is None else t.to(device) for t in dist.on_all_ranks(source.read, groups[n]))
         with hardware.autocast(device, dtype):
             logits, loss = model(x, y, lengths)
-        results[n] = loss.item(), (y != -1).sum().item(), *(
-            (torch.softmax(logits.float(), -1)[:, -1].tolist(), y.tolist()) if data.kind == "classify" else ([], []))
+        details = [], []
+        if data.kind == "classify":
+            details = torch.softmax(logits.float(), -1)[:, -1].tolist(), y.tolist()
+        elif source.distances is not None:
+            details = answers(logits, y, source.distances_of(groups[n]))
+        results[n] = loss.item(), (y != -1).sum().item(), *details
     model.train(was_training)
     results = {n: result for of_rank in dist.all_gather(results) for n, result in of_rank.items()}
     # in the split's order, so that sums do not depend on the number of ranks
-    losses, counts, predicted, labels = zip(*(results[n] for n in range(len(groups))))
+    losses, counts, *details = zip(*(results[n] for n in range(len(groups))))
+    details = [np.concatenate(parts) for parts in details]
     result = {"loss": sum(loss * n for loss, n in zip(losses, counts)) / sum(counts)}
     if data.kind == "classify":
-        predicted = np.concatenate(predicted).astype(np.float32)
-        result |= scores(predicted, np.concatenate(labels))
+        predicted = details[0].astype(np.float32)
+        result |= scores(predicted, details[1])
         if not count:
             p = np.empty_like(predicted)
             p[source.by_length] = predicted
+    elif source.distances is not None:
+        result |= recall(*details)
     elif data.bytes_per_token(split):
         result["bits_per_byte"] = result["loss"] / math.log(2) / data.bytes_per_token(split)
     return result, p
+
+
+def answers(logits, y, distances):
+    """(whether the likeliest token is right, distance), both (targets,), of the targets in y (B, T) that are not -1."""
+    counted = y != -1
+    return (logits.argmax(-1) == y)[counted].cpu().numpy(), distances[counted.cpu().numpy()]
+
+
+def recall(right, distances):
+    """The accuracy of answers (N,), of all and by their distance: [[distance, accuracy], ...], from near to far."""
+    values, index, counts = np.unique(distances, return_inverse=True, return_counts=True)
+    by_distance = zip(values.tolist(), (np.bincount(index, right) / counts).tolist())
+    return {"accuracy": float(right.mean()), "accuracy_by_distance": [list(pair) for pair in by_distance]}
 
 
 def scores(p, labels):

@@ -212,8 +212,9 @@ class Log:
 
 
 def format_scores(scores):
-    """{name: value} as text: 'loss 1.2345 nats, bits per byte 1.7810'."""
-    return ", ".join(f"{name.replace('_', ' ')} {value:.4f}{' nats' * (name == 'loss')}" for name, value in scores.items())
+    """{name: value} as text: 'loss 1.2345 nats, bits per byte 1.7810'. Lists are left out."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4f}{' nats' * (name == 'loss')}"
+                     for name, value in scores.items() if not isinstance(value, list))
 
 
 def format_stats(stats):

@@ -1,0 +1,117 @@
+"""
+Multi-query associative recall: pairs of a key and a value, then keys whose values must be named (Arora et al. 2023,
+"Zoology", section 4). No network, seconds.
+
+    python data/recall/prepare.py
+
+writes data/recall. With --pairs=2 --length=12 a sequence reads
+
+    <s> k5 v3 k1 v7 . . k1 v7 k5 v3 . .
+
+Each key is asked for once, in a random one of the places of two tokens behind the pairs; the other places are empty.
+Only the values that answer count in loss and accuracy. The distance of an answer is that from the query, whose
+output predicts it, back to the value in its pair: a window of w tokens sees distances below w.
+"""
+
+import hashlib
+import sys
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+from core import prepare
+from core.config import UserError
+from core.tokenizer import Tokenizer
+
+MARK, EMPTY, FIRST_KEY = range(3)  # token ids; the values follow the keys
+CHUNK = 250  # sequences made at a time; those of a chunk have the same number of pairs
+OPTIONS = {  # name: (default, least, most, help)
+    "pairs": (8, 1, 2**14, "pairs of a sequence"),
+    "fewest": (1, 1, 2**14, "pairs of the easiest training sequences; the others have up to --pairs, evenly mixed"),
+    "length": (64, 4, 2**16 - 2, "tokens of a sequence, without the mark"),
+    "keys": (32, 1, 2**16, "different keys"),
+    "values": (32, 2, 2**16, "different values"),
+    "near": (1.0, 0.001, 10.0, "query places are drawn with the weights s ** (near - 1), s = 1, 2, ...: 1 is uniform, "
+                               "0.01 is the paper's"),
+    "train": (40_000, 1, 10**7, "sequences of the training split"),
+    "val": (1_000, 1, 10**7, "sequences of the validation split"),
+    "test": (1_000, 1, 10**7, "sequences of the test split"),
+    "seed": (1, 0, 2**63 - 1, "of the random numbers"),
+}
+
+
+def sequences(random, count, pairs, options):
+    """(tokens, distances), both (count, length + 1) int64: sequences of `pairs` pairs; distances are 0 but at answers.
+
+    random: a NumPy Generator. Only its method `random` is used, whose numbers no NumPy version may change.
+    """
+    places = options.length // 2 - pairs  # of two tokens each, behind the pairs
+    keys = FIRST_KEY + random.random((count, options.keys)).argsort(1)[:, :pairs]
+    values = FIRST_KEY + options.keys + (random.random((count, pairs)) * options.values).astype(np.int64)
+    # a weighted draw without replacement: Efraimidis and Spirakis 2006
+    weights = np.arange(1, places + 1) ** (options.near - 1)
+    chosen = (-np.log1p(-random.random((count, places))) / weights).argsort(1)[:, :pairs]
+    tokens, distances = np.full((count, options.length + 1), EMPTY), np.zeros((count, options.length + 1), np.int64)
+    tokens[:, 0] = MARK
+    rows, first, query = np.arange(count)[:, None], 1 + 2 * np.arange(pairs), 1 + 2 * pairs + 2 * chosen
+    for position in (first, query):
+        tokens[rows, position], tokens[rows, position + 1] = keys, values
+    distances[rows, query + 1] = query - (first + 1)
+    return tokens, distances
+
+
+def split_of(random, count, fewest, options):
+    """A split for `prepare.write`, without its bytes: `count` sequences with `fewest` to `options.pairs` pairs, in
+    turn."""
+    chunks = [sequences(random, min(CHUNK, count - start), fewest + n % (options.pairs - fewest + 1), options)
+              for n, start in enumerate(range(0, count, CHUNK))]
+    tokens, distances = (np.concatenate(parts) for parts in zip(*chunks))
+    return {"tokens": tokens.ravel(), "distances": distances.ravel(), "documents": count,
+            "offsets": np.arange(count + 1) * (options.length + 1), "answers": int((distances > 0).sum())}
+
+
+def check(options):
+    """Raise UserError for options that no sequence can have."""
+    for name, (_, least, most, _) in OPTIONS.items():
+        if not least <= getattr(options, name) <= most:
+            raise UserError(f"--{name} must be from {least:,} to {most:,}, got {getattr(options, name):,}")
+    if options.length < 4 * options.pairs or options.length % 2:
+        raise UserError(f"--length must be even and at least {4 * options.pairs}, twice two tokens for each of --pairs="
+                        f"{options.pairs}; got {options.length}")
+    if options.pairs > options.keys:
+        raise UserError(f"--pairs must be at most --keys={options.keys}, for no key is in two pairs; got {options.pairs}")
+    if options.fewest > options.pairs:
+        raise UserError(f"--fewest must be at most --pairs={options.pairs}, got {options.fewest}")
+
+
+def main(argv):
+    parser = prepare.make_parser(__doc__, HERE)
+    for name, (default, *_, text) in OPTIONS.items():
+        parser.add_argument(f"--{name}", type=type(default), metavar="N", default=default, help=f"{text} ({default})")
+    args = parser.parse_args(argv)
+    check(args)
+    if args.source is not None:
+        raise UserError("data/recall is made of random numbers and takes no --source")
+    options = {name: getattr(args, name) for name in OPTIONS}
+    splits, digest = {}, hashlib.sha256()
+    for n, name in enumerate(("train", "val", "test")):
+        fewest = args.fewest if name == "train" else args.pairs
+        splits[name] = split_of(np.random.default_rng([args.seed, n]), getattr(args, name), fewest, args)
+        digest.update(splits[name]["tokens"].astype("<i8"))
+    source = {"file": "prepare.py", "sha256": digest.hexdigest()}
+    if prepare.finished(args, options, source):
+        return
+    vocab = ["<s>", ".", *(f"k{n}" for n in range(args.keys)), *(f"v{n}" for n in range(args.values))]
+    meta = {"name": "recall", "kind": "lm", "whole_documents": True, "tokenizer": "words", "vocab_size": len(vocab),
+            "mark": MARK, "vocab": vocab, "lossless": False, "partial": False, "options": options, "source": source,
+            "split_rule": "random sequences; one stream of random numbers for each split"}
+    sizes = np.array([len(Tokenizer(meta).decode_bytes([token])) for token in range(len(vocab))])
+    for split in splits.values():
+        split["bytes"] = int(sizes[split["tokens"]].sum())
+    prepare.write(args.out_dir, meta, splits)
+
+
+if __name__ == "__main__":
+    prepare.run_script(main)
