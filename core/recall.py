@@ -10,9 +10,9 @@ MOST_COLUMNS = 64  # of distances: more cannot be told apart
 def draw(rows, title):
     """The figure: on the left a strip a row, the accuracy at each distance; on the right accuracy against kept pairs.
 
-    rows: {name: {"by_distance": [[distance, accuracy], ...], "accuracy": (low, mean, high), "kept": share or None}}.
+    rows: {name: {"by_distance": [[distance, accuracy], ...], "score": (low, mean, high), "kept": share or None}}.
     """
-    ordered = sorted(rows, key=lambda name: -rows[name]["accuracy"][1])
+    ordered = sorted(rows, key=lambda name: -rows[name]["score"][1])
     fig = figures.figure(11, max(4.2, 1.7 + 0.3 * len(rows)))
     strips, points = fig.subplots(1, 2, width_ratios=(1.15, 1))
     draw_strips(strips, {name: rows[name] for name in ordered})
@@ -44,7 +44,7 @@ def draw_strips(ax, rows):
     for line in range(1, len(rows)):
         ax.axhline(line, color="white", linewidth=2)
     for n, row in enumerate(rows.values()):
-        ax.annotate(f"{100 * row['accuracy'][1]:.0f} %", (1, n + 0.5), (4, 0), xycoords=("axes fraction", "data"),
+        ax.annotate(f"{100 * row['score'][1]:.0f} %", (1, n + 0.5), (4, 0), xycoords=("axes fraction", "data"),
                     textcoords="offset points", va="center", fontsize=9)
     ax.set_yticks(np.arange(len(rows)) + 0.5, [figures.escape_math(name) for name in rows], fontsize=9)
     ax.tick_params(axis="y", length=0)
@@ -59,7 +59,7 @@ def draw_points(ax, rows):
     """Draw the accuracy of each row, with its interval, against the pairs that it keeps; a label at each point."""
     ax.set_xscale("log")
     for n, (name, row) in enumerate(rows.items()):
-        low, mean, high = row["accuracy"]
+        low, mean, high = row["score"]
         ax.errorbar(100 * row["kept"], 100 * mean, yerr=[[100 * (mean - low)], [100 * (high - mean)]],
                     color=figures.PALETTE[0], marker="o", markersize=5, capsize=2, linewidth=1)
     kept = [100 * row["kept"] for row in rows.values()]
@@ -77,7 +77,7 @@ def label_points(ax, rows, gap=5.0):
     for is_right in (False, True):
         height = np.inf
         for name, row in rows.items():  # from the highest accuracy to the lowest
-            x, y = 100 * row["kept"], 100 * row["accuracy"][1]
+            x, y = 100 * row["kept"], 100 * row["score"][1]
             if (x > middle) == is_right:
                 height = min(y, height - gap)
                 line = {"arrowstyle": "-", "color": "gray", "linewidth": 0.5} if height < y else None
