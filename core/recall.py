@@ -5,6 +5,7 @@ import numpy as np
 from core import figures
 
 MOST_COLUMNS = 64  # of distances: more cannot be told apart
+LINE, CHARACTER = 4.0, 0.017  # of a label: the height of a line in % of accuracy, a width as a share of the panel's
 
 
 def draw(rows, title):
@@ -57,6 +58,8 @@ def draw_strips(ax, rows):
 
 def draw_points(ax, rows):
     """Draw the accuracy of each row, with its interval, against the pairs that it keeps; a label at each point."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     ax.set_xscale("log")
     for n, (name, row) in enumerate(rows.items()):
         low, mean, high = row["score"]
@@ -66,21 +69,27 @@ def draw_points(ax, rows):
     ax.set(xlim=(min(kept, default=1) / 1.5, 160), ylim=(-4, 106), xlabel="kept pairs (% of dense attention)",
            ylabel="answers right (%)")
     ax.set_title("accuracy against cost, 95 % interval over seeds", fontsize=10)
-    ax.xaxis.set(major_formatter="{x:g}", minor_formatter="")
+    ax.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter="{x:g}")
     ax.grid(alpha=0.3)
     label_points(ax, rows)
 
 
-def label_points(ax, rows, gap=5.0):
-    """Write the name of each row beside its point, on the emptier side; names that would overlap are moved down."""
-    middle = np.sqrt(np.prod(ax.get_xlim()))
-    for is_right in (False, True):
-        height = np.inf
-        for name, row in rows.items():  # from the highest accuracy to the lowest
-            x, y = 100 * row["kept"], 100 * row["score"][1]
-            if (x > middle) == is_right:
-                height = min(y, height - gap)
-                line = {"arrowstyle": "-", "color": "gray", "linewidth": 0.5} if height < y else None
-                ax.annotate(figures.escape_math(name), (x, y), (-9 if is_right else 9, 0), fontsize=8.5,
-                            xytext=(x / 1.12 if is_right else x * 1.12, height), textcoords="data", va="center",
-                            ha="right" if is_right else "left", arrowprops=line)
+def label_points(ax, rows):
+    """Write the name of each row beside its point, to the inner side, moved down where it would overlap another label;
+    rows with the same point share a label."""
+    labels, placed = {}, []  # {(log x, y): names}; boxes (left, right, top, bottom) of the labels so far
+    for name, row in rows.items():  # from the highest accuracy to the lowest
+        x, y = np.log(100 * row["kept"]), 100 * row["score"][1]
+        near = next((point for point in labels if abs(x - point[0]) < 0.05 and abs(y - point[1]) < 2), (x, y))
+        labels.setdefault(near, []).append(figures.escape_math(name))
+    left, right = np.log(ax.get_xlim())
+    for (x, y), names in labels.items():
+        sign = -1 if x > (left + right) / 2 else 1
+        start, top = x + sign * 0.03 * (right - left), y + LINE / 2
+        ends = sorted((start, start + sign * CHARACTER * (right - left) * max(map(len, names))))
+        while hit := [b for b in placed if b[0] < ends[1] and ends[0] < b[1] and b[3] < top and top - LINE * len(names) < b[2]]:
+            top = min(box[3] for box in hit)
+        placed.append((*ends, top, top - LINE * len(names)))
+        moved = {"arrowstyle": "-", "color": "gray", "linewidth": 0.5} if top < y else None
+        ax.annotate("\n".join(names), (np.exp(x), y), (np.exp(start), top), va="top", ha="left" if sign > 0 else "right",
+                    fontsize=8.5, arrowprops=moved)

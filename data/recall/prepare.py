@@ -9,6 +9,7 @@ writes data/recall. With --pairs=2 --length=12 a sequence reads
     <s> k5 v3 k1 v7 . . k1 v7 k5 v3 . .
 
 Each key is asked for once, in a random one of the places of two tokens behind the pairs; the other places are empty.
+Half of the training sequences and more are easier: equal parts of a sequence, each with pairs and queries of its own.
 Only the values that answer count in loss and accuracy. The distance of an answer is that from the query, whose
 output predicts it, back to the value in its pair: a window of w tokens sees distances below w.
 """
@@ -26,13 +27,13 @@ from core.config import UserError
 from core.tokenizer import Tokenizer
 
 MARK, EMPTY, FIRST_KEY = range(3)  # token ids; the values follow the keys
-CHUNK = 250  # sequences made at a time; those of a chunk have the same number of pairs
+CHUNK = 250  # sequences made at a time; those of a chunk have equally many parts
 OPTIONS = {  # name: (default, least, most, help)
     "pairs": (8, 1, 2**14, "pairs of a sequence"),
-    "fewest": (1, 1, 2**14, "pairs of the easiest training sequences; the others have up to --pairs, evenly mixed"),
+    "parts": (8, 1, 2**14, "most parts of a training sequence: they have 1, 2, 4, ... parts, evenly mixed"),
     "length": (64, 4, 2**16 - 2, "tokens of a sequence, without the mark"),
-    "keys": (32, 1, 2**16, "different keys"),
-    "values": (32, 2, 2**16, "different values"),
+    "keys": (16, 1, 2**16, "different keys"),
+    "values": (16, 2, 2**16, "different values"),
     "near": (1.0, 0.001, 10.0, "query places are drawn with the weights s ** (near - 1), s = 1, 2, ...: 1 is uniform, "
                                "0.01 is the paper's"),
     "train": (40_000, 1, 10**7, "sequences of the training split"),
@@ -42,30 +43,30 @@ OPTIONS = {  # name: (default, least, most, help)
 }
 
 
-def sequences(random, count, pairs, options):
-    """(tokens, distances), both (count, length + 1) int64: sequences of `pairs` pairs; distances are 0 but at answers.
+def sequences(random, count, parts, options):
+    """(tokens, distances), both (count, length + 1) int64: sequences of `parts` parts; distances are 0 but at answers.
 
     random: a NumPy Generator. Only its method `random` is used, whose numbers no NumPy version may change.
     """
-    places = options.length // 2 - pairs  # of two tokens each, behind the pairs
-    keys = FIRST_KEY + random.random((count, options.keys)).argsort(1)[:, :pairs]
-    values = FIRST_KEY + options.keys + (random.random((count, pairs)) * options.values).astype(np.int64)
+    length, pairs, rows = options.length // parts, options.pairs // parts, np.arange(count * parts)[:, None]
+    places = length // 2 - pairs  # of two tokens each, behind the pairs of a part
+    keys = FIRST_KEY + random.random((count, options.keys)).argsort(1)[:, : options.pairs].reshape(-1, pairs)
+    values = FIRST_KEY + options.keys + (random.random(keys.shape) * options.values).astype(np.int64)
     # a weighted draw without replacement: Efraimidis and Spirakis 2006
     weights = np.arange(1, places + 1) ** (options.near - 1)
-    chosen = (-np.log1p(-random.random((count, places))) / weights).argsort(1)[:, :pairs]
-    tokens, distances = np.full((count, options.length + 1), EMPTY), np.zeros((count, options.length + 1), np.int64)
-    tokens[:, 0] = MARK
-    rows, first, query = np.arange(count)[:, None], 1 + 2 * np.arange(pairs), 1 + 2 * pairs + 2 * chosen
+    chosen = (-np.log1p(-random.random((len(rows), places))) / weights).argsort(1)[:, :pairs]
+    tokens, distances = np.full((len(rows), length), EMPTY), np.zeros((len(rows), length), np.int64)
+    first, query = 2 * np.arange(pairs), 2 * pairs + 2 * chosen
     for position in (first, query):
         tokens[rows, position], tokens[rows, position + 1] = keys, values
     distances[rows, query + 1] = query - (first + 1)
-    return tokens, distances
+    return tuple(np.insert(array.reshape(count, -1), 0, mark, 1) for array, mark in ((tokens, MARK), (distances, 0)))
 
 
-def split_of(random, count, fewest, options):
-    """A split for `prepare.write`, without its bytes: `count` sequences with `fewest` to `options.pairs` pairs, in
-    turn."""
-    chunks = [sequences(random, min(CHUNK, count - start), fewest + n % (options.pairs - fewest + 1), options)
+def split_of(random, count, parts, options):
+    """A split for `prepare.write`, without its bytes: `count` sequences of 1, 2, 4, ..., `parts` parts, in turn."""
+    kinds = parts.bit_length()
+    chunks = [sequences(random, min(CHUNK, count - start), 2 ** (n % kinds), options)
               for n, start in enumerate(range(0, count, CHUNK))]
     tokens, distances = (np.concatenate(parts) for parts in zip(*chunks))
     return {"tokens": tokens.ravel(), "distances": distances.ravel(), "documents": count,
@@ -77,13 +78,14 @@ def check(options):
     for name, (_, least, most, _) in OPTIONS.items():
         if not least <= getattr(options, name) <= most:
             raise UserError(f"--{name} must be from {least:,} to {most:,}, got {getattr(options, name):,}")
-    if options.length < 4 * options.pairs or options.length % 2:
-        raise UserError(f"--length must be even and at least {4 * options.pairs}, twice two tokens for each of --pairs="
+    if options.length < 4 * options.pairs:
+        raise UserError(f"--length must be at least {4 * options.pairs}, twice two tokens for each of --pairs="
                         f"{options.pairs}; got {options.length}")
+    if options.parts & (options.parts - 1) or options.pairs % options.parts or options.length % (2 * options.parts):
+        raise UserError(f"--parts must be a power of two that divides --pairs={options.pairs} and half of "
+                        f"--length={options.length}, got {options.parts}")
     if options.pairs > options.keys:
         raise UserError(f"--pairs must be at most --keys={options.keys}, for no key is in two pairs; got {options.pairs}")
-    if options.fewest > options.pairs:
-        raise UserError(f"--fewest must be at most --pairs={options.pairs}, got {options.fewest}")
 
 
 def main(argv):
@@ -97,8 +99,8 @@ def main(argv):
     options = {name: getattr(args, name) for name in OPTIONS}
     splits, digest = {}, hashlib.sha256()
     for n, name in enumerate(("train", "val", "test")):
-        fewest = args.fewest if name == "train" else args.pairs
-        splits[name] = split_of(np.random.default_rng([args.seed, n]), getattr(args, name), fewest, args)
+        parts = args.parts if name == "train" else 1
+        splits[name] = split_of(np.random.default_rng([args.seed, n]), getattr(args, name), parts, args)
         digest.update(splits[name]["tokens"].astype("<i8"))
     source = {"file": "prepare.py", "sha256": digest.hexdigest()}
     if prepare.finished(args, options, source):
