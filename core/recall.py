@@ -87,9 +87,11 @@ def label_points(ax, rows):
         sign = -1 if x > (left + right) / 2 else 1
         start, top = x + sign * 0.03 * (right - left), y + LINE / 2
         ends = sorted((start, start + sign * CHARACTER * (right - left) * max(map(len, names))))
-        while hit := [b for b in placed if b[0] < ends[1] and ends[0] < b[1] and b[3] < top and top - LINE * len(names) < b[2]]:
+        height = LINE * len(names)
+        beside = [box for box in placed if box[0] < ends[1] and ends[0] < box[1]]
+        while hit := [box for box in beside if box[3] < top and top - height < box[2]]:
             top = min(box[3] for box in hit)
-        placed.append((*ends, top, top - LINE * len(names)))
+        placed.append((*ends, top, top - height))
         moved = {"arrowstyle": "-", "color": "gray", "linewidth": 0.5} if top < y else None
         ax.annotate("\n".join(names), (np.exp(x), y), (np.exp(start), top), va="top", ha="left" if sign > 0 else "right",
                     fontsize=8.5, arrowprops=moved)

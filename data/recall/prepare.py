@@ -81,11 +81,11 @@ def check(options):
     if options.length < 4 * options.pairs:
         raise UserError(f"--length must be at least {4 * options.pairs}, twice two tokens for each of --pairs="
                         f"{options.pairs}; got {options.length}")
+    if options.pairs > options.keys:
+        raise UserError(f"--pairs must be at most --keys={options.keys}, for no key is in two pairs; got {options.pairs}")
     if options.parts & (options.parts - 1) or options.pairs % options.parts or options.length % (2 * options.parts):
         raise UserError(f"--parts must be a power of two that divides --pairs={options.pairs} and half of "
                         f"--length={options.length}, got {options.parts}")
-    if options.pairs > options.keys:
-        raise UserError(f"--pairs must be at most --keys={options.keys}, for no key is in two pairs; got {options.pairs}")
 
 
 def main(argv):
