@@ -9,7 +9,6 @@ writes data/recall. With --pairs=2 --length=12 a sequence reads
     <s> k5 v3 k1 v7 . . k1 v7 k5 v3 . .
 
 Each key is asked for once, in a random one of the places of two tokens behind the pairs; the other places are empty.
-Half of the training sequences and more are easier: equal parts of a sequence, each with pairs and queries of its own.
 Only the values that answer count in loss and accuracy. The distance of an answer is that from the query, whose
 output predicts it, back to the value in its pair: a window of w tokens sees distances below w.
 """
@@ -27,47 +26,44 @@ from core.config import UserError
 from core.tokenizer import Tokenizer
 
 MARK, EMPTY, FIRST_KEY = range(3)  # token ids; the values follow the keys
-CHUNK = 250  # sequences made at a time; those of a chunk have equally many parts
+CHUNK = 250  # sequences made at a time, for the memory
 OPTIONS = {  # name: (default, least, most, help)
-    "pairs": (8, 1, 2**14, "pairs of a sequence"),
-    "parts": (8, 1, 2**14, "most parts of a training sequence: they have 1, 2, 4, ... parts, evenly mixed"),
-    "length": (64, 4, 2**16 - 2, "tokens of a sequence, without the mark"),
+    "pairs": (4, 1, 2**14, "pairs of a sequence"),
+    "length": (32, 4, 2**16 - 2, "tokens of a sequence, without the mark"),
     "keys": (16, 1, 2**16, "different keys"),
     "values": (16, 2, 2**16, "different values"),
     "near": (1.0, 0.001, 10.0, "query places are drawn with the weights s ** (near - 1), s = 1, 2, ...: 1 is uniform, "
                                "0.01 is the paper's"),
-    "train": (40_000, 1, 10**7, "sequences of the training split"),
+    "train": (100_000, 1, 10**7, "sequences of the training split"),
     "val": (1_000, 1, 10**7, "sequences of the validation split"),
     "test": (1_000, 1, 10**7, "sequences of the test split"),
     "seed": (1, 0, 2**63 - 1, "of the random numbers"),
 }
 
 
-def sequences(random, count, parts, options):
-    """(tokens, distances), both (count, length + 1) int64: sequences of `parts` parts; distances are 0 but at answers.
+def sequences(random, count, options):
+    """(tokens, distances), both (count, length + 1) int64: sequences after the mark; distances are 0 but at answers.
 
     random: a NumPy Generator. Only its method `random` is used, whose numbers no NumPy version may change.
     """
-    length, pairs, rows = options.length // parts, options.pairs // parts, np.arange(count * parts)[:, None]
-    places = length // 2 - pairs  # of two tokens each, behind the pairs of a part
-    keys = FIRST_KEY + random.random((count, options.keys)).argsort(1)[:, : options.pairs].reshape(-1, pairs)
-    values = FIRST_KEY + options.keys + (random.random(keys.shape) * options.values).astype(np.int64)
+    n, places, rows = options.pairs, options.length // 2 - options.pairs, np.arange(count)[:, None]
+    keys = FIRST_KEY + random.random((count, options.keys)).argsort(1)[:, :n]
+    values = FIRST_KEY + options.keys + (random.random((count, n)) * options.values).astype(np.int64)
     # a weighted draw without replacement: Efraimidis and Spirakis 2006
     weights = np.arange(1, places + 1) ** (options.near - 1)
-    chosen = (-np.log1p(-random.random((len(rows), places))) / weights).argsort(1)[:, :pairs]
-    tokens, distances = np.full((len(rows), length), EMPTY), np.zeros((len(rows), length), np.int64)
-    first, query = 2 * np.arange(pairs), 2 * pairs + 2 * chosen
-    for position in (first, query):
+    chosen = (-np.log1p(-random.random((count, places))) / weights).argsort(1)[:, :n]
+    tokens, distances = np.full((count, options.length + 1), EMPTY), np.zeros((count, options.length + 1), np.int64)
+    tokens[:, 0] = MARK
+    pair, query = 1 + 2 * np.arange(n), 1 + 2 * n + 2 * chosen  # positions of keys
+    for position in (pair, query):
         tokens[rows, position], tokens[rows, position + 1] = keys, values
-    distances[rows, query + 1] = query - (first + 1)
-    return tuple(np.insert(array.reshape(count, -1), 0, mark, 1) for array, mark in ((tokens, MARK), (distances, 0)))
+    distances[rows, query + 1] = query - (pair + 1)
+    return tokens, distances
 
 
-def split_of(random, count, parts, options):
-    """A split for `prepare.write`, without its bytes: `count` sequences of 1, 2, 4, ..., `parts` parts, in turn."""
-    kinds = parts.bit_length()
-    chunks = [sequences(random, min(CHUNK, count - start), 2 ** (n % kinds), options)
-              for n, start in enumerate(range(0, count, CHUNK))]
+def split_of(random, count, options):
+    """A split of `count` sequences for `prepare.write`, without its bytes."""
+    chunks = [sequences(random, min(CHUNK, count - start), options) for start in range(0, count, CHUNK)]
     tokens, distances = (np.concatenate(parts) for parts in zip(*chunks))
     return {"tokens": tokens.ravel(), "distances": distances.ravel(), "documents": count,
             "offsets": np.arange(count + 1) * (options.length + 1), "answers": int((distances > 0).sum())}
@@ -78,14 +74,11 @@ def check(options):
     for name, (_, least, most, _) in OPTIONS.items():
         if not least <= getattr(options, name) <= most:
             raise UserError(f"--{name} must be from {least:,} to {most:,}, got {getattr(options, name):,}")
-    if options.length < 4 * options.pairs:
-        raise UserError(f"--length must be at least {4 * options.pairs}, twice two tokens for each of --pairs="
+    if options.length < 4 * options.pairs or options.length % 2:
+        raise UserError(f"--length must be even and at least {4 * options.pairs}, twice two tokens for each of --pairs="
                         f"{options.pairs}; got {options.length}")
     if options.pairs > options.keys:
         raise UserError(f"--pairs must be at most --keys={options.keys}, for no key is in two pairs; got {options.pairs}")
-    if options.parts & (options.parts - 1) or options.pairs % options.parts or options.length % (2 * options.parts):
-        raise UserError(f"--parts must be a power of two that divides --pairs={options.pairs} and half of "
-                        f"--length={options.length}, got {options.parts}")
 
 
 def main(argv):
@@ -99,8 +92,7 @@ def main(argv):
     options = {name: getattr(args, name) for name in OPTIONS}
     splits, digest = {}, hashlib.sha256()
     for n, name in enumerate(("train", "val", "test")):
-        parts = args.parts if name == "train" else 1
-        splits[name] = split_of(np.random.default_rng([args.seed, n]), getattr(args, name), parts, args)
+        splits[name] = split_of(np.random.default_rng([args.seed, n]), getattr(args, name), args)
         digest.update(splits[name]["tokens"].astype("<i8"))
     source = {"file": "prepare.py", "sha256": digest.hexdigest()}
     if prepare.finished(args, options, source):

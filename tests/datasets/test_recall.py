@@ -34,8 +34,8 @@ def words_of(data, split):
     return [(vocab[tokens[a + 1 : b]].tolist(), distances[a + 1 : b].tolist()) for a, b in zip(offsets, offsets[1:])]
 
 
-def check_part(words, distances, pairs):
-    """Read a part of a sequence word by word: every key is asked for once, and only its value counts, at its true distance."""
+def check_sequence(words, distances, pairs):
+    """Read a sequence word by word: every key is asked for once, and only its value counts, at its true distance."""
     values, places, asked = {}, {}, []
     for n in range(0, len(words), 2):
         key, value = words[n : n + 2]
@@ -54,9 +54,8 @@ def check_part(words, distances, pairs):
     assert sorted(asked) == sorted(values) and len(values) == pairs
 
 
-@pytest.mark.parametrize("options", [(), ("--pairs=3", "--length=16", "--keys=3", "--near=0.1", "--parts=1"),
-                                     ("--pairs=1", "--length=4", "--values=300", "--keys=70", "--parts=1"),
-                                     ("--parts=2", "--length=32")])
+@pytest.mark.parametrize("options", [(), ("--pairs=3", "--length=16", "--keys=3", "--near=0.1"),
+                                     ("--pairs=1", "--length=4", "--values=300", "--keys=70"), ("--pairs=8",)])
 def test_answers_are_right(tmp_path, options):
     data = make(tmp_path / "recall", *options)
     chosen = data.meta["options"]
@@ -64,13 +63,9 @@ def test_answers_are_right(tmp_path, options):
     for split, count in (("train", 1100), ("val", 40), ("test", 30)):
         sequences = words_of(data, split)
         assert len(sequences) == count == data.splits[split]["documents"]
-        for n, (words, distances) in enumerate(sequences):
-            parts = 2 ** (n // recall.CHUNK % chosen["parts"].bit_length()) if split == "train" else 1
-            assert len(words) == chosen["length"] and len(words) % parts == 0
-            assert len({word for word in words if word[0] == "k"}) == chosen["pairs"]
-            size = len(words) // parts
-            for start in range(0, len(words), size):
-                check_part(words[start : start + size], distances[start : start + size], chosen["pairs"] // parts)
+        for words, distances in sequences:
+            assert len(words) == chosen["length"]
+            check_sequence(words, distances, chosen["pairs"])
         text = data.tokenizer.decode_bytes(data.tokens(split).tolist())
         assert data.splits[split]["bytes"] == len(text)
         assert data.splits[split]["answers"] == (data.distances(split) > 0).sum()
@@ -82,7 +77,7 @@ def test_distances_are_as_promised():
     found = {}
     for near in (1.0, 0.01):
         options.near = near
-        tokens, distances = recall.sequences(np.random.default_rng(0), 4000, 1, options)
+        tokens, distances = recall.sequences(np.random.default_rng(0), 4000, options)
         assert distances.max() == 43 - 2 and distances[distances > 0].min() == 1  # positions 44 - 1 - 2; 5 - 4
         places = np.nonzero(distances)[1].reshape(-1, 2) // 2 - 3  # of the two answers of each sequence, from 0
         found[near] = np.bincount(places.ravel(), minlength=20) / 4000
@@ -97,7 +92,7 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path, capsys):
     one, other, third = (make(tmp_path / name, *options) for name, options in (("a", ()), ("b", ()), ("c", ("--seed=2",))))
     assert one.digests == other.digests and one.source == other.source != third.source
     assert len(set(one.digests.values()) & set(third.digests.values())) == 3  # offsets alone
-    pinned = make(tmp_path / "d", "--pairs=3", "--length=16", "--keys=4", "--values=9", "--parts=1", "--seed=1")
+    pinned = make(tmp_path / "d", "--pairs=3", "--length=16", "--keys=4", "--values=9", "--seed=1")
     words, distances = words_of(pinned, "val")[0]
     assert " ".join(words) == "k3 v6 k0 v3 k2 v0 k2 v0 . . k3 v6 . . k0 v3" and [d for d in distances if d] == [1, 9, 11]
     before = (tmp_path / "a" / "train.bin").stat().st_mtime_ns
@@ -107,9 +102,8 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path, capsys):
 
 @pytest.mark.parametrize("options, message", [
     (("--pairs=9", "--keys=8", "--length=64"), "--pairs must be at most --keys=8, for no key is in two pairs; got 9"),
-    (("--pairs=8", "--length=30"), "--length must be at least 32, twice two tokens for each of --pairs=8; got 30"),
-    (("--length=65", "--parts=1"), "--parts must be a power of two that divides --pairs=8 and half of --length=65, got 1"),
-    (("--parts=3", "--pairs=9"), "--parts must be"), (("--parts=16",), "--parts must be"), (("--length=40",), "--parts must be"),
+    (("--pairs=8", "--length=30"), "--length must be even and at least 32, twice two tokens for each of --pairs=8; got 30"),
+    (("--length=33",), "--length must be even"),
     (("--pairs=0",), "--pairs must be from 1 to"), (("--near=0",), "--near must be from 0.001 to 10.0, got 0.0"),
     (("--near=nan",), "--near must be"), (("--train=0",), "--train must be from 1"), (("--seed=-1",), "--seed must be from 0"),
     (("--length=70000",), "--length must be from 4 to 65,534, got 70,000"), (("--source=.",), "takes no --source"),
@@ -135,7 +129,7 @@ def model():
 
 @pytest.fixture
 def small(tmp_path):
-    return make(tmp_path / "small", "--pairs=3", "--length=16", "--keys=3", "--values=2", "--parts=1")
+    return make(tmp_path / "small", "--pairs=3", "--length=16", "--keys=3", "--values=2")
 
 
 def by_hand(model, data, split):
