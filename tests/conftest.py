@@ -53,7 +53,7 @@ def reviews(tmp_path_factory):
 def recall(tmp_path_factory):
     """Associative recall as in data/recall, 16 tokens a sequence: train 60, val 10, test 10."""
     folder = tmp_path_factory.mktemp("data") / "recall"
-    sizes = ("--pairs=4", "--length=16", "--keys=6", "--values=3", "--train=60", "--val=10", "--test=10")
+    sizes = ("--pairs=4", "--queries=4", "--length=16", "--keys=6", "--values=3", "--train=60", "--val=10", "--test=10")
     recall_prepare.main(["--out_dir", str(folder), *sizes])
     return folder
 

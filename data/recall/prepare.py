@@ -4,13 +4,14 @@ Multi-query associative recall: pairs of a key and a value, then keys whose valu
 
     python data/recall/prepare.py
 
-writes data/recall. With --pairs=2 --length=12 a sequence reads
+writes data/recall. With --pairs=2 --queries=2 --length=12 a sequence reads
 
     <s> k5 v3 k1 v7 . . k1 v7 k5 v3 . .
 
-Each key is asked for once, in a random one of the places of two tokens behind the pairs; the other places are empty.
-Only the values that answer count in loss and accuracy. The distance of an answer is that from the query, whose
-output predicts it, back to the value in its pair: a window of w tokens sees distances below w.
+Random places of two tokens behind the pairs ask for a random key; the other places are empty. Keys are drawn with
+replacement: if each were asked for once, a model could answer the last queries by elimination, and stop there.
+Only the values that answer count in loss and accuracy. The distance of an answer is that from the query, whose output
+predicts it, back to where its value stood last: a window of w tokens sees distances below w.
 """
 
 import hashlib
@@ -29,6 +30,7 @@ MARK, EMPTY, FIRST_KEY = range(3)  # token ids; the values follow the keys
 CHUNK = 250  # sequences made at a time, for the memory
 OPTIONS = {  # name: (default, least, most, help)
     "pairs": (4, 1, 2**14, "pairs of a sequence"),
+    "queries": (12, 1, 2**15, "queries of a sequence"),
     "length": (32, 4, 2**16 - 2, "tokens of a sequence, without the mark"),
     "keys": (16, 1, 2**16, "different keys"),
     "values": (16, 2, 2**16, "different values"),
@@ -49,15 +51,18 @@ def sequences(random, count, options):
     n, places, rows = options.pairs, options.length // 2 - options.pairs, np.arange(count)[:, None]
     keys = FIRST_KEY + random.random((count, options.keys)).argsort(1)[:, :n]
     values = FIRST_KEY + options.keys + (random.random((count, n)) * options.values).astype(np.int64)
+    asked = (random.random((count, options.queries)) * n).astype(np.int64)  # which pair each query is about
     # a weighted draw without replacement: Efraimidis and Spirakis 2006
     weights = np.arange(1, places + 1) ** (options.near - 1)
-    chosen = (-np.log1p(-random.random((count, places))) / weights).argsort(1)[:, :n]
+    chosen = np.sort((-np.log1p(-random.random((count, places))) / weights).argsort(1)[:, : options.queries])
     tokens, distances = np.full((count, options.length + 1), EMPTY), np.zeros((count, options.length + 1), np.int64)
     tokens[:, 0] = MARK
-    pair, query = 1 + 2 * np.arange(n), 1 + 2 * n + 2 * chosen  # positions of keys
-    for position in (pair, query):
-        tokens[rows, position], tokens[rows, position + 1] = keys, values
-    distances[rows, query + 1] = query - (pair + 1)
+    tokens[:, 1 : 2 * n : 2], tokens[:, 2 : 2 * n + 1 : 2] = keys, values
+    last = np.tile(2 + 2 * np.arange(n), (count, 1))  # positions at which the values stood last
+    for position, pair in zip(np.split(1 + 2 * n + 2 * chosen, options.queries, 1), np.split(asked, options.queries, 1)):
+        tokens[rows, position], tokens[rows, position + 1] = keys[rows, pair], values[rows, pair]
+        distances[rows, position + 1] = position - last[rows, pair]
+        last[rows, pair] = position + 1
     return tokens, distances
 
 
@@ -74,9 +79,10 @@ def check(options):
     for name, (_, least, most, _) in OPTIONS.items():
         if not least <= getattr(options, name) <= most:
             raise UserError(f"--{name} must be from {least:,} to {most:,}, got {getattr(options, name):,}")
-    if options.length < 4 * options.pairs or options.length % 2:
-        raise UserError(f"--length must be even and at least {4 * options.pairs}, twice two tokens for each of --pairs="
-                        f"{options.pairs}; got {options.length}")
+    least = 2 * (options.pairs + options.queries)
+    if options.length < least or options.length % 2:
+        raise UserError(f"--length must be even and at least {least}, two tokens for each of --pairs={options.pairs} and "
+                        f"--queries={options.queries}; got {options.length}")
     if options.pairs > options.keys:
         raise UserError(f"--pairs must be at most --keys={options.keys}, for no key is in two pairs; got {options.pairs}")
 
