@@ -14,3 +14,5 @@ variants = [
     "adaptive span, periodic: --attention=adaptive_attention_span --softness_span_mask=8 --use_triangle_wave_masking=True",
     "ATRT: --attention=atrt",
 ]
+amount = 2500
+evaluations = 5

@@ -5,8 +5,8 @@ dataset = "recall"
 n_layer = 2
 n_head = 4
 n_embd = 64
-block_size = 32
-batch_size = 32
+block_size = 64
+batch_size = 16
 
 learning_rate = 4e-3
 min_lr = 2e-4

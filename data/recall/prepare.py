@@ -4,14 +4,16 @@ Multi-query associative recall: pairs of a key and a value, then keys whose valu
 
     python data/recall/prepare.py
 
-writes data/recall. With --pairs=2 --queries=2 --length=12 a sequence reads
+writes data/recall. With --pairs=2 --queries=3 --length=12 a sequence reads
 
-    <s> k5 v3 k1 v7 . . k1 v7 k5 v3 . .
+    <s> k5v3 k1v7 . . k1 v7 . . k5 v3 k1 v7
 
 Random places of two tokens behind the pairs ask for a random key; the other places are empty. Keys are drawn with
-replacement: if each were asked for once, a model could answer the last queries by elimination, and stop there.
+replacement: if each were asked for once, a model could answer the last queries by elimination.
+A pair is one token. With --joined=0 it is two, as in the paper; then a layer must first tell each value which key stands
+before it, which takes far longer to learn than to look a key up.
 Only the values that answer count in loss and accuracy. The distance of an answer is that from the query, whose output
-predicts it, back to where its value stood last: a window of w tokens sees distances below w.
+predicts it, back to the value in its pair: a window of w tokens sees distances below w.
 """
 
 import hashlib
@@ -26,14 +28,15 @@ from core import prepare
 from core.config import UserError
 from core.tokenizer import Tokenizer
 
-MARK, EMPTY, FIRST_KEY = range(3)  # token ids; the values follow the keys
+MARK, EMPTY, FIRST_KEY = range(3)  # token ids; then come the values, and the pairs (k0 v0, k0 v1, ...)
 CHUNK = 250  # sequences made at a time, for the memory
 OPTIONS = {  # name: (default, least, most, help)
-    "pairs": (4, 1, 2**14, "pairs of a sequence"),
-    "queries": (12, 1, 2**15, "queries of a sequence"),
-    "length": (32, 4, 2**16 - 2, "tokens of a sequence, without the mark"),
-    "keys": (16, 1, 2**16, "different keys"),
-    "values": (16, 2, 2**16, "different values"),
+    "pairs": (8, 1, 2**14, "pairs of a sequence"),
+    "queries": (16, 1, 2**15, "queries of a sequence"),
+    "length": (64, 3, 2**16 - 2, "tokens of a sequence, without the mark"),
+    "keys": (16, 1, 2**12, "different keys"),
+    "values": (8, 2, 2**12, "different values"),
+    "joined": (1, 0, 1, "1: a pair is one token, 0: two tokens"),
     "near": (1.0, 0.001, 10.0, "query places are drawn with the weights s ** (near - 1), s = 1, 2, ...: 1 is uniform, "
                                "0.01 is the paper's"),
     "train": (100_000, 1, 10**7, "sequences of the training split"),
@@ -48,21 +51,24 @@ def sequences(random, count, options):
 
     random: a NumPy Generator. Only its method `random` is used, whose numbers no NumPy version may change.
     """
-    n, places, rows = options.pairs, options.length // 2 - options.pairs, np.arange(count)[:, None]
-    keys = FIRST_KEY + random.random((count, options.keys)).argsort(1)[:, :n]
-    values = FIRST_KEY + options.keys + (random.random((count, n)) * options.values).astype(np.int64)
+    n, size, first_value = options.pairs, 2 - options.joined, FIRST_KEY + options.keys
+    rows, places = np.arange(count)[:, None], (options.length - size * n) // 2  # of two tokens, behind the pairs
+    keys = random.random((count, options.keys)).argsort(1)[:, :n]
+    values = (random.random((count, n)) * options.values).astype(np.int64)
     asked = (random.random((count, options.queries)) * n).astype(np.int64)  # which pair each query is about
     # a weighted draw without replacement: Efraimidis and Spirakis 2006
     weights = np.arange(1, places + 1) ** (options.near - 1)
-    chosen = np.sort((-np.log1p(-random.random((count, places))) / weights).argsort(1)[:, : options.queries])
+    chosen = (-np.log1p(-random.random((count, places))) / weights).argsort(1)[:, : options.queries]
     tokens, distances = np.full((count, options.length + 1), EMPTY), np.zeros((count, options.length + 1), np.int64)
     tokens[:, 0] = MARK
-    tokens[:, 1 : 2 * n : 2], tokens[:, 2 : 2 * n + 1 : 2] = keys, values
-    last = np.tile(2 + 2 * np.arange(n), (count, 1))  # positions at which the values stood last
-    for position, pair in zip(np.split(1 + 2 * n + 2 * chosen, options.queries, 1), np.split(asked, options.queries, 1)):
-        tokens[rows, position], tokens[rows, position + 1] = keys[rows, pair], values[rows, pair]
-        distances[rows, position + 1] = position - last[rows, pair]
-        last[rows, pair] = position + 1
+    stored, query = size * (1 + np.arange(n)), 1 + size * n + 2 * chosen  # positions of the pairs' values, of queries
+    tokens[:, stored] = first_value + values
+    if options.joined:
+        tokens[:, stored] = first_value + options.values * (1 + keys) + values
+    else:
+        tokens[:, stored - 1] = FIRST_KEY + keys
+    tokens[rows, query], tokens[rows, query + 1] = FIRST_KEY + keys[rows, asked], first_value + values[rows, asked]
+    distances[rows, query + 1] = query - stored[asked]
     return tokens, distances
 
 
@@ -79,9 +85,9 @@ def check(options):
     for name, (_, least, most, _) in OPTIONS.items():
         if not least <= getattr(options, name) <= most:
             raise UserError(f"--{name} must be from {least:,} to {most:,}, got {getattr(options, name):,}")
-    least = 2 * (options.pairs + options.queries)
-    if options.length < least or options.length % 2:
-        raise UserError(f"--length must be even and at least {least}, two tokens for each of --pairs={options.pairs} and "
+    least = (2 - options.joined) * options.pairs + 2 * options.queries
+    if options.length < least:
+        raise UserError(f"--length must be at least {least} for --pairs={options.pairs} and two tokens for each of "
                         f"--queries={options.queries}; got {options.length}")
     if options.pairs > options.keys:
         raise UserError(f"--pairs must be at most --keys={options.keys}, for no key is in two pairs; got {options.pairs}")
@@ -104,6 +110,7 @@ def main(argv):
     if prepare.finished(args, options, source):
         return
     vocab = ["<s>", ".", *(f"k{n}" for n in range(args.keys)), *(f"v{n}" for n in range(args.values))]
+    vocab += [f"k{n}v{m}" for n in range(args.keys) for m in range(args.values)] * args.joined
     meta = {"name": "recall", "kind": "lm", "whole_documents": True, "tokenizer": "words", "vocab_size": len(vocab),
             "mark": MARK, "vocab": vocab, "lossless": False, "partial": False, "options": options, "source": source,
             "split_rule": "random sequences; one stream of random numbers for each split"}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -34,37 +35,39 @@ def words_of(data, split):
     return [(vocab[tokens[a + 1 : b]].tolist(), distances[a + 1 : b].tolist()) for a, b in zip(offsets, offsets[1:])]
 
 
-def check_sequence(words, distances, pairs, queries):
-    """Read a sequence word by word: only the values behind queries count, at the distance to where they stood last."""
+def check_sequence(words, distances, options):
+    """Read a sequence word by word: only the values behind queries count, at the distance back to their pair."""
     values, places, asked = {}, {}, 0
-    for n in range(0, len(words), 2):
+    for n in range(options["pairs"]):
+        pair = "".join(words[n : n + 1] if options["joined"] else words[2 * n : 2 * n + 2])
+        key, value = re.fullmatch(r"(k\d+)(v\d+)", pair).groups()
+        assert key not in values
+        values[key], places[key] = value, n if options["joined"] else 2 * n + 1
+    start = 1 + max(places.values())
+    assert not any(distances[:start])
+    for n in range(start, len(words) - 1, 2):
         key, value = words[n : n + 2]
-        expected = 0
-        if n < 2 * pairs:
-            assert key[0] == "k" and value[0] == "v" and key not in values
-            values[key] = value
-        elif key == ".":
-            assert value == "."
+        if key == ".":
+            assert value == "." and distances[n : n + 2] == [0, 0]
         else:
-            assert value == values[key]
-            asked, expected = asked + 1, n - places[key]
-        places[key] = n + 1
-        assert distances[n : n + 2] == [0, expected]
-    assert len(values) == pairs and asked == queries
+            asked += 1
+            assert value == values[key] and distances[n : n + 2] == [0, n - places[key]]
+    assert asked == options["queries"] == sum(d > 0 for d in distances)
 
 
 @pytest.mark.parametrize("options", [(), ("--pairs=3", "--queries=4", "--length=20", "--keys=3", "--near=0.1"),
-                                     ("--pairs=1", "--queries=1", "--length=4", "--values=300", "--keys=70")])
+                                     ("--pairs=1", "--queries=1", "--length=3", "--values=30", "--keys=70"),
+                                     ("--joined=0", "--length=51")])
 def test_answers_are_right(tmp_path, options):
     data = make(tmp_path / "recall", *options)
     chosen = data.meta["options"]
-    assert data.vocab_size == 2 + chosen["keys"] + chosen["values"]
+    assert data.vocab_size == 2 + chosen["keys"] + chosen["values"] + chosen["joined"] * chosen["keys"] * chosen["values"]
     for split, count in (("train", 1100), ("val", 40), ("test", 30)):
         sequences = words_of(data, split)
         assert len(sequences) == count == data.splits[split]["documents"]
         for words, distances in sequences:
             assert len(words) == chosen["length"]
-            check_sequence(words, distances, chosen["pairs"], chosen["queries"])
+            check_sequence(words, distances, chosen)
         text = data.tokenizer.decode_bytes(data.tokens(split).tolist())
         assert data.splits[split]["bytes"] == len(text)
         assert data.splits[split]["answers"] == (data.distances(split) > 0).sum()
@@ -72,13 +75,13 @@ def test_answers_are_right(tmp_path, options):
 
 def test_distances_are_as_promised():
     """With near = 1 each place is as likely as any other; a small one prefers the first places, as in the paper."""
-    options = SimpleNamespace(length=44, pairs=2, queries=2, keys=9, values=9, near=1.0)
+    options = SimpleNamespace(length=42, pairs=2, queries=2, keys=9, values=9, near=1.0, joined=1)
     found = {}
     for near in (1.0, 0.01):
         options.near = near
         tokens, distances = recall.sequences(np.random.default_rng(0), 4000, options)
-        assert distances.max() == 43 - 2 and distances[distances > 0].min() == 1
-        places = np.nonzero(distances)[1].reshape(-1, 2) // 2 - 3  # of the two answers of each sequence, from 0
+        assert distances.max() == 41 - 1 and distances[distances > 0].min() == 1
+        places = np.nonzero(distances)[1].reshape(-1, 2) // 2 - 2  # of the two answers of each sequence, from 0
         found[near] = np.bincount(places.ravel(), minlength=20) / 4000
     assert found[1.0] == pytest.approx(np.full(20, 0.1), abs=0.02)
     weights = np.arange(1, 21) ** -0.99
@@ -91,9 +94,9 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path, capsys):
     one, other, third = (make(tmp_path / name, *options) for name, options in (("a", ()), ("b", ()), ("c", ("--seed=2",))))
     assert one.digests == other.digests and one.source == other.source != third.source
     assert len(set(one.digests.values()) & set(third.digests.values())) == 3  # offsets alone
-    pinned = make(tmp_path / "d", "--pairs=3", "--queries=3", "--length=16", "--keys=4", "--values=9", "--seed=1")
+    pinned = make(tmp_path / "d", "--pairs=3", "--queries=3", "--length=16", "--keys=4", "--values=9", "--seed=1", "--joined=0")
     words, distances = words_of(pinned, "val")[0]
-    assert " ".join(words) == "k3 v6 k0 v3 k2 v0 . . k2 v0 . . k2 v0 k3 v6" and [d for d in distances if d] == [3, 3, 13]
+    assert " ".join(words) == "k3 v6 k0 v3 k2 v0 . . k2 v0 . . k2 v0 k3 v6" and [d for d in distances if d] == [3, 7, 13]
     before = (tmp_path / "a" / "train.bin").stat().st_mtime_ns
     make(tmp_path / "a")
     assert "nothing to do" in capsys.readouterr().out and (tmp_path / "a" / "train.bin").stat().st_mtime_ns == before
@@ -101,11 +104,11 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path, capsys):
 
 @pytest.mark.parametrize("options, message", [
     (("--pairs=9", "--keys=8", "--length=64"), "--pairs must be at most --keys=8, for no key is in two pairs; got 9"),
-    (("--length=30",), "--length must be even and at least 32, two tokens for each of --pairs=4 and --queries=12; got 30"),
-    (("--length=33",), "--length must be even"),
+    (("--length=39",), "--length must be at least 40 for --pairs=8 and two tokens for each of --queries=16; got 39"),
+    (("--length=47", "--joined=0"), "--length must be at least 48"), (("--joined=2",), "--joined must be from 0 to 1"),
     (("--pairs=0",), "--pairs must be from 1 to"), (("--near=0",), "--near must be from 0.001 to 10.0, got 0.0"),
     (("--near=nan",), "--near must be"), (("--train=0",), "--train must be from 1"), (("--seed=-1",), "--seed must be from 0"),
-    (("--length=70000",), "--length must be from 4 to 65,534, got 70,000"), (("--source=.",), "takes no --source"),
+    (("--length=70000",), "--length must be from 3 to 65,534, got 70,000"), (("--source=.",), "takes no --source"),
 ])
 def test_what_is_refused(tmp_path, options, message):
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
@@ -128,7 +131,7 @@ def model():
 
 @pytest.fixture
 def small(tmp_path):
-    return make(tmp_path / "small", "--pairs=3", "--queries=3", "--length=16", "--keys=3", "--values=2")
+    return make(tmp_path / "small", "--pairs=3", "--queries=3", "--length=16", "--keys=3", "--values=2", "--joined=0")
 
 
 def by_hand(model, data, split):
