@@ -31,10 +31,10 @@ from core.tokenizer import Tokenizer
 MARK, EMPTY, FIRST_KEY = range(3)  # token ids; then come the values, and the pairs (k0 v0, k0 v1, ...)
 CHUNK = 250  # sequences made at a time, for the memory
 OPTIONS = {  # name: (default, least, most, help)
-    "pairs": (8, 1, 2**14, "pairs of a sequence"),
+    "pairs": (6, 1, 2**14, "pairs of a sequence"),
     "queries": (16, 1, 2**15, "queries of a sequence"),
     "length": (64, 3, 2**16 - 2, "tokens of a sequence, without the mark"),
-    "keys": (16, 1, 2**12, "different keys"),
+    "keys": (8, 1, 2**12, "different keys"),
     "values": (8, 2, 2**12, "different values"),
     "joined": (1, 0, 1, "1: a pair is one token, 0: two tokens"),
     "near": (1.0, 0.001, 10.0, "query places are drawn with the weights s ** (near - 1), s = 1, 2, ...: 1 is uniform, "

@@ -104,8 +104,8 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path, capsys):
 
 @pytest.mark.parametrize("options, message", [
     (("--pairs=9", "--keys=8", "--length=64"), "--pairs must be at most --keys=8, for no key is in two pairs; got 9"),
-    (("--length=39",), "--length must be at least 40 for --pairs=8 and two tokens for each of --queries=16; got 39"),
-    (("--length=47", "--joined=0"), "--length must be at least 48"), (("--joined=2",), "--joined must be from 0 to 1"),
+    (("--length=37",), "--length must be at least 38 for --pairs=6 and two tokens for each of --queries=16; got 37"),
+    (("--length=43", "--joined=0"), "--length must be at least 44"), (("--joined=2",), "--joined must be from 0 to 1"),
     (("--pairs=0",), "--pairs must be from 1 to"), (("--near=0",), "--near must be from 0.001 to 10.0, got 0.0"),
     (("--near=nan",), "--near must be"), (("--train=0",), "--train must be from 1"), (("--seed=-1",), "--seed must be from 0"),
     (("--length=70000",), "--length must be from 3 to 65,534, got 70,000"), (("--source=.",), "takes no --source"),
