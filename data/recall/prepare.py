@@ -10,8 +10,8 @@ writes data/recall. With --pairs=2 --queries=3 --length=12 a sequence reads
 
 Random places of two tokens behind the pairs ask for a random key; the other places are empty. Keys are drawn with
 replacement: if each were asked for once, a model could answer the last queries by elimination.
-A pair is one token. With --joined=0 it is two, as in the paper; then a layer must first tell each value which key stands
-before it, which takes far longer to learn than to look a key up.
+A pair is one token. With --joined=0 it is two, as in the paper; a layer must then first tell each value which key
+stands before it, which takes far longer to learn than to look a key up.
 Only the values that answer count in loss and accuracy. The distance of an answer is that from the query, whose output
 predicts it, back to the value in its pair: a window of w tokens sees distances below w.
 """
@@ -90,7 +90,8 @@ def check(options):
         raise UserError(f"--length must be at least {least} for --pairs={options.pairs} and two tokens for each of "
                         f"--queries={options.queries}; got {options.length}")
     if options.pairs > options.keys:
-        raise UserError(f"--pairs must be at most --keys={options.keys}, for no key is in two pairs; got {options.pairs}")
+        raise UserError(f"--pairs must be at most --keys={options.keys}, for no key is in two pairs; "
+                        f"got {options.pairs}")
 
 
 def main(argv):
