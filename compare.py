@@ -11,7 +11,6 @@ All variants read the same data and are scored on the same split. A config file 
 length, seed, warm-up, evaluations and out_dir are replaced by those of the comparison. Other files in out_dir stay.
 """
 
-from core import startup  # first: torch reads its settings when it is loaded
 
 import json
 import math
@@ -232,6 +231,7 @@ def is_result(result, folder, wanted):
         return (result["split"] == ("test" if wanted["eval_test"] else "val") and bool(scores) and scores.keys() <= SCORES.keys()
                 and all(len(curve) >= 2 and all(len(pair) == 2 for pair in curve) for curve in curves)
                 and all(map(is_number, numbers)) and (result["kept_share"] is None or is_number(result["kept_share"]))
+                and all(map(is_number, (x for pair in result.get("accuracy_by_distance", []) for x in pair)))
                 and ("auc" not in scores or (folder / f"predictions-{result['split']}.npz").exists())
                 and (not hard or all(map(is_number, result["hard"].values())))
                 and all(type(result["next"][prompt][0]) is str and is_number(result["next"][prompt][1]) for prompt in prompts))
@@ -295,7 +295,8 @@ def read_run(folder, device, dtype):
     kept = [layer["kept_share"] for layer in last.get("stats", []) if "kept_share" in layer]
     found = {"split": last["split"], "scores": {name: last[name] for name in SCORES if name in last},
              "seconds": last.get("seconds"), "work": last.get("work"), "kept_share": float(np.mean(kept)) if kept else None,
-             "curve": [[r["step"], r.get(score)] for r in records]}
+             "curve": [[r["step"], r.get(score)] for r in records],
+             **{key: last[key] for key in ("accuracy_by_distance",) if key in last}}
     if f"train_{score}" in records[0]:
         found["train_curve"] = [[r["step"], r.get(f"train_{score}")] for r in records]
     if hard or prompts:

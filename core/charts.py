@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from core import figures, readers
+from core import figures, readers, recall
 from core.config import UserError
 
 
@@ -29,7 +29,8 @@ FLOPS = (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP")
 
 def read_comparison(path):
     """A file of compare.py: (its entries, {variant: {"score": (low, mean, high), "minutes", "work", "curve", "verdict",
-    "hard"}}). A curve is (steps, mean, lowest, highest) over the seeds, at the steps that all seeds have."""
+    "hard", "kept", "by_distance"}}). A curve is (steps, mean, lowest, highest) over the seeds, at the steps that all seeds
+    have."""
     saved, variants = readers.read_comparison(path), {}
     for variant in saved["variants"]:
         curves = [dict(run["curve"]) for run in saved["runs"] if run["variant"] == variant["variant"]]
@@ -40,7 +41,8 @@ def read_comparison(path):
         low, high = (mean if score.get(key) is None else score[key] for key in ("low", "high"))  # one seed: no interval
         variants[variant["variant"]] = {
             "score": (low, mean, high), "minutes": variant["seconds_per_step"] * variant["steps"] / 60,
-            "work": variant["work"], "hard": variant.get("hard") or {},
+            "work": variant["work"], "hard": variant.get("hard") or {}, "kept": variant.get("kept_share"),
+            "by_distance": variant.get("accuracy_by_distance") or [],
             "curve": (steps, values.mean(0), values.min(0), values.max(0)) if steps else ([],) * 4,
             "verdict": (variant.get("difference") or {}).get("verdict") or ""}
     if not variants:
@@ -84,7 +86,8 @@ def draw_scores(ax, places, variants, styles, horizontal=False):
 
 def draw_comparison(path, folder=None):
     """Write FILE.png: validation while training, the final score of each variant with its interval, and that against
-    time and work; and FILE_hard.png: accuracy on hard reviews, if there are any. folder: default that of the file."""
+    time and work; FILE_hard.png: accuracy on hard reviews, if there are any; and FILE_recall.png: accuracy by distance,
+    if there is one. folder: default that of the file."""
     (saved, variants), folder = read_comparison(path), folder or path.parent
     styles = [figures.line_style(0) | {"color": "black", "marker": "X"}]
     styles += [figures.line_style(n) for n in range(len(variants) - 1)]
@@ -111,6 +114,8 @@ def draw_comparison(path, folder=None):
     figures.write(fig, folder / f"{path.stem}.png")
     if any(facts["hard"] for facts in variants.values()):
         draw_hard(variants, styles, saved["name"], folder / f"{path.stem}_hard.png")
+    if all(facts["by_distance"] for facts in variants.values()):
+        figures.write(recall.draw(variants, f"{saved['name']}\n{saved['about']}"), folder / f"{path.stem}_recall.png")
 
 
 def draw_training(ax, variants, styles):

@@ -11,12 +11,11 @@ import numpy as np
 import torch
 
 from core import ROOT, foreign
+from core.batches import MEND, Batches, DocumentBatches, check_ids, cut
 from core.config import UserError, did_you_mean
 from core.meta import digest_of, files_of, read_meta, stamp
 from core.texts import window_starts
 from core.tokenizer import Tokenizer
-
-MEND = "run its prepare.py again"
 
 
 class DataChanged(UserError):
@@ -103,6 +102,12 @@ class Dataset:
                             f"{MEND}")
         return offsets
 
+    def distances(self, split):
+        """(tokens,) uint16: how many tokens before a token that determines it stands; 0: the token has no loss. None if
+        the split has no such file: then each token has a loss."""
+        has_file = "distances_sha256" in self.splits[split]
+        return self.array(f"{split}.distances.bin", "<u2", self.count(split, "tokens")) if has_file else None
+
     def texts(self, split):
         """(tokens, offsets, labels (documents,) uint8) of a split of reviews."""
         labels = self.array(f"{split}.labels.bin", np.uint8, self.count(split, "documents"))
@@ -140,52 +145,6 @@ def find(folder):
             raise UserError(f"{folder} is not prepared; make it: python data/{script}/prepare.py{options}")
     names = [path.parent.name for path in data.glob("*/prepare.py")]
     raise UserError(f"no dataset {str(folder)!r}, neither as a folder nor in data/{did_you_mean(name, names)}")
-
-
-def check_ids(ids, data):
-    """Raise UserError if an array of token ids has one beyond the vocabulary of `data`, a Dataset."""
-    if ids.size and (top := ids.max()) >= data.vocab_size:
-        raise UserError(f"{data.folder} holds the token {top}, expected ids below {data.vocab_size}, its vocabulary; "
-                        f"it is damaged: {MEND}")
-
-
-class Batches:
-    """What batches of running text and of reviews share. Subclasses define the `rows` of a training batch, `all_rows`
-    of the split in order, how `stack` makes tensors of rows, and the number of `targets` in rows."""
-
-    def __init__(self, data, batch_size, block_size, seed):
-        self.data, self.batch_size, self.block_size, self.seed = data, batch_size, block_size, seed
-
-    def read(self, rows):
-        """(x, y, lengths) of rows. Raises DataChanged if a file in use was changed.
-
-        (A file that is cut in the moment of reading ends the process with SIGBUS, as mapped files do.)
-        """
-        self.data.check_unchanged()
-        batch = self.stack(rows)
-        self.data.check_unchanged()
-        return batch
-
-    def batch(self, number, part=0, parts=1):
-        """Training batch `number` = 0, 1, ..., or the `part` of it out of `parts`, which together are the whole."""
-        rows = self.rows(number)
-        own_rows = rows[part::parts]
-        return self.read(own_rows if len(own_rows) else rows[:1])
-
-    def share(self, number, part=0, parts=1):
-        """The share of a batch's targets that is in a part of it."""
-        rows = self.rows(number)
-        return self.targets(rows[part::parts]) / self.targets(rows) if parts > 1 else 1.0
-
-    def groups(self, count=0):
-        """The rows of each batch of the whole split, all of them once; with `count`, of that many batches spread
-        over it."""
-        return spread(cut(self.all_rows(), self.batch_size), count)
-
-    def in_order(self, count=0):
-        """Yield the batches of `groups`."""
-        for group in self.groups(count):
-            yield self.read(group)
 
 
 class TextBatches(Batches):
@@ -280,20 +239,13 @@ class ReviewBatches(Batches):
         return self.by_length
 
 
-def cut(items, size):
-    """`items` in pieces of `size`; the last one may be shorter."""
-    return [items[n : n + size] for n in range(0, len(items), size)]
-
-
-def spread(items, count=0):
-    """All of `items` (count 0), or `count` of them from the middles of as many equal parts."""
-    if not 0 < count < len(items):
-        return items
-    return [items[(2 * n + 1) * len(items) // (2 * count)] for n in range(count)]
-
-
 def batches(data, split, batch_size, block_size, seed=0, align_documents=False):
-    """The batches of a split: running text or labelled texts, by the dataset's kind. Labelled texts are documents."""
+    """The batches of a split: labelled texts, whole documents or running text, as its meta.json says.
+
+    align_documents: of running text, see `TextBatches`.
+    """
     if data.kind == "classify":
         return ReviewBatches(data, split, batch_size, block_size, seed)
+    if data.meta.get("whole_documents"):
+        return DocumentBatches(data, split, batch_size, block_size, seed)
     return TextBatches(data, split, batch_size, block_size, seed, align_documents)

@@ -12,7 +12,8 @@ from core.dataset import batches
 @torch.no_grad()
 def evaluate(model, data, split, batch_size, device, dtype, count=0):
     """(scores, p) of a split. scores: a dict of floats, the loss in nats and the task's other scores; the accuracy of a
-    language model is the share of targets that are the most likely next token. Targets of -1 do not count.
+    language model is the share of targets that are the most likely next token. Targets of -1 do not count. With
+    distances in the data, scores also holds the list `accuracy_by_distance`.
 
     For a classifier on the whole split, scores also holds the list `accuracy_by_length`, and p is the probability of
     class 1 of each text, (N,) in the file's order; else p is None.
@@ -29,7 +30,11 @@ def evaluate(model, data, split, batch_size, device, dtype, count=0):
         if data.kind == "classify":
             details = torch.softmax(logits.float(), -1)[:, -1].tolist(), y.tolist()
         else:  # max: argmax takes four times as long in bfloat16 on a CPU
-            details = ((logits.max(-1).indices == y).sum().item(),)
+            right = logits.max(-1).indices == y
+            details = (right.sum().item(),)
+            if source.distances is not None:
+                counted = (y != -1).cpu()
+                details += right.cpu()[counted].numpy(), source.distances_of(groups[n])[counted.numpy()]
         results[n] = loss.item(), (y != -1).sum().item(), *details
     model.train(was_training)
     results = {n: result for of_rank in dist.all_gather(results) for n, result in of_rank.items()}
@@ -45,10 +50,18 @@ def evaluate(model, data, split, batch_size, device, dtype, count=0):
             p[source.by_length] = predicted
             result["accuracy_by_length"] = accuracy_by_length(p, source.labels, np.diff(source.offsets))
         return result, p
-    if data.bytes_per_token(split):
+    if source.distances is not None:
+        result["accuracy_by_distance"] = accuracy_by_distance(*map(np.concatenate, details[1:]))
+    elif data.bytes_per_token(split):
         result["bits_per_byte"] = result["loss"] / math.log(2) / data.bytes_per_token(split)
     result["accuracy"] = sum(details[0]) / sum(counts)
     return result, p
+
+
+def accuracy_by_distance(right, distances):
+    """The accuracy of answers (N,) by their distance: [[distance, accuracy], ...], from near to far."""
+    values, index, counts = np.unique(distances, return_inverse=True, return_counts=True)
+    return [list(pair) for pair in zip(values.tolist(), (np.bincount(index, right) / counts).tolist())]
 
 
 def scores(p, labels):

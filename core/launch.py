@@ -9,7 +9,7 @@ from core import ROOT, dist, hardware
 from core.config import UserError
 from core.dataset import Dataset, batches
 
-EMBEDDED = ("stdlib", "toy", "sentences")  # datasets that are prepared without a network
+EMBEDDED = ("stdlib", "toy", "sentences", "recall")  # datasets that are prepared without a network
 
 
 def open_data(settings):

@@ -18,7 +18,8 @@ UNKNOWN = "<unk>"
 DTYPES = ("uint8", "uint16", "uint32")  # of tokens
 NEEDED = ("kind", "lossless", "source", "dtype", "splits")  # by a folder; a checkpoint may lack them
 # Of each part of a split: the suffix of its file's name, and the key of its digest.
-PARTS = {"tokens": ("", "sha256"), "offsets": (".offsets", "offsets_sha256"), "labels": (".labels", "labels_sha256")}
+PARTS = {"tokens": ("", "sha256"), "offsets": (".offsets", "offsets_sha256"), "labels": (".labels", "labels_sha256"),
+         "distances": (".distances", "distances_sha256")}
 
 SPLIT_NAME = re.compile(r"\w[\w-]{0,39}", re.ASCII)  # part of a file's name: no dot, no slash
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -64,10 +65,13 @@ def check(meta, further=()):
     expect(names, "different texts as classes", classes)
     counts = {"classify": (2,), "lm": (0,)}.get(kind, (0, 2))
     expect(len(classes) in counts, "two classes for kind 'classify', none for 'lm'", classes)
-    for key, type_ in (("lossless", bool), ("partial", bool), ("source", dict), ("options", dict), ("name", str)):
+    for key, type_ in (("lossless", bool), ("partial", bool), ("whole_documents", bool), ("source", dict),
+                       ("options", dict), ("name", str)):
         expect(type(meta.get(key, type_())) is type_, f"{type_.__name__} as {key}", meta.get(key))
     expect(meta.get("dtype", DTYPES[0]) in DTYPES, f"{', '.join(DTYPES)} as dtype", meta.get("dtype"))
-    check_splits(meta.get("splits", {}), kind)
+    whole = meta.get("whole_documents", False)
+    expect(not whole or kind == "lm", "whole_documents for kind 'lm' alone", kind)
+    check_splits(meta.get("splits", {}), kind, whole)
 
 
 def check_tokenizer(meta):
@@ -107,14 +111,16 @@ def check_byte_pairs(pattern, ranks, mark):
     expect(complete, "all 256 bytes among ranks, and each entry once", ranks)
 
 
-def check_splits(splits, kind):
-    """Raise ValueError unless the splits have safe names, possible counts, and digests."""
+def check_splits(splits, kind, whole=False):
+    """Raise ValueError unless the splits have safe names, possible counts, and digests. whole: of whole documents."""
     objects = type(splits) is dict and all(type(split) is dict for split in splits.values())
     expect(objects, "named objects as splits", splits)
     digests = {key for _, key in PARTS.values()}
     for name, split in splits.items():
         expect(SPLIT_NAME.fullmatch(name), "letters and digits as the name of a split", name)
-        counts = ["tokens", "bytes"] + ["documents"] * (kind == "classify") + ["held_out_documents"] * (name == "unsup")
+        counts = ["tokens", "bytes"] + ["documents"] * (whole or kind == "classify")
+        counts += ["held_out_documents"] * (name == "unsup")
+        expect(not whole or "offsets_sha256" in split, f"offsets_sha256 of {name}, whose documents are whole", split)
         for key, value in ({key: None for key in counts} | split).items():
             if key in digests:
                 is_digest = type(value) is str and DIGEST.fullmatch(value)
@@ -125,7 +131,8 @@ def check_splits(splits, kind):
         expect(held_out <= split.get("documents", 2**63), f"at most all documents of {name} held out", held_out)
 
 
-IDENTITY = ("source", "kind", "tokenizer", "vocab_size", "mark", "classes", "vocab", "pattern", "ranks")  # of meta.json
+IDENTITY = ("source", "kind", "whole_documents", "tokenizer", "vocab_size", "mark", "classes", "vocab", "pattern",
+            "ranks")  # of meta.json
 
 
 def difference(before, now):
@@ -149,10 +156,12 @@ def files_of(meta):
     files = {}
     for name, split in meta["splits"].items():
         documents, bits = split.get("documents", 0), int(meta["dtype"].removeprefix("uint"))
-        sizes = {"tokens": split["tokens"] * bits // 8, "offsets": 8 * (documents + 1), "labels": documents}
+        sizes = {"tokens": split["tokens"] * bits // 8, "offsets": 8 * (documents + 1), "labels": documents,
+                 "distances": 2 * split["tokens"]}
         without_digests = meta["kind"] == "classify" and "offsets_sha256" not in split
         for part, (suffix, key) in PARTS.items():
-            if part == "tokens" or key in split or without_digests and (part == "offsets" or name != "unsup"):
+            undigested = part == "offsets" or part == "labels" and name != "unsup"
+            if part == "tokens" or key in split or without_digests and undigested:
                 files[f"{name}{suffix}.bin"] = sizes[part], split.get(key)
     return files
 

@@ -4,7 +4,6 @@
 files ends as a UserError, or an OSError of the system, which `run_script` prints as one line.
 """
 
-from core import startup  # first: it handles a missing package
 
 import argparse
 import contextlib
@@ -25,8 +24,8 @@ from core.archive import identity
 from core.config import UserError, run_main, short_repr
 from core.meta import FORMAT, PARTS, digest_of, files_of, mismatch, read_meta
 
-OUR_FILE = re.compile(r"[\w-]+(\.offsets|\.labels)?\.bin", re.ASCII)  # what `write` writes, for splits of any name
-USUAL_FILE = re.compile(r"(train|val|test|unsup)(\.offsets|\.labels)?\.bin")
+OUR_FILE = re.compile(r"[\w-]+(\.offsets|\.labels|\.distances)?\.bin", re.ASCII)  # what `write` writes, of any split
+USUAL_FILE = re.compile(r"(train|val|test|unsup)(\.offsets|\.labels|\.distances)?\.bin")
 MOVING = "meta.json.part"  # a JSON list of the files that are being replaced, in a folder that is not finished
 
 
@@ -185,11 +184,13 @@ def write(out_dir, meta, splits):
 
     meta: dict with name, kind, tokenizer, vocab_size, mark, options, source, split_rule, ... (see meta.py's `check`).
     splits: {"train": {...}, ...}, each with `tokens` (integers, (tokens,)) and `bytes` (the UTF-8 bytes they stand
-    for, a mark counting one), and optionally `offsets` (documents + 1,), `labels` (documents,) and plain counts.
+    for, a mark counting one), and optionally `offsets` (documents + 1,), `labels` (documents,), `distances` (tokens,) and
+    plain counts.
 
     The folder then holds, for each split, SPLIT.bin (flat, the smallest unsigned type, little-endian),
     SPLIT.offsets.bin (int64; document n is tokens[offsets[n]:offsets[n + 1]]), SPLIT.labels.bin (uint8; 1 = positive),
-    and meta.json with the sha256 of each. All files are written to a folder beside and then moved, meta.json last: it
+    SPLIT.distances.bin (uint16; 0: the token has no loss; else what determines it stands so many tokens before), and
+    meta.json with the sha256 of each. All files are written to a folder beside and then moved, meta.json last: it
     marks a finished folder. Other files in out_dir are left as they are. Raises UserError for a folder of something
     else, and if the system refuses to write.
     """
@@ -221,7 +222,7 @@ def workspace(out_dir):
 def write_split(folder, name, split, dtype):
     """Write the files of one split. Returns its counts and digests, a dict for meta.json."""
     counts = {"tokens": len(split["tokens"])} | {key: int(value) for key, value in split.items() if key not in PARTS}
-    for (part, (suffix, key)), kind in zip(PARTS.items(), (dtype, "<i8", "u1")):
+    for (part, (suffix, key)), kind in zip(PARTS.items(), (dtype, "<i8", "u1", "<u2"), strict=True):
         if part in split:
             path = folder / f"{name}{suffix}.bin"
             with open(path, "wb") as file:  # NumPy's tofile does not say why it could not write

@@ -7,6 +7,7 @@ and OSError if the file cannot be opened.
 A checker is a function of a JSON value and its place in the file. It raises ValueError, or KeyError for a missing key.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -160,6 +161,7 @@ def is_statistic(name, value):
     return name not in ("spans", "periods") and is_number(value)
 
 
+BY_DISTANCE = listing(pair(COUNT, number(0, 1)), 2**16)  # [[distance, accuracy], ...]
 RECORD = record({"step": COUNT, "loss": number(-1e300, 1e300),
                  "split": checker(lambda value: value in ("train", "val", "test"), "train, val or test")})
 
@@ -173,6 +175,9 @@ def parse_record(line):
         raise ValueError(f"expected a record of train.py ({error!r})")
     layers = entries.pop("stats", None)
     valid = {key: value for key, value in entries.items() if key in ("split", "whole") or is_number(value)}
+    with contextlib.suppress(ValueError):  # missing, or not what train.py writes
+        BY_DISTANCE(entries.get("accuracy_by_distance"), "accuracy_by_distance")
+        valid["accuracy_by_distance"] = entries["accuracy_by_distance"]
     if isinstance(layers, list) and all(isinstance(layer, dict) for layer in layers):
         valid["stats"] = [{name: x for name, x in layer.items() if is_statistic(name, x)} for layer in layers]
     return valid
@@ -247,7 +252,8 @@ def read_config(path):
 
 VARIANT = record(
     {"variant": text(), "scores": record({}), "seconds_per_step": number(0), "steps": COUNT, "work": number()},
-    {"difference": record({}, {"verdict": text()}), "hard": mapping(number(), MAX_LINES)})
+    {"difference": record({}, {"verdict": text()}), "hard": mapping(number(), MAX_LINES), "kept_share": number(0, 1),
+     "accuracy_by_distance": BY_DISTANCE})
 CURVE = listing(pair(COUNT, number()), 100_000)
 COMPARISON = record(
     {"variants": listing(VARIANT, MAX_LINES), "runs": listing(record({"variant": text(), "curve": CURVE}), 10_000),

@@ -11,8 +11,10 @@ SCORES = {"bits_per_byte": -1, "accuracy": 1, "f1": 1, "precision": 1, "recall":
 
 
 def main_score(scores):
-    """The name of the score that a comparison judges: of classifiers the accuracy, else bits per byte or the loss."""
-    return next(name for name in SCORES if name in scores and (name != "accuracy" or "auc" in scores))
+    """The name of the score that a comparison judges: of classifiers and of recall the accuracy, else bits per byte or
+    the loss. scores: a dict with the scores, and for recall `accuracy_by_distance`."""
+    by_accuracy = {"auc", "accuracy_by_distance"} & scores.keys()
+    return next(name for name in SCORES if name in scores and (name != "accuracy" or by_accuracy))
 
 
 def difference_from(first, runs, score, right_answers, resamples):
@@ -40,7 +42,7 @@ def summarize(results, costs, right_answers, resamples):
     """The comparison's rows, one for each variant, from the results of its runs, {name: [result, ...]}, and what a step
     of each costs. right_answers, resamples: see `difference_from`."""
     rows, first = [], next(iter(results.values()))
-    kind, score = "classify" if "auc" in first[0]["scores"] else "lm", main_score(first[0]["scores"])
+    kind, score = "classify" if "auc" in first[0]["scores"] else "lm", main_score({**first[0], **first[0]["scores"]})
     for name, runs in results.items():
         mean = lambda key: None if runs[0][key] is None else float(np.mean([r[key] for r in runs]))  # noqa: E731
         row = {"variant": name, "parameters": costs[name]["parameters"], "steps": runs[0]["steps"],
@@ -57,6 +59,9 @@ def summarize(results, costs, right_answers, resamples):
             row["hard"] = {kind: float(np.mean([r["hard"][kind] for r in runs])) for kind in runs[0]["hard"]}
         if "next" in runs[0]:
             row["next"] = {prompt: Counter(r["next"][prompt][0] for r in runs).most_common(1)[0] for prompt in runs[0]["next"]}
+        if "accuracy_by_distance" in runs[0]:
+            distances, values = zip(*(zip(*r["accuracy_by_distance"]) for r in runs))
+            row["accuracy_by_distance"] = [list(p) for p in zip(distances[0], np.mean(values, 0).tolist())]
         if runs is not first:
             row["difference"] = difference_from(first, runs, score, right_answers if kind == "classify" else None, resamples)
         rows.append(row)
@@ -72,7 +77,8 @@ def summarize(results, costs, right_answers, resamples):
 
 def table(summary):
     """The comparison as Markdown, all that a reader needs beside the figures included."""
-    score, rows, percent = summary["score"], summary["variants"], summary["kind"] == "classify"
+    score, rows, is_classifier = summary["score"], summary["variants"], summary["kind"] == "classify"
+    percent = score == "accuracy"
 
     def show(x, sign=""):
         return f"{100 * x:{sign}.1f}" if percent else f"{x:{sign}.3f}"
@@ -96,13 +102,13 @@ def table(summary):
             f"products in {summary['dtype']}. In brackets 95 % intervals; p after Holm. `{summary['command']}`"]
     first = rows[0]["variant"]
     head = ["variant", f"{score.replace('_', ' ')}{unit}", f"against {first}", "p", "verdict"]
-    head += ["McNemar: seeds better / worse"] * percent + ["context"] * (len(contexts) > 1)
+    head += ["McNemar: seeds better / worse"] * is_classifier + ["context"] * (len(contexts) > 1)
     head += ["steps", "minutes", "work (TFLOP)", "kept share", "parameters"]
     body = []
     for row in rows:
         d, cells = row["difference"], [row["variant"], span(row["scores"][score])]
         cells += [span(d, "+"), f"{d['p_holm']:.3f}", d["verdict"]] if d else ["", "", ""]
-        if percent:
+        if is_classifier:
             shown = [test["only_this"] - test["only_first"] for test in (d or {}).get("mcnemar", []) if test["p"] < LEVEL]
             cells.append(f"{sum(x > 0 for x in shown)} / {sum(x < 0 for x in shown)}" if d else "")
         cells += [f"{row['block_size']:,}"] * (len(contexts) > 1)
@@ -110,13 +116,18 @@ def table(summary):
         cells += ["" if row["kept_share"] is None else f"{row['kept_share']:.0%}", f"{row['parameters']:,}"]
         body.append(cells)
     text += lines(head, body)
-    if percent:
+    if is_classifier:
         names = [s for s in rows[0]["scores"] if s not in (score, "loss")]
         text += lines(["variant", *names], [[row["variant"], *(span(row["scores"][s]) for s in names)] for row in rows])
     if "train_first" in rows[0]:
         text += lines(["variant", "training split, first evaluation", "training split, last",
                        "spread of validation over evaluations"],
                       [[row["variant"], *(show(row[key]) for key in ("train_first", "train_last", "spread"))] for row in rows])
+    if "accuracy_by_distance" in rows[0]:
+        ranges = distance_ranges(rows[0]["accuracy_by_distance"])
+        text += lines(["right (%) at distance", *(f"{low}-{high}" for low, high in ranges)],
+                      [[row["variant"], *(f"{100 * np.mean([a for d, a in row['accuracy_by_distance'] if low <= d <= high]):.1f}"
+                                          for low, high in ranges)] for row in rows])
     if "hard" in rows[0]:
         text += lines(["hard reviews, right (%)", *rows[0]["hard"]],
                       [[row["variant"], *(f"{100 * x:.0f}" for x in row["hard"].values())] for row in rows])
@@ -124,6 +135,12 @@ def table(summary):
         text += lines(["after", *(row["variant"] for row in rows)],
                       [[prompt, *("{} ({})".format(*row["next"][prompt]) for row in rows)] for prompt in rows[0]["next"]])
     return "\n".join(text) + "\n"
+
+
+def distance_ranges(by_distance):
+    """[(1, 1), (2, 3), (4, 7), ...]: those between powers of two that hold one of the distances."""
+    exponents = sorted({int(distance).bit_length() for distance, _ in by_distance})
+    return [(2 ** (n - 1), 2**n - 1) for n in exponents]
 
 
 def print_table(rows):

@@ -14,6 +14,7 @@ import torch
 
 from core import hardware, runs
 from core.config import run_main
+from data.recall import prepare as recall_prepare
 from data.toy import prepare as toy_prepare
 from helpers import ROOT, call, review, write_bytes, write_reviews
 
@@ -46,6 +47,15 @@ def reviews(tmp_path_factory):
     return write_reviews(tmp_path_factory.mktemp("data") / "reviews", train=[review(n) for n in range(23)],
                          val=[review(n) for n in range(30, 39)], test=[review(n) for n in range(50, 59)],
                          unsup=[(f"unlabelled {n}", None) for n in range(5)])
+
+
+@pytest.fixture(scope="session")
+def recall(tmp_path_factory):
+    """Associative recall as in data/recall, 16 tokens a sequence: train 60, val 10, test 10."""
+    folder = tmp_path_factory.mktemp("data") / "recall"
+    sizes = ("--pairs=4", "--queries=4", "--length=16", "--keys=6", "--values=3", "--train=60", "--val=10", "--test=10")
+    recall_prepare.main(["--out_dir", str(folder), *sizes])
+    return folder
 
 
 @pytest.fixture

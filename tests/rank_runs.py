@@ -19,6 +19,7 @@ KINDS = {
     "text": ("text", ()),
     "accumulated": ("text", ("--gradient_accumulation_steps=4", "--batch_size=3")),
     "uneven": ("text", ("--gradient_accumulation_steps=3", "--batch_size=5", "--grad_clip=0.2")),
+    "recall": ("recall", ("--batch_size=3", "--gradient_accumulation_steps=3", "--eval_test=True")),
     "reviews": ("reviews", ("--batch_size=3", "--eval_test=True")),
     "span": ("text", ("--attention=adaptive_attention_span", "--use_triangle_wave_masking=True", "--span_reg=1e-3",
                       "--softness_span_mask=4", "--grad_clip=0.5", "--gradient_accumulation_steps=2")),

@@ -13,8 +13,8 @@ from core import contract, engine, sinks, tiles
 from core.config import UserError
 from core.contract import outputs_and_gradients
 from core.kvcache import Cache, new_cache
-from core.ops import expand_heads
 from core.mechanisms import mechanism, mechanisms
+from core.ops import expand_heads
 from core.texts import Texts, document_starts
 from model import GPTConfig
 from strangers import STRANGERS

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_contract import Case, random_qkv
+from training_runs import fit
 
 import attention
 import forgetting
@@ -16,7 +17,6 @@ from core.mechanisms import mechanism
 from core.texts import NO_TEXTS, Texts, with_gates
 from helpers import write_bytes
 from model import GPT, GPTConfig
-from training_runs import fit
 
 KIND, DEFAULTS = mechanism("forgetting")
 

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
+from test_contract import random_qkv
 
 from attention import Attention
 from core import contract
 from core.config import UserError
 from core.mechanisms import mechanism
-from core.ops import rotations
 from model import GPT, GPTConfig
-from test_contract import random_qkv
 
 
 def make(name="dense", options=None, sinks=(-1.0, 0.5, 3.0), **changes):

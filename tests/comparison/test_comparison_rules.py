@@ -66,6 +66,30 @@ def test_what_is_judged(scores, kind, score):
         assert [set(row["scores"]) for row in summary["variants"]] == [set(scores) - {"accuracy"}] * 2
 
 
+def test_recall_is_compared_by_accuracy(tmp_path):
+    """Higher is better; no test of texts, which only classifiers have; the distances in ranges between powers of two."""
+    runs = {}
+    for name, shift in (("a", 0.0), ("b", -0.2)):
+        runs[name] = results(name, (2.0, 2.1, 2.2))
+        for n, run in enumerate(runs[name]):
+            near = 0.9 + n / 100
+            run |= {"scores": {"accuracy": near + shift / 2, "loss": 1.0},
+                    "accuracy_by_distance": [[1, near], [2, near], [3, near], [6, near + 2 * shift], [7, near]]}
+    compared = report.summarize(runs, dict.fromkeys(runs, COST), None, 100)
+    assert (compared["kind"], compared["score"]) == ("lm", "accuracy")
+    a, b = compared["variants"]
+    assert a["accuracy_by_distance"] == [[d, pytest.approx(0.91)] for d in (1, 2, 3, 6, 7)]
+    assert b["accuracy_by_distance"][3] == [6, pytest.approx(0.51)]
+    assert b["difference"]["verdict"] == "worse" and b["difference"]["mean"] == pytest.approx(-0.1)
+    for row in (a, b):
+        row["block_size"] = 64
+    machine = {"gpu": None, "processor": "A", "threads": 2, "torch": "2"}
+    lines = report.table({**compared, "title": "x", "seeds": [1, 2, 3], "budget": "steps", "amount": 4, "dataset": "recall",
+                          "machine": machine, "dtype": "float32", "command": "python compare.py"})
+    assert "| right (%) at distance | 1-1 | 2-3 | 4-7 |" in lines and "| b | 91.0 | 91.0 | 71.0 |" in lines
+    assert "McNemar" not in lines and "-10.0 [-10.0, -10.0]" in lines
+
+
 def test_hard_texts_that_are_told_right(tmp_path, monkeypatch):
     rows = [("so good", 1, "plain"), ("so bad", 0, "plain"), ("not good", 0, "negation"), ("not so good", 0, "negation"),
             ("not bad", 1, "negation"), ("never bad, good", 1, "negation")]

@@ -8,10 +8,10 @@ import time
 import zipfile
 
 import pytest
+from sources import PLAY, add, load, pack, prepare, wrap
 
 from core.archive import members
 from core.config import UserError
-from sources import PLAY, add, load, pack, prepare, wrap
 
 
 def hostile(path):

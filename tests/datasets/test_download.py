@@ -6,10 +6,10 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from sources import load
 
 from core.config import UserError
 from core.download import download
-from sources import load
 
 enwik8 = importlib.import_module("data.enwik8.prepare")
 

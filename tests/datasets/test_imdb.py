@@ -6,10 +6,10 @@ import re
 
 import pytest
 import tiktoken
+from sources import load, pack, prepare, untouched
 
 from core.config import UserError
 from core.tokenizer import Tokenizer, words
-from sources import load, pack, prepare, untouched
 
 imdb = importlib.import_module("data.imdb.prepare")
 

@@ -9,12 +9,12 @@ import subprocess
 import sys
 
 import pytest
+from sources import PLAY, load, pack, prepare, untouched, wrap
 
 from core import prepare as shared
 from core.download import Progress
 from core.tokenizer import Tokenizer
 from helpers import ROOT
-from sources import PLAY, load, pack, prepare, untouched, wrap
 
 # ---------------------------------------------------------------------------------------------------
 # toy

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sources import load, pack, prepare, wrap
 
 from core.download import Progress
 from core.tokenizer import Tokenizer
 from helpers import ROOT
-from sources import load, pack, prepare, wrap
 
 enwik8 = importlib.import_module("data.enwik8.prepare")
 stdlib = importlib.import_module("data.stdlib.prepare")

@@ -10,15 +10,15 @@ import tracemalloc
 import numpy as np
 import pytest
 import tiktoken
+from edited import edited_copy, execute
+from sources import load, pack, prepare, untouched, wrap
+from training_runs import fit
 
 from core.config import UserError
 from core.dataset import Dataset, batches
 from core.tokenizer import Tokenizer
 from core.vocabulary import PATTERN
-from edited import edited_copy, execute
 from helpers import ROOT
-from sources import load, pack, prepare, untouched, wrap
-from training_runs import fit
 
 text = importlib.import_module("data.text.prepare")
 

@@ -13,8 +13,8 @@ import model as model_file
 from core import contract
 from core.checkpoint import save
 from core.config import UserError
-from core.inference import PackedLinear, convert_for_inference, sample_next_token
 from core.hardware import activation_bytes
+from core.inference import PackedLinear, convert_for_inference, sample_next_token
 from core.mechanisms import mechanism
 from core.ops import rms_norm
 from model import GPT, GPTConfig, load

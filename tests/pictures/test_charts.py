@@ -8,7 +8,7 @@ from test_plot import drawn, lines  # noqa: F401  a fixture
 
 import bench
 import plot
-from core import charts
+from core import charts, recall
 from helpers import call
 
 # ---- a benchmark -------------------------------------------------------------------------------
@@ -150,6 +150,52 @@ def test_hard_reviews(tmp_path, drawn):
     assert len({y[0] for _, y in dots.values()}) == 3  # none hides another
     call(plot, comparison(tmp_path / "y.json", hard=False), f"--out={tmp_path / 'new'}")
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["y.png"]
+
+
+def recalled(path, **more):
+    """A comparison of associative recall: "dense" is always right, "local" up to distance 5, "log" half of the time."""
+    file = comparison(path, hard=False, seeds=[1, 2], **more)
+    saved = json.loads(file.read_text())
+    accuracies = {"dense": [1.0] * 4, "local": [1.0, 1.0, 1.0, 0.0], "log": [0.5] * 4}
+    for variant, kept in zip(saved["variants"], (1.0, 0.25, 0.125)):
+        name = variant["variant"]
+        variant |= {"kept_share": kept, "accuracy_by_distance": [list(p) for p in zip((1, 3, 5, 9), accuracies[name])]}
+        variant["scores"]["accuracy"] = dict.fromkeys(("mean", "low", "high"), float(np.mean(accuracies[name])))
+    file.write_text(json.dumps(saved))
+    return file
+
+
+def test_recall_by_distance(tmp_path, drawn, capsys):
+    """A strip a variant, the best on top, white where nothing was asked; and each variant's kept pairs."""
+    call(plot, recalled(tmp_path / "x.json"))
+    assert capsys.readouterr().out == f"{tmp_path / 'x.png'}\n{tmp_path / 'x_recall.png'}\n"
+    strips, points = drawn["x_recall.png"].axes[:2]
+    assert [tick.get_text() for tick in strips.get_yticklabels()] == ["dense", "local", "log"]
+    shades = strips.collections[0]
+    expected = [[1, 1, 1, np.nan, 1], [1, 1, 1, np.nan, 0], [0.5, 0.5, 0.5, np.nan, 0.5]]
+    assert np.allclose(np.ma.filled(shades.get_array(), np.nan), expected, equal_nan=True) and shades.get_clim() == (0, 1)
+    assert [text.get_text() for text in strips.texts] == ["100 %", "75 %", "50 %"]
+    places = {text.get_text(): text.xy for text in points.texts}
+    assert {name: (pytest.approx(x), y) for name, (x, y) in places.items()} == {"dense": (100, 100), "local": (25, 75), "log": (12.5, 50)}
+    assert points.get_xlabel() == "kept pairs (% of dense attention)" and points.get_xscale() == "log"
+
+
+def test_labels_of_equal_points_are_one(tmp_path, drawn):
+    """Names stand apart from each other, and those of the same point are lines of one label."""
+    accuracy = {"a": (1.0, 1.0), "b": (1.0, 0.995), "c": (0.9, 0.97), "d": (0.2, 0.96)}
+    rows = {name: {"by_distance": [[1, y], [3, y]], "score": (y, y, y), "kept": x} for name, (x, y) in accuracy.items()}
+    fig = recall.draw(rows, "title")
+    fig.draw_without_rendering()
+    labels = fig.axes[1].texts
+    assert [text.get_text() for text in labels] == ["a\nb", "c", "d"]
+    boxes = [text.get_window_extent() for text in labels]
+    assert not any(one.overlaps(other) for n, one in enumerate(boxes) for other in boxes[:n])
+
+
+def test_many_distances_share_columns():
+    rows = {"a": {"by_distance": [[d, d % 2] for d in range(1, 1001)]}}
+    table, edges = recall.columns_of(rows)
+    assert table.shape == (1, 63) and edges[1] - edges[0] == 16 and np.allclose(table[0, :-1], 0.5)
 
 
 def test_comparison_of_text_by_work(tmp_path, drawn):

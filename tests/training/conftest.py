@@ -5,11 +5,11 @@ import sys
 
 import pytest
 import torch
+from mechanism_files import FILES, MY_ATTENTION
 
 import train
 from core.dataset import batches
 from helpers import ROOT
-from mechanism_files import FILES, MY_ATTENTION
 
 
 @pytest.fixture(params=["text", "reviews"])

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies
+from training_runs import HARD, assert_same_runs, fit
 
 from core.config import UserError
 from core.dataset import Dataset, batches
 from core.texts import document_starts, window_starts
 from model import GPT, GPTConfig, load
-from training_runs import HARD, assert_same_runs, fit
 
 pytestmark = pytest.mark.usefixtures("quick")
 MASK = ("--task=lm", "--document_mask=True", "--align_documents=True")

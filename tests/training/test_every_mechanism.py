@@ -9,6 +9,8 @@ import sys
 
 import pytest
 import torch
+from mechanism_files import FILES, MY_ATTENTION
+from training_runs import SHAPE, SMALL, assert_same_runs, fit, log_of
 
 import sample
 import train
@@ -18,9 +20,7 @@ from core import runs
 from core.config import UserError
 from core.inference import sample_next_token
 from helpers import ROOT, call
-from mechanism_files import FILES, MY_ATTENTION
 from model import load
-from training_runs import SHAPE, SMALL, assert_same_runs, fit, log_of
 
 pytestmark = pytest.mark.usefixtures("quick")
 

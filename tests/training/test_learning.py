@@ -3,11 +3,11 @@
 
 import pytest
 import torch
+from training_runs import fit, log_of
 
 import sample
 from core.dataset import Dataset
 from helpers import call
-from training_runs import fit, log_of
 
 pytestmark = pytest.mark.usefixtures("quick")
 

@@ -8,12 +8,12 @@ import sys
 
 import pytest
 import torch
+from training_runs import HARD, SMALL, assert_same, assert_same_runs, fit, log_of, send
 
 import train
 from core import checkpoint as checkpoint_file
 from core import hardware
 from helpers import ROOT
-from training_runs import HARD, SMALL, assert_same, assert_same_runs, fit, log_of, send
 
 pytestmark = pytest.mark.usefixtures("quick")
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from training_runs import SMALL, fit, log_of
 
 import train
 from core import runs
 from core.dataset import Dataset
-from training_runs import SMALL, fit, log_of
 
 pytestmark = pytest.mark.usefixtures("quick")
 

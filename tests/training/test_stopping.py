@@ -7,14 +7,14 @@ import signal
 
 import pytest
 import torch
+from training_runs import SMALL, assert_same_runs, evaluate_again, fit, log_of, scores_of
 
 import train
 from core import checkpoint as checkpoint_file
 from core.config import run_main
-from core.run import Run
 from core.dataset import TextBatches
+from core.run import Run
 from model import load
-from training_runs import SMALL, assert_same_runs, evaluate_again, fit, log_of, scores_of
 
 pytestmark = pytest.mark.usefixtures("quick")
 

@@ -2,11 +2,11 @@
 
 
 import pytest
+from training_runs import SMALL
 
 import train
 from core.config import UserError, plain_values
 from core.mechanisms import mechanisms
-from training_runs import SMALL
 
 pytestmark = pytest.mark.usefixtures("quick")
 
