@@ -43,7 +43,8 @@ def write_run(folder, model, checkpoint, origin):
     """
     config, state = asdict(model.config), checkpoint["state"]
     meta = {"kind": "lm" if model.config.causal else "classify", **checkpoint["meta"]}
-    settings = {**checkpoint["settings"], **{key: value for key, value in config.items() if key != "options"}}
+    of_the_data = ("options", "document_mark")  # and of the mechanism: no settings of train.py
+    settings = {**checkpoint["settings"], **{key: value for key, value in config.items() if key not in of_the_data}}
     common = {"settings": settings, "source": origin, "device": "cpu", "dtype": "float32"}
     saved = {**common, "model_config": config, "meta": meta, "state": state, "model": model.state_dict()}
     is_scored = model.config.causal and state["best"] < math.inf

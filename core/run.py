@@ -20,24 +20,8 @@ from core.dataset import DataChanged, batches
 from core.evaluation import evaluate, health
 from core.launch import explain_log, open_data, print_changes, print_costs
 from core.meta import difference
-from core.runs import (
-    Log,
-    SaveError,
-    Stop,
-    asked,
-    check_folder,
-    clock,
-    format_lengths,
-    format_scores,
-    format_stats,
-    install_signal_handlers,
-    locked,
-    mend_log,
-    prepare_folder,
-    start_wandb,
-    write_text,
-    write_whole,
-)
+from core.runs import (Log, SaveError, Stop, asked, check_folder, clock, format_lengths, format_scores, format_stats,
+                       install_signal_handlers, locked, mend_log, prepare_folder, start_wandb, write_text, write_whole)
 from core.stopwatch import Stopwatch
 
 

@@ -353,7 +353,7 @@ def test_a_run_on_labelled_lines(tmp_path, quick, task):
     make(jsonl(tmp_path / "a.jsonl", rows()), tmp_path / "set", "--tokenizer=words")
     fit(tmp_path / "out", tmp_path / "set", "--max_iters=3", f"--task={task}")
     line = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
-    assert any(("accuracy" in record) == (task == "") and record.get("split") == "val" for record in line)
+    assert any(("f1" in record) == (task == "") and record.get("split") == "val" for record in line)
 
 
 def test_what_it_writes_is_no_text(tmp_path):

@@ -15,24 +15,10 @@ import torch
 pytest.importorskip("streamlit", reason="needs requirements-demo.txt; make test-demo installs it")
 api = pytest.importorskip("playwright.sync_api", reason="needs requirements-test-demo.txt; make test-demo installs it")
 
-from browsing import (
-    check_choice,
-    colours,
-    idle,
-    is_blue,
-    metric,
-    metrics,
-    opened,
-    part,
-    served,
-    shaded,
-    told,
-    until,
-    write,
-)
-
 import sample
 import train
+from browsing import (check_choice, colours, idle, is_blue, metric, metrics, opened, part, served, shaded, told, until,
+                      write)
 from core import explain, inference
 from data.sentences import prepare as sentences
 from data.toy import prepare as toy

@@ -6,18 +6,8 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from plain_gpt import (
-    CHARACTERS,
-    SHAPE,
-    PlainGPT,
-    hugging_face_weights,
-    new_optimizer,
-    step,
-    write_data,
-    write_hugging_face,
-    write_nanogpt,
-)
-from training_runs import assert_same
+from plain_gpt import (CHARACTERS, SHAPE, PlainGPT, hugging_face_weights, new_optimizer, step, write_data,
+                       write_hugging_face, write_nanogpt)
 
 import convert
 import plot
@@ -29,6 +19,7 @@ from core.dataset import Dataset
 from core.optimizers import restore_optimizer
 from helpers import call
 from model import GPTConfig, load, new_model
+from training_runs import assert_same
 
 pytestmark = pytest.mark.usefixtures("quick")
 

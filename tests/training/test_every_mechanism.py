@@ -64,9 +64,10 @@ def test_every_mechanism(request, tmp_path, capsys, beside, line, kind):
     still = {name.split(".")[-1] for name, x in checkpoint["model"].items() if torch.equal(x, half[name])}
     assert still == ({"period"} if "--snap_periods=True" in line else set())  # the loss reaches every other parameter
     *_, record, whole = log_of(tmp_path / "whole", "val")
+    by_length = {"accuracy_by_length"} if kind == "reviews" else set()
     assert record["stats"] == [layer.attention.stats() for layer in model.layers] and record["step"] == 4
     assert all(0 < layer["kept_share"] <= 1 for layer in record["stats"])
-    assert record["work_per_token"] == model.estimate_flops(16) and whole.keys() == record.keys() | {"whole"}
+    assert record["work_per_token"] == model.estimate_flops(16) and whole.keys() == record.keys() | {"whole"} | by_length
     model = sharpen(tmp_path / "whole")
     capsys.readouterr()
     said = []
