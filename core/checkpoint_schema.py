@@ -27,7 +27,7 @@ def check_sizes(config, shapes):
                        ("head.weight", config.n_class or config.vocab_size)):
         if name in shapes:
             columns = shapes[name][1:] if name == "head.weight" else (C,)
-            fits = shapes[name][0] >= rows and shapes[name][1:] == columns  # an edited model may have more rows
+            fits = shapes[name][:1] >= (rows,) and shapes[name][1:] == columns  # an edited model may have more rows
             expect(fits, f"the shape {(rows, *columns)}", shapes[name], name)
     expect(config.vocab_size * C <= 16 * count, f"an embedding that fits {count:,} weights", config.vocab_size, "vocab_size")
     width = C if config.model == "gpt" else config.options.get("hidden", 1)

@@ -38,8 +38,8 @@ def write_run(folder, model, checkpoint, origin):
     """Write an imported model as a run into `folder`; an earlier run there is moved aside.
 
     best.pt holds the weights; ckpt.pt too, with the optimiser's state, if there is one, so that the training can be
-    resumed. origin: a dict that says where the weights come from, for config.json. Raises SaveError if the system
-    refuses to write; no file of the run remains then.
+    resumed. log.jsonl holds the validation loss, if it is known. origin: a dict that says where the weights come from,
+    for config.json. Raises SaveError if the system refuses to write; no file of the run remains then.
     """
     config, state = asdict(model.config), checkpoint["state"]
     meta = {"kind": "lm" if model.config.causal else "classify", **checkpoint["meta"]}
@@ -47,8 +47,7 @@ def write_run(folder, model, checkpoint, origin):
     settings = {**checkpoint["settings"], **{key: value for key, value in config.items() if key not in of_the_data}}
     common = {"settings": settings, "source": origin, "device": "cpu", "dtype": "float32"}
     saved = {**common, "model_config": config, "meta": meta, "state": state, "model": model.state_dict()}
-    is_scored = model.config.causal and state["best"] < math.inf
-    score = json.dumps({"step": state["best_step"], "split": "val", "loss": state["best"]}) + "\n" if is_scored else ""
+    score = {"step": state["best_step"], "split": "val", "loss": state["best"]}
     described = {**common, "options": config["options"], "parameters": model.parameter_count()}
     with locked(folder):
         prepare_folder(folder)
@@ -57,7 +56,8 @@ def write_run(folder, model, checkpoint, origin):
                 stream = torch.Generator().manual_seed(0).get_state()
                 save(folder / "ckpt.pt", {**saved, "optimizer": optimizer, "random": [{"random": stream}]})
             save(folder / "best.pt", saved)
-            write_text(folder / "log.jsonl", score)
+            if model.config.causal and state["best"] < math.inf:
+                write_text(folder / "log.jsonl", json.dumps(score) + "\n")
             write_text(folder / "config.json", json.dumps(described, indent=1))
         except SaveError:
             for name in ("ckpt.pt", "best.pt", "log.jsonl"):

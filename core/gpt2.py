@@ -4,6 +4,7 @@ import re
 
 import torch
 
+from core.optimizers import check_tensor
 from core.readers import expect, number, record, text
 
 VOCABULARY = 50_257  # byte pairs, and the document mark as the last token
@@ -15,30 +16,30 @@ CONSTANT = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask, w
 
 
 def rename(tensors, transposed=False):
-    """{name in model.py: tensor} of GPT-2's weights {name: tensor}.
+    """{name in model.py: float32 tensor} of GPT-2's weights {name: tensor}.
 
     transposed: linear layers hold (in, out) matrices, as Hugging Face's Conv1D does. Raises ValueError for an unknown
-    name.
+    name, or what is no floating-point tensor.
     """
     weights = {}
     for name, tensor in tensors.items():
-        expect(torch.is_tensor(tensor), "a tensor", tensor, name)
         short = name.removeprefix("_orig_mod.").removeprefix("transformer.")  # _orig_mod: of torch.compile
         if CONSTANT.fullmatch(short):
             continue
+        check_tensor(name, tensor, None)
         match = re.fullmatch(r"(?:h\.(\d{1,5})\.)?([\w.]+)\.(weight|bias)", short)
         layer, part, kind = match.groups() if match else (None, None, None)
         if part not in (TOP if layer is None else LAYER):
             raise ValueError(f"GPT-2 has no weight {name}")
         new = f"{TOP[part]}.{kind}" if layer is None else f"layers.{int(layer)}.{LAYER[part]}.{kind}"
-        weights[new] = tensor.t() if transposed and ".c_" in short and tensor.dim() == 2 else tensor
+        weights[new] = (tensor.t() if transposed and ".c_" in short and tensor.dim() == 2 else tensor).float()
     return weights
 
 
 def cut_rows(weights):
     """The weights without the rows of the embedding and the head that stand for no token."""
-    tables = ("embedding.weight", "head.weight")
-    return {name: tensor[:VOCABULARY] if name in tables else tensor for name, tensor in weights.items()}
+    tables = [name for name in ("embedding.weight", "head.weight") if name in weights and weights[name].dim() > 1]
+    return {**weights, **{name: weights[name][:VOCABULARY] for name in tables}}
 
 
 def model_of(weights, shape):

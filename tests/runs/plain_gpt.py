@@ -95,7 +95,7 @@ def hugging_face_weights(net):
             name = name.removeprefix("transformer.")
             weights[name] = (tensor.t() if ".c_" in name and tensor.dim() == 2 else tensor).contiguous()
     for n in range(len(net.transformer["h"])):
-        weights[f"h.{n}.attn.bias"] = torch.ones(1, 1, 12, 12).tril()
+        weights[f"h.{n}.attn.bias"] = torch.ones(1, 1, 12, 12).tril().bool()
         weights[f"h.{n}.attn.masked_bias"] = torch.tensor(-1e4)
     return weights
 
