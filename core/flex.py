@@ -35,7 +35,8 @@ def attend(layer, q, k, v, lengths=None, dropout=0.0):
         y, total = reweighed(layer, score, call, lengths, dropout, q)
     else:
         y, total = call(score)
-    return sinks.complete(layer, y, total[..., None], q, k, v, lengths, dropout)
+    lse = total[..., None] if sinks.needs_lse(layer, q.size(2)) else None
+    return sinks.complete(layer, y, lse, q, k, v, lengths, dropout)
 
 
 def reweighed(layer, score, call, lengths, dropout, q):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from core.config import UserError
-from core.kvcache import Cache
+from core.kvcache import new_cache
 from core.mechanisms import mechanism
 from core.ops import rotations
 from model import GPT, GPTConfig
@@ -41,11 +41,11 @@ def test_heads_of_a_group_share_their_keys(kernel, name, options, K):
     with torch.no_grad():
         expected = wide(x, rotation)
         assert (layer(x, rotation) - expected).abs().max() < 1e-12
-        cache = Cache(layer.max_distance() + 1)
+        cache = new_cache(layer)
         decoded = [layer(x[:, :50], rotation[:, :50], cache=cache)]
         decoded += [layer(x[:, t : t + 1], rotation[:, t : t + 1], cache=cache) for t in range(50, 70)]
         assert (torch.cat(decoded, 1) - expected).abs().max() < 1e-12
-    assert cache.k.shape == cache.v.shape == (2, K, layer.max_distance() + 1, 8)  # K heads are cached, none is copied
+    assert cache.k.shape == cache.v.shape == (2, K, cache.first + layer.max_distance() + 1, 8)  # K heads are cached, none is copied
 
 
 def test_the_fused_call():
