@@ -36,7 +36,8 @@ def attend(layer, q, k, v, texts=NO_TEXTS, dropout=0.0):
         y, total = reweighed(layer, score, call, texts, dropout, q)
     else:
         y, total = call(score)
-    return sinks.complete(layer, y, total[..., None], q, k, v, texts, dropout)
+    lse = total[..., None] if sinks.needs_lse(layer, q.size(2)) else None
+    return sinks.complete(layer, y, lse, q, k, v, texts, dropout)
 
 
 def reweighed(layer, score, call, texts, dropout, q):
