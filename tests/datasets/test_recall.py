@@ -10,7 +10,7 @@ import pytest
 import torch
 from training_runs import assert_same_runs, fit, log_of
 
-from core import evaluation, prepare
+from core import evaluation, prepare, readers
 from core.config import UserError
 from core.dataset import Dataset, batches
 from core.evaluation import evaluate
@@ -244,3 +244,10 @@ def test_meta_of_whole_documents(tmp_path):
                             ({**meta, "splits": {"val": lacking}}, "offsets_sha256 of val, whose documents are whole")):
         with pytest.raises(UserError, match=message):
             check_meta(forged, "x")
+
+
+@pytest.mark.parametrize("value, is_valid", [([[1, 0.5], [9, 1]], True), ([], True), ([[1, 1.5]], False), ([[1]], False),
+                                             ([[0.5, 1.0]], False), ("x", False), (None, False)])
+def test_records_hold_valid_accuracies(value, is_valid):
+    line = json.dumps({"step": 1, "split": "val", "loss": 1.0, "accuracy_by_distance": value})
+    assert ("accuracy_by_distance" in readers.parse_record(line)) == is_valid
