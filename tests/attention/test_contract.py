@@ -99,7 +99,7 @@ def cases(only=""):
             except UserError:  # matrix scope in a causal model
                 continue
             every[f"{name}, {'causal' if causal else 'both directions'}"] = Case(kind, options, causal)
-            if ":" not in name or name in SHARED_TOO:
+            if name in SHARED_TOO or ":" not in name and (name in mechanisms() or name == "Fading"):
                 every[f"{name}, shared keys, {'causal' if causal else 'both directions'}"] = Case(kind, options, causal, SHARED)
     return every
 

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings, strategies
 
 from core.config import UserError
-from core.dataset import DataChanged, Dataset, ReviewBatches, TextBatches, batches, spread
+from core.batches import spread
+from core.dataset import DataChanged, Dataset, ReviewBatches, TextBatches, batches
 from core.evaluation import scores
 from core.meta import difference
 from helpers import review, tokens_of, write_bytes, write_reviews
