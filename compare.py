@@ -11,6 +11,7 @@ All variants read the same data and are scored on the same split. A config file 
 length, seed, warm-up, evaluations and out_dir are replaced by those of the comparison. Other files in out_dir stay.
 """
 
+from core import startup  # first: torch reads its settings when it is loaded
 
 import json
 import math

@@ -9,6 +9,7 @@ The loop is `main`, at the end of this file. Change it as you like: `run` (core/
 `dist` (core/dist.py) makes it one of several ranks.
 """
 
+from core import startup  # first: torch reads its settings when it is loaded
 
 import math
 import time
@@ -24,6 +25,7 @@ from core.config import UserError, check_choice, configure, run_main
 from core.dataset import batches
 from core.evaluation import evaluate
 from core.launch import check_size
+from core.optimizers import Optimizers  # for configure_optimizer, when you edit it
 from core.run import Run
 from core.warm_start import WarmStart, check_init_from
 from model import GPTConfig, load, new_model, options_of

@@ -4,6 +4,7 @@
 files ends as a UserError, or an OSError of the system, which `run_script` prints as one line.
 """
 
+from core import startup  # first: it handles a missing package
 
 import argparse
 import contextlib
