@@ -22,8 +22,7 @@ test: .venv/installed-test
 
 # What no run may lose: kills, full disks, damaged files, lost ranks. The counts go to results/faults.json.
 test-faults: .venv/installed-test
-	FAULTS=1 $(RUN) -m pytest -q -n 2 tests/faults tests/runs/test_forged_checkpoints.py tests/runs/test_run_folders.py \
-		tests/datasets/test_prepare_folders.py tests/pictures/test_forged_files.py tests/settings/test_input.py
+	FAULTS=1 $(RUN) -m pytest -q -n 2 tests/faults
 
 bench: .venv/installed
 	$(RUN) bench.py attention
