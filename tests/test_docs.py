@@ -53,8 +53,6 @@ def settings(script):
         names |= set(ALIASES).union(*map(assigned, [*mechanisms, ROOT / "bilstm.py"]))
     if script == "attention":  # which also takes the sizes that core/pattern.py draws with
         names |= {"T", "n_layer", "n_head", "causal", "out"}
-    if script == "forgetting":  # run by itself it measures a trained run
-        names |= {"out_dir", "longest"}
     return names
 
 

@@ -2,7 +2,6 @@
 
 import math
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,12 +9,13 @@ from test_contract import Case, random_qkv
 from training_runs import fit
 
 import attention
+import bench_pruning
 import forgetting
 from core import contract, flex, kvcache, tiles
 from core.config import UserError
 from core.mechanisms import mechanism
 from core.texts import NO_TEXTS, Texts, with_gates
-from helpers import write_bytes
+from helpers import call, write_bytes
 from model import GPT, GPTConfig
 
 KIND, DEFAULTS = mechanism("forgetting")
@@ -142,14 +142,13 @@ def test_what_pruning_saves(quick, refused, tmp_path, capsys):
     data = write_bytes(tmp_path / "data", train="import this " * 200, val="import that " * 100)
     fit(tmp_path / "run", data, "--attention=forgetting", "--max_iters=1", "--forgetting_spans=[2,2]")
     capsys.readouterr()
-    forgetting.measure_pruning([f"--out_dir={tmp_path / 'run'}", "--longest=1024"])
+    call(bench_pruning, f"--out_dir={tmp_path / 'run'}", "--longest=1024")
     line = capsys.readouterr().out
     share, difference = re.fullmatch(r"T = 1,024: (\d+)% of .* left out, .* with pruning; logits differ by (.*)\n", line).groups()
     assert 50 < int(share) < 100 and float(difference) < 1e-4
-    main = SimpleNamespace(__name__="forgetting", main=lambda: forgetting.measure_pruning())
-    assert "expected more than 2,048 tokens in the val" in refused(main, f"--out_dir={tmp_path / 'run'}")
+    assert "expected more than 2,048 tokens in the val" in refused(bench_pruning, f"--out_dir={tmp_path / 'run'}")
     fit(tmp_path / "dense", data, "--max_iters=1")
-    assert "expected a run with --attention=forgetting, got dense" in refused(main, f"--out_dir={tmp_path / 'dense'}")
+    assert "expected a run with --attention=forgetting, got dense" in refused(bench_pruning, f"--out_dir={tmp_path / 'dense'}")
 
 
 def test_dense_has_no_gates():
