@@ -14,7 +14,6 @@ length, seed, warm-up, evaluations and out_dir are replaced by those of the comp
 from core import startup  # first: torch reads its settings when it is loaded
 
 import json
-import math
 import runpy
 import shlex
 import signal
@@ -36,7 +35,7 @@ from core.heat import read_reviews
 from core.inference import encode, next_tokens, predict
 from core.launch import check_size
 from core.meta import difference
-from core.readers import read_log, read_predictions
+from core.readers import is_number, read_log, read_predictions
 from core.report import SCORES, main_score, summarize, table
 from core.runs import Stop, asked, check_folder, clock, locked, write_text
 from core.tokenizer import Tokenizer
@@ -185,10 +184,6 @@ def steps_of(cost):
 
 
 # ---- the runs ----------------------------------------------------------------------------------
-
-
-def is_number(x):
-    return type(x) in (int, float) and math.isfinite(x)
 
 
 def same(path, wanted):

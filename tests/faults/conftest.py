@@ -5,15 +5,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from fault_runs import fit
+from fault_runs import unbroken_run
 
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory, text):
     """The unbroken run."""
-    out = tmp_path_factory.mktemp("whole") / "out"
-    assert fit(out, text)[0] == 0
-    return out
+    return unbroken_run(tmp_path_factory.mktemp("whole"), text)
 
 
 @pytest.fixture

@@ -29,6 +29,13 @@ def fit(out, data, *arguments, faults=()):
     return code, (text.strip().splitlines() or [""])[-1]
 
 
+def unbroken_run(folder, data):
+    """The folder of a run that nothing disturbs."""
+    out = folder / "out"
+    assert fit(out, data)[0] == 0
+    return out
+
+
 def content(value):
     """[(name, bytes)] of nested tensors and plain values; without what depends on the clock and on where it runs."""
     if isinstance(value, torch.Tensor):

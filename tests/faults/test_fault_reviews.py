@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from fault_injection import count, several
-from fault_runs import assert_nothing_lost, fit, half_done
+from fault_runs import assert_nothing_lost, fit, half_done, unbroken_run
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
 FILES = [f"{split}{part}.bin" for split in ("train", "val") for part in ("", ".offsets", ".labels")]
@@ -19,9 +19,7 @@ FILES = [f"{split}{part}.bin" for split in ("train", "val") for part in ("", ".o
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, reviews):
     """The unbroken run."""
-    out = tmp_path_factory.mktemp("whole") / "out"
-    assert fit(out, reviews)[0] == 0
-    return out
+    return unbroken_run(tmp_path_factory.mktemp("whole"), reviews)
 
 
 @pytest.fixture
