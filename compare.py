@@ -35,11 +35,12 @@ from core.heat import read_reviews
 from core.inference import encode, next_tokens, predict
 from core.launch import check_size
 from core.meta import difference
+from core.model_config import ABSOLUTE
 from core.readers import is_number, read_log, read_predictions
 from core.report import SCORES, main_score, summarize, table
 from core.runs import Stop, asked, check_folder, clock, locked, write_text
 from core.tokenizer import Tokenizer
-from model import ABSOLUTE, load, new_model
+from model import load, new_model
 
 TRAIN = plain_values(vars(train))  # its defaults
 

@@ -15,18 +15,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from core import checkpoint, kvcache
+from core import checkpoint, kvcache, model_config
 from core.base_model import Model
 from core.config import UserError, check_choice
 from core.inference import sample_next_token
-from core.kernels import KERNELS
 from core.mechanisms import mechanism, new_model, options_of
+from core.ngram import NgramEmbedding
 from core.ops import drop, rms_norm, rotations
 from core.texts import NO_TEXTS, texts_of
 
-ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
-
-ABSOLUTE = ("learned", "sinusoidal")  # positions that end at the block size
+ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu2": lambda x: F.relu(x).square()}
 
 
 @dataclass
@@ -41,7 +39,12 @@ class GPTConfig:
     bias: bool = False  # in linear layers and LayerNorm
     pos: str = "rope"  # 'rope', 'learned', 'sinusoidal' or 'none'
     norm: str = "rmsnorm"  # 'rmsnorm' or 'layernorm'
-    activation: str = "gelu"  # 'gelu', or 'gelu_tanh': GPT-2's approximation of it
+    activation: str = "gelu"  # or 'gelu_tanh', GPT-2's approximation; or 'relu2', squared ReLU (So et al. 2021)
+    zero_init: bool = False  # output projections start at 0, so that each block starts as the identity
+    ngram: int = 0  # the longest n-gram of tokens with an embedding of its own (core/ngram.py); 0: none
+    ngram_rows: int = 65536  # of each table of n-grams
+    ngram_dim: int = 32  # columns of the tables
+    softcap: float = 0.0  # logits become softcap * tanh(logits / softcap) (Gemma 2, 2024); 0: they stay
     tie: bool = True  # a language model's head shares the token embedding's weight
     n_class: int = 0  # 0: a language model
     model: str = "gpt"  # or 'bilstm'
@@ -64,28 +67,8 @@ class GPTConfig:
 
     def check(self):
         """Raise UserError for a value that is unknown or out of range, or two values that do not fit."""
-        check_choice("pos", self.pos, ("rope", *ABSOLUTE, "none"))
-        check_choice("norm", self.norm, ("rmsnorm", "layernorm"))
         check_choice("activation", self.activation, ACTIVATIONS)
-        check_choice("pool", self.pool, ("mean", "max", "first"))
-        check_choice("kernel", self.kernel, KERNELS)
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.n_kv_head < 0 or self.n_kv_head and self.n_head % self.n_kv_head:
-            raise UserError(f"n_kv_head must divide n_head = {self.n_head} (0: n_head), got {self.n_kv_head}")
-        if self.n_layer > 10_000:  # the Python objects of a million layers fill any memory before their weights do
-            raise UserError(f"n_layer must be at most 10,000, got {self.n_layer:,}")
-        step = 2 * self.n_head if self.pos == "rope" else self.n_head
-        if self.model == "gpt" and self.n_embd % step:
-            raise UserError(f"n_embd must be a multiple of {step} (n_head = {self.n_head}, pos = {self.pos}), "
-                            f"got {self.n_embd}")
-        if self.document_mask and self.document_mark is None:
-            raise UserError("document_mask expects data whose documents begin with a mark; this data has none")
-        if self.document_mask and self.model != "gpt":
-            raise UserError(f"document_mask expects model=gpt, got {self.model}, which reads each text as a whole")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+        model_config.check(self)
 
 
 class RMSNorm(nn.Module):
@@ -128,6 +111,8 @@ class GPT(Model):
         super().__init__(config)
         C, attention_class = config.n_embd, mechanism(config.attention)[0]
         self.embedding = nn.Embedding(config.vocab_size, C)
+        if config.ngram:
+            self.ngrams = NgramEmbedding(config.ngram, config.ngram_rows, config.ngram_dim, config.vocab_size, C)
         if config.pos == "learned":
             self.positions = nn.Embedding(config.block_size, C)
         self.layers = nn.ModuleList(Block(config, n, attention_class) for n in range(config.n_layer))
@@ -138,7 +123,7 @@ class GPT(Model):
         self.apply(self.init_weights)
         for block in self.layers:  # the residual stream starts with the same size at any depth (GPT-2)
             for weight in (block.attention.proj.weight, block.down.weight):
-                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.n_layer))
+                nn.init.normal_(weight, std=0 if config.zero_init else 0.02 / math.sqrt(2 * config.n_layer))
         if config.tie and config.causal:
             self.head.weight = self.embedding.weight
 
@@ -157,13 +142,15 @@ class GPT(Model):
             self.angles = rotations(torch.arange(length), size).float().to(self.embedding.weight.device)
         return self.angles[:, :end]
 
-    def embed(self, idx, start=0):
-        """Embed tokens idx (B, T) at positions start, start + 1, ...: (x (B, T, C), rotation or None).
+    def embed(self, idx, texts=NO_TEXTS, cache=None):
+        """Embed tokens idx (B, T), which continue the text of the first layer's cache: (x (B, T, C), rotation or None).
 
         Raises UserError for a position past the block size if positions are absolute.
         """
-        end, pos = start + idx.size(1), self.config.pos
-        x = self.embedding(idx)
+        start, pos = cache.length if cache else 0, self.config.pos
+        end, x = start + idx.size(1), self.embedding(idx)
+        if self.config.ngram:
+            x = x + self.ngrams(idx, texts.documents, cache)
         if pos == "rope":
             return x, self.position_table(end)[:, start:]
         if pos == "none":
@@ -187,7 +174,7 @@ class GPT(Model):
         continues the cached text. The loss is None without targets, and never includes `penalty`.
         """
         texts = texts_of(self.config, idx, lengths, caches)
-        x, rotation = self.embed(idx, caches[0].length if caches else 0)
+        x, rotation = self.embed(idx, texts, caches[0] if caches else None)
         x = drop(x, self.config.dropout if self.training else 0.0)
         for n, block in enumerate(self.layers):
             x = block(x, rotation, texts, caches[n] if caches else None)
@@ -197,6 +184,8 @@ class GPT(Model):
         elif targets is None:
             x = x[:, -1:]
         logits = self.head(x)
+        if self.config.softcap:
+            logits = self.config.softcap * torch.tanh(logits / self.config.softcap)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), ignore_index=-1)
@@ -214,7 +203,8 @@ class GPT(Model):
     @torch.no_grad()
     def maps(self, idx, lengths=None):
         """The attention weights (B, H, T, T) of each layer for idx (B, T), for pictures. Evaluation mode only."""
-        (x, rotation), texts, maps = self.embed(idx), texts_of(self.config, idx, lengths), []
+        texts, maps = texts_of(self.config, idx, lengths), []
+        x, rotation = self.embed(idx, texts)
         for block in self.layers:
             maps.append(block.attention.map(block.norm1(x), rotation, texts))
             x = block(x, rotation, texts)
@@ -228,6 +218,8 @@ class GPT(Model):
         C, layers = self.config.n_embd, self.config.n_layer
         kv = C * (self.config.n_kv_head or self.config.n_head) // self.config.n_head  # channels of keys, and of values
         linear = 2 * C * (5 * C + kv) * layers + (C * self.config.vocab_size if self.config.causal else 0)
+        if self.config.ngram:
+            linear += self.ngrams.proj.weight.numel()
         pairs = sum(block.attention.multiplied_pairs(T) for block in self.layers)
         return 3 * 2 * (linear + 2 * C * pairs / T)
 
@@ -243,7 +235,7 @@ class GPT(Model):
         Past the block size each token sees the `block_size` positions up to its own; rotary positions keep counting.
         Absolute positions end at the block size: generation then restarts from the last block_size / 2 tokens.
         """
-        block_size, absolute = self.config.block_size, self.config.pos in ABSOLUTE
+        block_size, absolute = self.config.block_size, self.config.pos in model_config.ABSOLUTE
         caches, text = self.new_caches(), idx
         new = idx[:, -block_size:] if absolute else idx  # tokens that are not in the caches yet
         for _ in range(max_new_tokens):

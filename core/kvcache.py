@@ -11,7 +11,8 @@ from core import sinks
 from core.ops import expand_heads, mask_value
 from core.texts import NO_TEXTS, decay_between
 
-AHEAD = 16  # queries whose bias is computed at once: for a single one, starting the operations takes longer than they do
+TIME = (2, 2, 0, 2)  # the dimension of positions in keys, values, their positions and the sums of their gates
+AHEAD = 16  # queries whose bias is computed at once: for one, starting the operations takes longer than they do
 
 
 class Cache:
@@ -22,6 +23,7 @@ class Cache:
         self.size, self.first, self.length = size, first, 0  # length: tokens of the text so far, cached or not
         self.kept = None  # the result of `kept_by_distance`, computed once
         self.ahead = 0, []  # the position of a query, and (slots, bias) of its kept keys and those of the next queries
+        self.tokens = None  # the last ones, (B, longest n-gram - 1), if the model embeds n-grams
         self.document = 0  # where the last token's document starts, (B, 1), if the model masks documents
 
     def extend(self, k, v, decay=None):
@@ -39,21 +41,18 @@ class Cache:
             self.decay = None if decay is None else decay.new_empty(*decay.shape[:2], n)
         available = (k, v, new) if decay is None else (k, v, new, decay)
         if T > 1 and start:  # joined before the ring is written: the last token may overwrite keys that the first needs
-            available = [torch.cat([old, x], dim) for old, x, dim in zip(self.filled(), available, (2, 2, 0, 2))]
+            joined = [torch.cat([old, x], dim) for old, x, dim in zip(self.filled(), available, TIME)]
         a = start  # written up to here
         while a < start + T:
             if a >= self.first:
                 a = max(a, start + T - self.size)  # what comes before would be overwritten
             slot = self.slot(a)
-            end = min(start + T, a + (self.first if a < self.first else self.first + self.size) - slot)
-            slots, tokens = slice(slot, slot + end - a), slice(a - start, end - start)
-            self.k[:, :, slots], self.v[:, :, slots] = k[:, :, tokens], v[:, :, tokens]
-            self.positions[slots] = new[tokens]
-            if decay is not None:
-                self.decay[:, :, slots] = decay[:, :, tokens]
-            a = end
+            count = min(start + T - a, (self.first if a < self.first else self.first + self.size) - slot)
+            for ring, x, dim in zip((self.k, self.v, self.positions, self.decay), available, TIME):
+                ring.narrow(dim, slot, count).copy_(x.narrow(dim, a - start, count))
+            a += count
         self.length += T
-        return available if T > 1 else self.filled()
+        return self.filled() if T == 1 else joined if start else available
 
     def slot(self, position):
         """Where the key of a position is, or will be."""
@@ -61,9 +60,8 @@ class Cache:
 
     def filled(self):
         """(keys (B, K, m, D), values, positions (m,)) of the filled slots, and with gates their sums (B, H, m)."""
-        n = min(self.length, self.first + self.size)
-        filled = self.k[:, :, :n], self.v[:, :, :n], self.positions[:n]
-        return filled if self.decay is None else (*filled, self.decay[:, :, :n])
+        n, rings = min(self.length, self.first + self.size), (self.k, self.v, self.positions, self.decay)
+        return [ring.narrow(dim, 0, n) for ring, dim in zip(rings, TIME) if ring is not None]
 
     def last_decay(self):
         """The sum of gates up to the last token, (B, H, 1)."""
@@ -82,21 +80,22 @@ def attend(layer, q, k, v, cache, texts=NO_TEXTS):
     """
     start, T = cache.length, q.size(2)
     keys, values, j, *decay = cache.extend(k, v, texts.decay)
-    i = torch.arange(start, start + T, device=q.device)
     if T > 1:
+        i = torch.arange(start, start + T, device=q.device)
         texts = texts._replace(decay=decay[0] if decay else None)
         return layer.weights(q, keys, i, j, texts) @ expand_heads(values, q.size(1))
     grouped = q.view(len(q), layer.n_kv_head, -1, q.size(3))  # (B, K, G, D): a key is read once for its G heads
     if layer.relative and texts.documents is None and texts.decay is None:
-        return attend_by_distance(layer, grouped, cache, i, j).view(q.shape)
+        return attend_by_distance(layer, grouped, keys, values, start, j, cache).view(q.shape)
     (slots, bias), dropped = kept_by_query(layer, cache, start, q), mask_value(q.dtype)
+    all_kept = bias.size(0) == 1 and texts.documents is None  # else heads or texts differ in what they keep
     if decay:
         between = decay_between(texts.decay, decay[0][:, :, slots], True).to(q.dtype)
         bias = torch.where(bias > dropped, bias + between, bias)  # (B, H, 1, m)
     if texts.documents is not None:
         bias = torch.where(j[slots] >= texts.documents[:, None, :, None], bias, dropped)  # (B, H or 1, 1, m)
-    keys = sinks.cap_distances(layer, keys.index_select(2, slots), i, j[slots])
-    return average(layer, grouped, keys, values.index_select(2, slots), group(layer, bias)).view(q.shape)
+    keys = sinks.cap_distances(layer, keys.index_select(2, slots), start, j[slots])
+    return average(layer, grouped, keys, values.index_select(2, slots), group(layer, bias), all_kept).view(q.shape)
 
 
 def kept_by_query(layer, cache, i, q):
@@ -121,11 +120,12 @@ def group(layer, bias):
     return bias.squeeze(-2).unflatten(-2, (layer.n_kv_head, -1)) if bias.size(-3) > 1 else bias
 
 
-def attend_by_distance(layer, q, cache, i, j):
-    """`attend` for one token of a relative layer, q (B, K, G, D): only kept slots are read."""
+def attend_by_distance(layer, q, k, v, i, j, cache):
+    """`attend` for one token q (B, K, G, D) at position i of a relative layer, and the cached k, v (B, K, m, D) at
+    positions j (m,): only kept slots are read."""
     if cache.kept is None:
         cache.kept = kept_by_distance(layer, cache.size, q.dtype)
-    (k, v, _), (heads, distances, bias, keeps_itself) = cache.filled(), cache.kept
+    heads, distances, bias, keeps_itself = cache.kept
     if distances is None:
         return average(layer, q, k, v, None if bias is None else bias[:, :, i - j], True)
     if cache.length < cache.size:
@@ -142,7 +142,7 @@ def average(layer, q, k, v, bias, keeps_itself=False):
     """reweigh(softmax(q k^T / sqrt(D) + bias)) v scaled by the sink, for the heads of each group as rows: (B, K, G, D).
 
     bias: (K or 1, G or 1, m) or (B, K or 1, G or 1, m) in the dtype of q, `mask_value` for dropped pairs; None: 0.
-    keeps_itself: every row has a kept key; otherwise rows without one give 0.
+    keeps_itself: every row has a kept key, or no key at all; otherwise rows without one give 0.
     """
     scores = q @ k.mT / math.sqrt(q.size(3))
     if bias is not None:

@@ -90,8 +90,8 @@ def scores_at(layer, q, k, i, j):
 
 
 def cap_distances(layer, k, i, j):
-    """Keys k (B, K, m, D) at positions j, with those of first tokens turned as if at most block_size - 1 before query i
-    (1,). First tokens come first."""
+    """Keys k (B, K, m, D) at positions j, with those of first tokens turned as if at most block_size - 1 before the
+    query at position i. First tokens come first."""
     if layer.first_tokens and layer.rotary:
         g = int((j < layer.first_tokens).sum())
         shift = (i - j[:g] - (layer.block_size - 1)).clamp(min=0)

@@ -34,8 +34,16 @@ def make(**changes):
 @pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
 @pytest.mark.parametrize("pos", ["rope", "learned", "sinusoidal", "none"])
 def test_cached_equals_full(pos, norm, kernel):
+    check_cached(make(pos=pos, norm=norm, kernel=kernel, bias=True))
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_cached_ngrams(document_mask):
+    check_cached(make(ngram=4, ngram_rows=97, ngram_dim=3, softcap=5.0, document_mask=document_mask, document_mark=7))
+
+
+def check_cached(model):
     """Token by token, and in pieces, through the caches: the logits of the full pass."""
-    model = make(pos=pos, norm=norm, kernel=kernel, bias=True)
     idx = torch.randint(50, (3, 16))
     with torch.no_grad():
         full = model(idx, targets=idx)[0]
@@ -78,9 +86,9 @@ def test_past_the_block_size_absolute_positions_start_again(pos):
 
 
 @pytest.mark.parametrize("pool", ["mean", "max", "first"])
-@pytest.mark.parametrize("pos", ["rope", "learned", "none"])
-def test_padding_and_batch_change_nothing(pos, pool):
-    model = make(n_class=2, pool=pool, pos=pos)
+@pytest.mark.parametrize("pos, ngram", [("rope", 0), ("learned", 3), ("none", 0)])
+def test_padding_and_batch_change_nothing(pos, ngram, pool):
+    model = make(n_class=2, pool=pool, pos=pos, ngram=ngram)
     x, lengths = torch.randint(50, (3, 16)), torch.tensor([16, 9, 1])
     logits = model(x, lengths=lengths)[0]
     assert logits.shape == (3, 2)
@@ -104,8 +112,9 @@ def test_dropout_is_everywhere_while_training_and_nowhere_else(monkeypatch):
     assert rates == [0.3] * 5 + [0.0] * 5
 
 
-def test_a_later_token_changes_no_earlier_output():
-    model = make()
+@pytest.mark.parametrize("changes", [{}, {"ngram": 4, "ngram_rows": 97}])
+def test_a_later_token_changes_no_earlier_output(changes):
+    model = make(**changes)
     idx = torch.randint(50, (1, 16))
     changed = idx.clone()
     changed[0, 9] = (idx[0, 9] + 1) % 50
@@ -131,7 +140,8 @@ def test_rms_norm():
 
 
 @pytest.mark.parametrize("changes", [{}, {"n_class": 2}, {"tie": False, "bias": True, "norm": "layernorm", "pos": "learned"},
-                                     {"n_head": 4, "n_kv_head": 1, "qk_norm": True}])
+                                     {"n_head": 4, "n_kv_head": 1, "qk_norm": True},
+                                     {"ngram": 3, "ngram_rows": 11, "ngram_dim": 5}])
 def test_counts(changes):
     """Parameters and work as counted are what is there. PyTorch counts the reference's full matrix."""
     model = GPT(GPTConfig(**{**SMALL, "kernel": "reference", **changes}))
@@ -140,6 +150,8 @@ def test_counts(changes):
     if changes.get("n_kv_head"):
         per_layer += 2 * 4 * C - 2 * C * C + 2 * 4  # keys and values of one head of 4 channels; two gains
     expected = V * C + 2 * per_layer
+    if changes.get("ngram"):
+        expected += 2 * 5 * (11 + C)
     if changes.get("n_class"):
         expected += 2 * C + 2
     if changes.get("bias"):
@@ -210,6 +222,10 @@ def test_generation_repeats_with_its_seed():
     ({"attention": "dens"}, "unknown attention 'dens'; did you mean dense"),
     ({"n_embd": 15}, "n_embd must be a multiple of 4"),
     ({"dropout": 1.0}, "dropout must be"),
+    ({"activation": "relu"}, "unknown activation 'relu'; did you mean relu2"),
+    ({"ngram": 1}, "ngram must be 0 or from 2 to 16, got 1"),
+    ({"ngram": 2, "ngram_rows": 0}, "ngram_rows must be from 1 to 2..26"),
+    ({"softcap": -1.0}, "softcap must be at least 0"),
     ({"n_layer": 0}, "n_layer must be at least 1"),
     ({"options": {"window": 3}}, "dense has no option window"),
 ])

@@ -29,17 +29,46 @@ def linear(x, module):
     return x @ module.weight.T + (0 if module.bias is None else module.bias)
 
 
-def gelu(x, activation):
-    """x times the normal distribution function, exact or as GPT-2 approximates it (Hendrycks and Gimpel 2016)."""
+def activated(x, activation):
+    """The square of max(x, 0); or x times the normal distribution function, exact or as GPT-2 approximates it (Hendrycks
+    and Gimpel 2016)."""
+    if activation == "relu2":
+        return x.clamp(min=0) ** 2
     if activation == "gelu_tanh":
         return x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
     return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+
+
+def signed(number):
+    """An integer modulo 2^64 as int64 holds it."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
+def ngram_row(tokens, vocab_size, rows):
+    """The row of an n-gram, its latest token first: Knuth's multiplicative hash of its digits."""
+    number = 0
+    for token in tokens:
+        number = number * vocab_size + token
+    return (signed(signed(number) * -0x61C8864680B583EB) >> 20) % rows
+
+
+def ngrams(model, text):
+    """The n-grams' part of the input of a text, a list of tokens: (T, C)."""
+    config, rows = model.config, []
+    for position in range(len(text)):
+        latest = [*reversed(text[: position + 1]), *[0] * config.ngram]
+        row = [table.weight[ngram_row(latest[:n], config.vocab_size, config.ngram_rows)]
+               for n, table in enumerate(model.ngrams.tables, 2)]
+        rows.append(model.ngrams.proj.weight @ torch.cat(row))
+    return torch.stack(rows)
 
 
 def by_hand(model, idx):
     """Logits of one text idx (T,): (T, V), or (n_class,) of a classifier with the mean over its tokens."""
     config, T, C = model.config, len(idx), model.config.n_embd
     x = model.embedding.weight[idx]
+    if config.ngram:
+        x = x + ngrams(model, idx.tolist())
     if config.pos == "learned":
         x = x + model.positions.weight[:T]
     elif config.pos == "sinusoidal":  # of the embedding's first size: 0.02 on average
@@ -57,13 +86,15 @@ def by_hand(model, idx):
         y = scores.exp() / scores.exp().sum(-1, keepdim=True) @ v
         x = x + linear(y.transpose(0, 1).reshape(T, C), layer.attention.proj)
         y = linear(normalised(x, layer.norm2), layer.up)
-        x = x + linear(gelu(y, config.activation), layer.down)
+        x = x + linear(activated(y, config.activation), layer.down)
     x = normalised(x, model.norm)
-    return linear(x if config.causal else x.mean(0), model.head)
+    logits = linear(x if config.causal else x.mean(0), model.head)
+    return config.softcap * torch.tanh(logits / config.softcap) if config.softcap else logits
 
 
 @pytest.mark.parametrize("n_class", [0, 2])
 @pytest.mark.parametrize("changes", [{}, {"pos": "sinusoidal"}, {"pos": "none"}, {"activation": "gelu_tanh"},
+                                     {"activation": "relu2", "softcap": 5.0}, {"ngram": 5, "ngram_rows": 97, "ngram_dim": 3},
                                      {"bias": True, "norm": "layernorm", "pos": "learned", "tie": False}])
 @torch.no_grad()
 def test_forward_by_hand(changes, n_class):
@@ -89,6 +120,33 @@ def test_weights_begin_as_said():
         else:
             std = 0.02 / 4 if name.endswith(("proj.weight", "down.weight")) else 0.02
             assert p.std().item() == pytest.approx(std, rel=0.06) and p.mean().abs() < std / 10, name
+
+
+def test_zero_init_begins_as_the_identity():
+    """With output projections of 0, each block adds nothing, and the gradient reaches those projections alone."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=16, zero_init=True))
+    idx = torch.randint(50, (2, 16))
+    logits, loss = model(idx, idx)
+    expected = linear(normalised(model.embedding.weight[idx], model.norm), model.head)
+    torch.testing.assert_close(logits, expected)
+    loss.backward()
+    for name, p in model.named_parameters():
+        if name.startswith("layers"):
+            assert bool(p.grad.any()) == name.endswith(("proj.weight", "down.weight")), name
+
+
+def test_ngrams_of_a_large_vocabulary_wrap_around():
+    """Tokens to the 16th power exceed 64 bits; the hash is still that of exact arithmetic, and rows are used evenly."""
+    model = make(vocab_size=50_257, ngram=16, ngram_rows=1000, ngram_dim=2)
+    text = torch.randint(50_257, (1, 4000))
+    rows = model.ngrams.rows(torch.cat([text.new_zeros(1, 15), text], 1))
+    for n in (2, 7, 16):
+        counts = torch.bincount(rows[n - 2][0], minlength=1000)
+        assert counts.max() < 20  # 4 in the mean
+        for at in (0, 3, 1999):
+            latest = [*reversed(text[0, : at + 1].tolist()), *[0] * 16][:n]
+            assert rows[n - 2][0, at] == ngram_row(latest, 50_257, 1000)
 
 
 def test_rotations_far_away():
