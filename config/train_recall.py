@@ -11,7 +11,7 @@ batch_size = 16
 
 learning_rate = 4e-3
 min_lr = 2e-4
-max_iters = 800
+max_iters = 1000
 warmup_iters = 40
 eval_interval = 100
 eval_iters = 4

@@ -10,7 +10,8 @@ writes data/recall. With --pairs=2 --queries=3 --length=12 a sequence reads
 
 Random places of two tokens behind the pairs ask for a random key; the other places are empty. Keys are drawn with
 replacement: if each were asked for once, a model could answer the last queries by elimination.
-A pair is one token. With --joined=0 it is two, as in the paper; a layer must then first tell each value which key
+By default, places near the pairs are the likelier ones: a window that sees few of the answers takes long to learn
+anything. A pair is one token. With --joined=0 it is two, as in the paper; a layer must then first tell each value which key
 stands before it, which takes far longer to learn than to look a key up.
 Only the values that answer count in loss and accuracy. The distance of an answer is that from the query, whose output
 predicts it, back to the value in its pair: a window of w tokens sees distances below w.
@@ -31,13 +32,13 @@ from core.tokenizer import Tokenizer
 MARK, EMPTY, FIRST_KEY = range(3)  # token ids; then come the values, and the pairs (k0 v0, k0 v1, ...)
 CHUNK = 250  # sequences made at a time, for the memory
 OPTIONS = {  # name: (default, least, most, help)
-    "pairs": (6, 1, 2**14, "pairs of a sequence"),
-    "queries": (16, 1, 2**15, "queries of a sequence"),
+    "pairs": (4, 1, 2**14, "pairs of a sequence"),
+    "queries": (8, 1, 2**15, "queries of a sequence"),
     "length": (64, 3, 2**16 - 2, "tokens of a sequence, without the mark"),
-    "keys": (8, 1, 2**12, "different keys"),
+    "keys": (4, 1, 2**12, "different keys"),
     "values": (8, 2, 2**12, "different values"),
     "joined": (1, 0, 1, "1: a pair is one token, 0: two tokens"),
-    "near": (1.0, 0.001, 10.0, "query places are drawn with the weights s ** (near - 1), s = 1, 2, ...: 1 is uniform, "
+    "near": (0.1, 0.001, 10.0, "query places are drawn with the weights s ** (near - 1), s = 1, 2, ...: 1 is uniform, "
                                "0.01 is the paper's"),
     "train": (100_000, 1, 10**7, "sequences of the training split"),
     "val": (1_000, 1, 10**7, "sequences of the validation split"),
