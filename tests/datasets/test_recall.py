@@ -94,7 +94,8 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path, capsys):
     one, other, third = (make(tmp_path / name, *options) for name, options in (("a", ()), ("b", ()), ("c", ("--seed=2",))))
     assert one.digests == other.digests and one.source == other.source != third.source
     assert len(set(one.digests.values()) & set(third.digests.values())) == 3  # offsets alone
-    pinned = make(tmp_path / "d", "--pairs=3", "--queries=3", "--length=16", "--keys=4", "--values=9", "--seed=1", "--joined=0")
+    pinned = make(tmp_path / "d", "--pairs=3", "--queries=3", "--length=16", "--keys=4", "--values=9", "--seed=1", "--joined=0",
+                  "--near=1.0")
     words, distances = words_of(pinned, "val")[0]
     assert " ".join(words) == "k3 v6 k0 v3 k2 v0 . . k2 v0 . . k2 v0 k3 v6" and [d for d in distances if d] == [3, 7, 13]
     before = (tmp_path / "a" / "train.bin").stat().st_mtime_ns
@@ -104,8 +105,8 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path, capsys):
 
 @pytest.mark.parametrize("options, message", [
     (("--pairs=9", "--keys=8", "--length=64"), "--pairs must be at most --keys=8, for no key is in two pairs; got 9"),
-    (("--length=37",), "--length must be at least 38 for --pairs=6 and two tokens for each of --queries=16; got 37"),
-    (("--length=43", "--joined=0"), "--length must be at least 44"), (("--joined=2",), "--joined must be from 0 to 1"),
+    (("--length=19",), "--length must be at least 20 for --pairs=4 and two tokens for each of --queries=8; got 19"),
+    (("--length=23", "--joined=0"), "--length must be at least 24"), (("--joined=2",), "--joined must be from 0 to 1"),
     (("--pairs=0",), "--pairs must be from 1 to"), (("--near=0",), "--near must be from 0.001 to 10.0, got 0.0"),
     (("--near=nan",), "--near must be"), (("--train=0",), "--train must be from 1"), (("--seed=-1",), "--seed must be from 0"),
     (("--length=70000",), "--length must be from 3 to 65,534, got 70,000"), (("--source=.",), "takes no --source"),
