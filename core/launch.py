@@ -77,7 +77,8 @@ def print_costs(model, example, settings, device, dtype):
 
 def explain_log(settings, data, batches_per_evaluation):
     """Print what the numbers of the following lines are."""
-    unit = "text" if data.kind == "classify" else "token"
+    answers = "distances_sha256" in data.splits["train"]  # the other tokens have no loss
+    unit = "text" if data.kind == "classify" else "answer" if answers else "token"
     print(f"A line every {settings.log_interval} steps: the step, of all; the loss of its batch in nats per {unit}; tokens per "
           "second of training since the line before, without evaluations; the operations that they need, as a share of the "
           "rate of matrix products above; the time left, with evaluations")

@@ -13,6 +13,7 @@ from training_runs import assert_same_runs, fit, log_of
 from core import evaluation, prepare, readers
 from core.config import UserError
 from core.dataset import Dataset, batches
+from core.launch import explain_log
 from core.evaluation import evaluate
 from core.meta import check_meta, files_of
 from data.recall import prepare as recall
@@ -159,6 +160,11 @@ def test_scores_are_those_of_the_answers(model, small):
     expected = [[d, np.mean([right for e, right in answers if e == d])] for d in sorted({d for d, _ in answers})]
     assert scores["accuracy_by_distance"] == [[d, pytest.approx(share)] for d, share in expected]
     json.dumps(scores)  # plain values
+
+
+def test_the_log_says_that_the_loss_is_of_answers(small, capsys):
+    explain_log(SimpleNamespace(log_interval=1, eval_interval=2), small, 3)
+    assert "the loss of its batch in nats per answer;" in capsys.readouterr().out
 
 
 def test_the_training_loss_is_of_the_answers(model, small):
