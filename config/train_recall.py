@@ -1,5 +1,5 @@
-# Associative recall: which value was stored with this key? Dense attention answers all: accuracy 100 %, loss 0.008.
-# On one thread of a busy 2-core AMD EPYC it took 6 minutes. Learning starts abruptly, after about 300 steps.
+# Associative recall: which value was stored with this key? Dense attention answers 99.9 % or more after 1,000 steps, in
+# half a minute on one thread of a 2-core AMD EPYC (Zen 3, float32). Learning starts abruptly, after 100 to 300 steps.
 out_dir = "out-recall"
 dataset = "recall"
 

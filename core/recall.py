@@ -77,12 +77,14 @@ def draw_points(ax, rows):
 def label_points(ax, rows):
     """Write the name of each row beside its point, to the inner side, moved down where it would overlap another label;
     rows with the same point share a label."""
-    labels, placed = {}, []  # {(log x, y): names}; boxes (left, right, top, bottom) of the labels so far
+    labels, placed = {}, []  # {(log x, y): names}; boxes (left, right, top, bottom) of the points and labels so far
     for name, row in rows.items():  # from the highest accuracy to the lowest
         x, y = np.log(100 * row["kept"]), 100 * row["score"][1]
         near = next((point for point in labels if abs(x - point[0]) < 0.05 and abs(y - point[1]) < 2), (x, y))
         labels.setdefault(near, []).append(figures.escape_math(name))
     left, right = np.log(ax.get_xlim())
+    dot = 0.015 * (right - left)
+    placed += [(x - dot, x + dot, y + LINE / 2, y - LINE / 2) for x, y in labels]
     for (x, y), names in labels.items():
         sign = -1 if x > (left + right) / 2 else 1
         start, top = x + sign * 0.03 * (right - left), y + LINE / 2

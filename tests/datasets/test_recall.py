@@ -13,8 +13,8 @@ from training_runs import assert_same_runs, fit, log_of
 from core import evaluation, prepare, readers
 from core.config import UserError
 from core.dataset import Dataset, batches
-from core.launch import explain_log
 from core.evaluation import evaluate
+from core.launch import explain_log
 from core.meta import check_meta, files_of
 from data.recall import prepare as recall
 from model import GPT, GPTConfig
