@@ -164,8 +164,8 @@ def check_best(path, state):
             print(f"{path} is missing: the best weights are counted from here on")
             state.update(best=math.inf, evaluated=-1)
     except (ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({error}); take it away to go on without it: the best weights are then counted "
-                        "from here on")
+        raise UserError(f"{path} is damaged ({error}); take it away to go on without it: the best weights are then "
+                        "counted from here on")
 
 
 def restore(path, checkpoint, state, model, optimizer, seed, device, dtype):
@@ -174,8 +174,8 @@ def restore(path, checkpoint, state, model, optimizer, seed, device, dtype):
     another model."""
     for name, now in (("device", device.split(":")[0]), ("dtype", dtype)):
         if checkpoint.get(name, now) != now:
-            print(f"checkpoint: {name} was {checkpoint[name]!r}, is now {now!r}: the losses from here on differ by rounding, "
-                  "and with dropout by its random stream, from those of an unbroken run")
+            print(f"checkpoint: {name} was {checkpoint[name]!r}, is now {now!r}: the losses from here on differ by "
+                  "rounding, and with dropout by its random stream, from those of an unbroken run")
     kinds = {"state": STATE, "random": listing(record({}), 2**20)}
     try:
         # earlier versions: float16's scaler
@@ -187,8 +187,8 @@ def restore(path, checkpoint, state, model, optimizer, seed, device, dtype):
         if (before := len(checkpoint["random"])) == dist.world:
             hardware.set_random_state(device, checkpoint["random"][dist.rank])
         else:
-            print(f"checkpoint: ranks were {before}, are now {dist.world}: the same texts a step, dropout from new random "
-                  "streams")
+            print(f"checkpoint: ranks were {before}, are now {dist.world}: the same texts a step, dropout from new "
+                  "random streams")
             dist.seed(seed, state["step"])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path} holds weights that fit and a state of the optimiser that does not ({error}); "

@@ -11,7 +11,8 @@ from core import sinks
 from core.ops import expand_heads, mask_value
 from core.texts import NO_TEXTS, decay_between
 
-AHEAD = 16  # queries whose bias is computed at once: for a single one, starting the operations takes longer than they do
+# Queries whose bias is computed at once: for a single one, starting the operations takes longer than they do.
+AHEAD = 16
 
 
 class Cache:
@@ -177,3 +178,9 @@ def kept_by_distance(layer, size, dtype):
     heads, distances = kept.view(layer.n_kv_head, -1, size).any(1).nonzero().unbind(1)
     same_group = heads == torch.arange(layer.n_head, device=bias.device)[:, None] // (layer.n_head // layer.n_kv_head)
     return heads, distances, bias[:, 0, distances].where(same_group, mask_value(dtype))[None], keeps_itself
+
+
+def cache_bytes(cache):
+    """Bytes of all tensors that a cache holds."""
+    values = [*vars(cache).values(), *(cache.kept or ())]
+    return sum(x.untyped_storage().nbytes() for x in values if torch.is_tensor(x))

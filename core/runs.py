@@ -36,8 +36,8 @@ def locked(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / "lock", "a+b", buffering=0)
     except OSError as error:
-        raise UserError(f"cannot write into {folder}: {error.strerror}; give another --out_dir, or change the permissions of "
-                        "this one")
+        raise UserError(f"cannot write into {folder}: {error.strerror}; give another --out_dir, or change the "
+                        "permissions of this one")
     with file:
         try:
             if fcntl:
@@ -45,8 +45,8 @@ def locked(folder):
         except BlockingIOError:
             file.seek(0)
             owner = file.read(20).decode("ascii", "replace")
-            raise UserError(f"{folder} is in use by another run (process {owner or 'unknown'}); wait for its end or stop it, "
-                            "or give another --out_dir")
+            raise UserError(f"{folder} is in use by another run (process {owner or 'unknown'}); wait for its end or "
+                            "stop it, or give another --out_dir")
         except OSError:
             pass  # a file system without locks, as some network drives are
         with contextlib.suppress(OSError):  # for the message above
@@ -234,7 +234,8 @@ def format_stats(stats):
             values = value if isinstance(value, list) else [value]
             numbers.setdefault(name, []).extend(x for x in values if isinstance(x, (int, float)))
     means = {name.replace("_", " "): sum(values) / len(values) for name, values in numbers.items() if values}
-    return "".join(f", {name} {mean:,.0f}" if abs(mean) >= 100 else f", {name} {mean:.3g}" for name, mean in means.items())
+    return "".join(f", {name} {mean:,.0f}" if abs(mean) >= 100 else f", {name} {mean:.3g}"
+                   for name, mean in means.items())
 
 
 def clock(seconds):

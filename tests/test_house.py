@@ -9,7 +9,7 @@ TOP = {path.stem: path for path in ROOT.glob("*.py")}
 CORE = {f"core.{path.stem}": path for path in (ROOT / "core").glob("*.py") if path.stem != "__init__"}
 LINES = {"model": 270, "train": 300, "attention": 250,
          **dict.fromkeys(("adaptive_attention_span", "sparse", "atrt", "alibi", "forgetting"), 150)}
-SCRIPT, MACHINERY, TEST, WIDTH, README = 475, 300, 500, 130, 12 * 1024
+SCRIPT, MACHINERY, TEST, WIDTH, README = 400, 300, 500, 120, 12 * 1024
 
 
 def imports_of(path):

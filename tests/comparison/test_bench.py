@@ -132,7 +132,7 @@ def test_growth():
         return {"attention": "a", "batch x heads x time": f"{shape}x{T}", "ms": 3 * T**1.5, "fused call, ms": T**2.0,
                 "pairs kept": 7 * T**1.25 / T**2, "pairs multiplied": 0.5, "MiB more": 2.0 * T, "fused, MiB more": None}
 
-    found = bench.growth([row("1x8", T) for T in (64, 128, 512)] + [row("2x1", T) for T in (64, 128)])
+    found = timing.growth([row("1x8", T) for T in (64, 128, 512)] + [row("2x1", T) for T in (64, 128)])
     assert [(line["growth"], line["batch x heads"]) for line in found] == [("a", "1x8"), ("fused call", "1x8")]
     assert list(found[0].values())[2:] == pytest.approx([1.5, 1.25, 2, 1])
     assert list(found[1].values())[2:] == [pytest.approx(2), None, None, None]

@@ -120,8 +120,8 @@ def test_budgets(budget, amount, steps, monkeypatch):
 def test_what_a_step_costs(reviews, tmp_path, monkeypatch, quick):
     """Timed are five batches from short to long, the weights stay as they are, and work is the mean over fifty."""
     monkeypatch.setattr(compare, "base", [f"--dataset={reviews}", "--block_size=96", "--batch_size=2", *SMALL])
-    variant, machine = compare.parse("dense:"), compare.Machine("cpu", "float32")
-    call_five, work, count = compare.typical_steps(variant, machine)
+    variant = compare.parse("dense:")
+    call_five, work, count = compare.typical_steps(variant, "cpu", "float32")
     model, source = compare.set_up(variant, "cpu")
     seen, training_step = [], timing.training_step
 

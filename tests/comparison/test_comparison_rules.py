@@ -8,6 +8,7 @@ import torch
 
 import compare
 from core import report
+from core.results import continue_prompts, judge_hard
 from core.tokenizer import Tokenizer
 
 COST = {"parameters": 1, "seconds_per_step": 1.0, "work_per_step": 1.0}
@@ -94,10 +95,10 @@ def test_hard_texts_that_are_told_right(tmp_path, monkeypatch):
     rows = [("so good", 1, "plain"), ("so bad", 0, "plain"), ("not good", 0, "negation"), ("not so good", 0, "negation"),
             ("not bad", 1, "negation"), ("never bad, good", 1, "negation")]
     (tmp_path / "hard").write_text("".join(json.dumps(dict(zip(("text", "label", "kind"), row))) + "\n" for row in rows))
-    monkeypatch.setattr(compare, "hard", str(tmp_path / "hard"))
-    monkeypatch.setattr(compare, "predict", lambda model, tokenizer, texts, *_:
+    monkeypatch.setattr("core.results.predict", lambda model, tokenizer, texts, *_:
                         torch.tensor([0.9 if "good" in text else 0.2 for text in texts]))
-    assert compare.judge_hard(None, None, "cpu", "float32") == {"hard": {"plain": 1.0, "negation": 0.25}}
+    shares = judge_hard(None, None, tmp_path / "hard", "cpu", "float32")
+    assert shares == {"plain": 1.0, "negation": 0.25}
 
 
 def test_the_likeliest_token_after_a_prompt(monkeypatch):
@@ -107,8 +108,8 @@ def test_the_likeliest_token_after_a_prompt(monkeypatch):
     def model(idx):
         return torch.tensor(p[tokenizer.decode(idx[0].tolist())]).log()[None, None], None
 
-    monkeypatch.setattr(compare, "prompts", list(p))
-    assert compare.continue_prompts(model, tokenizer, "cpu") == {"next": {"ab": ["b", pytest.approx(0.5)], "c": ["a", pytest.approx(0.7)]}}
+    likeliest = continue_prompts(model, tokenizer, list(p), "cpu")
+    assert likeliest == {"ab": ["b", pytest.approx(0.5)], "c": ["a", pytest.approx(0.7)]}
 
 
 def test_what_a_run_is_told(text, tmp_path, monkeypatch):
