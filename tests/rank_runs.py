@@ -3,9 +3,8 @@
 Most ranks are processes forked from one server that has imported torch.
 """
 
-import socket
-
 import pytest
+from edited import free_port
 from fault_injection import end, program
 from training_runs import log_of
 
@@ -26,12 +25,6 @@ KINDS = {
     "layernorm": ("text", ("--norm=layernorm", "--bias=True", "--pos=learned", "--tie=False")),
     "bilstm": ("reviews", ("--model=bilstm", "--attention=additive", "--hidden=8")),
 }
-
-
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 def begin(world, out, data, *arguments, faults=(), of=1):

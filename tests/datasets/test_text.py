@@ -340,11 +340,11 @@ def test_the_commands_of_the_readme(notes, tmp_path):
     line = (scripts / "data" / "text" / "prepare.py", "--source=~/notes", "--name=notes")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(tmp_path / "home"))
-        done = execute(*line, cwd=tmp_path)
+        done = execute(scripts, *line, cwd=tmp_path)
     assert done.returncode == 0 and (scripts / "data" / "notes" / "meta.json").exists(), done.stderr
     small = ("--max_iters=2", "--eval_iters=1", "--batch_size=2", "--n_layer=1", "--n_embd=16", "--n_head=2",
              "--block_size=16", "--device=cpu", "--dtype=float32")
-    done = execute(scripts / "train.py", "--dataset=notes", *small, cwd=tmp_path)
+    done = execute(scripts, scripts / "train.py", "--dataset=notes", *small, cwd=tmp_path)
     assert done.returncode == 0 and (tmp_path / "out" / "best.pt").exists(), done.stderr
 
 
