@@ -15,7 +15,8 @@ from fault_injection import said_file, start
 from helpers import ROOT
 
 SMALL = ("--block_size=16", "--n_layer=2", "--n_head=2", "--n_embd=16", "--batch_size=4", "--warmup_iters=2",
-         "--eval_interval=3", "--eval_iters=2", "--log_interval=1", "--max_iters=6", "--lr_decay_iters=6", "--device=cpu",
+         "--eval_interval=3", "--eval_iters=2", "--log_interval=1", "--max_iters=6", "--lr_decay_iters=6",
+         "--device=cpu",
          "--dtype=float32", "--learning_rate=1e-2")
 
 
@@ -95,7 +96,8 @@ def train(folder, out, data, *arguments, ranks=1):
     """What a run of the copy of train.py in `folder` prints, on all ranks; it must end well."""
     words, of_rank = ["train.py", f"--out_dir={out}", f"--dataset={data}", *SMALL, *arguments], [{}]
     if ranks > 1:  # what torchrun tells a process that it starts
-        shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1",
+                  "MASTER_PORT": free_port()}
         of_rank = [{**shared, "RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_USE_AGENT_STORE": False}
                    for rank in range(ranks)]
     processes = [begin(folder, words, folder, **{key: str(value) for key, value in each.items()}) for each in of_rank]

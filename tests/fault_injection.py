@@ -109,7 +109,8 @@ def download(url, path, size, digest, said):
 
 
 def as_rank(rank, world, port, kept=False):
-    """What torchrun tells a process that it starts. kept: the store at the port is torchrun's own, which outlives ranks."""
+    """What torchrun tells a process that it starts. kept: the store at the port is torchrun's own, which outlives
+    ranks."""
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = str(kept)
     words = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world,
              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

@@ -72,7 +72,8 @@ def review(n):
 
 
 def call(module, *arguments):
-    """What module.main() returns for these arguments. Its settings, train.py's and the signals are put back afterwards."""
+    """What module.main() returns for these arguments. Its settings, train.py's and the signals are put back
+    afterwards."""
     modules = [module, *([sys.modules["train"]] if "train" in sys.modules else [])]  # compare.py sets those of train.py
     before, line = [dict(vars(each)) for each in modules], sys.argv
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

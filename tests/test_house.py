@@ -37,14 +37,16 @@ def test_imports_have_no_cycle():
 def test_files_are_short():
     """Each file within its budget of lines, and no line too wide."""
     tests = {str(path.relative_to(ROOT)): path for path in (ROOT / "tests").rglob("*.py")}
-    budgets = {**{name: LINES.get(name, SCRIPT) for name in TOP}, **dict.fromkeys(CORE, MACHINERY), **dict.fromkeys(tests, TEST)}
+    budgets = {**{name: LINES.get(name, SCRIPT) for name in TOP}, **dict.fromkeys(CORE, MACHINERY),
+               **dict.fromkeys(tests, TEST)}
     sizes = {name: path.read_text("utf-8").splitlines() for name, path in (TOP | CORE | tests).items()}
     for name, lines in sizes.items():
         if name not in tests:
             print(f"{name}: {len(lines)} of {budgets[name]} lines")
     print("in all, without tests:", sum(len(lines) for name, lines in sizes.items() if name not in tests))
     assert not {name: len(lines) for name, lines in sizes.items() if len(lines) > budgets[name]}
-    wide = {f"{name}:{n}" for name, lines in sizes.items() if name not in tests for n, line in enumerate(lines, 1) if len(line) > WIDTH}
+    wide = {f"{name}:{n}" for name, lines in sizes.items() if name not in tests for n, line in enumerate(lines, 1)
+            if len(line) > WIDTH}
     assert not wide
 
 

@@ -26,12 +26,14 @@ class NoWaiting(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("case", [ADAPTIVE, Case(Learned, {}, True), Case(Squared, {}, False)], ids=["spans", "learned", "factor"])
+@pytest.mark.parametrize("case", [ADAPTIVE, Case(Learned, {}, True), Case(Squared, {}, False)],
+                         ids=["spans", "learned", "factor"])
 def test_a_gpu_is_not_waited_for(case):
     """Nothing that a training step builds before the kernel asks the device for a value."""
     layer = case.layer(block_size=512)
     layer.train()
-    flex.block_mask(layer, 500, flex.score_and_mask(layer, 500, NO_TEXTS)[1], "cpu")  # what no parameter changes is found once
+    flex.block_mask(layer, 500, flex.score_and_mask(layer, 500, NO_TEXTS)[1],
+                    "cpu")  # what no parameter changes is found once
     with NoWaiting():
         texts = Texts(torch.tensor([500, 20]), torch.zeros(2, 500, dtype=torch.long))
         score, mask = flex.score_and_mask(layer, 500, texts)
@@ -98,15 +100,15 @@ def test_dropout_of_heads_and_texts_is_independent():
 
 
 def test_compiled_on_a_cpu(monkeypatch):
-    """The compiled forward pass agrees with the reference, reads the block mask, and serves many layers and moving spans
-    without compiling again; past PyTorch's limit it is refused instead of going dense."""
+    """The compiled forward pass agrees with the reference, reads the block mask, and serves many layers and moving
+    spans without compiling again; past PyTorch's limit it is refused instead of going dense."""
     torch._dynamo.reset()
 
     def outputs_only(*inputs, return_aux, **more):  # a CPU has no compiled log-sum-exp
         return flex.compiled()(*inputs, **more), torch_flex.AuxOutput()
 
     monkeypatch.setattr(flex, "kernel", lambda device: outputs_only)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     for n in range(5):
         layer = ADAPTIVE.layer(block_size=512, dtype=torch.float32)
         layer.span.data += n / 4
@@ -114,9 +116,6 @@ def test_compiled_on_a_cpu(monkeypatch):
         with torch.no_grad():
             torch.testing.assert_close(flex.attend(layer, q, k, v), layer.weights(q, k) @ v, rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match="raise it, keep to one text length, or use kernel=engine"), torch.no_grad():
-        for T in (100, 200, 333):
-            kind, options = mechanism("sparse")
-            layer = Case(kind, {**options, "window": T // 3}, True).layer(block_size=512, dtype=torch.float32)
-            flex.attend(layer, *(x.detach() for x in random_qkv(T, D=16, dtype=torch.float32)))
+        flex.attend(ADAPTIVE.layer(block_size=512, dtype=torch.float32), *(x[:, :, :200] for x in (q, k, v)))
     torch._dynamo.reset()
     flex.compiled.cache_clear()

@@ -167,7 +167,8 @@ def test_without_matplotlib(in_folder, capsys, monkeypatch, without_matplotlib):
 
 @pytest.mark.parametrize("name", mechanisms())
 def test_each_mechanism_is_shown(name, in_folder, capsys, monkeypatch, drawn):
-    """attention.py NAME prints the mechanism's pattern, in ASCII, draws it, in both directions, and says that its kernels agree."""
+    """attention.py NAME prints the mechanism's pattern, in ASCII, draws it, in both directions, and says that its
+    kernels agree."""
     for more in ([], ["--causal=False", "--out=both.png"]):
         monkeypatch.setattr(sys, "argv", ["attention.py", *[name] * (name != "dense"), "--T=20", *more])
         with pytest.raises(SystemExit) as left:
@@ -199,7 +200,8 @@ def test_pattern_refused(in_folder, name, arguments, defaults, says):
 def test_what_is_wrong_is_said(in_folder, monkeypatch):
     """A kernel that does not agree is named, with the difference."""
     monkeypatch.setattr(contract, "decoding_error", lambda *how: 0.25)
-    with pytest.raises(UserError, match=r"not as the formula says: decoding \(differences in float64: engine .*, decoding 2e-01\)"):
+    with pytest.raises(UserError,
+                       match=r"not as the formula says: decoding \(differences in float64: engine .*, decoding 2e-01\)"):
         alone("dense", "--T=3")
 
 

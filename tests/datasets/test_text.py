@@ -23,7 +23,8 @@ from helpers import ROOT
 text = importlib.import_module("data.text.prepare")
 
 # 40 documents of different sizes, with characters of 1 to 4 bytes.
-NOTES = {f"{'deep/er/' * (n % 2)}note {n}.md": f"Note {n}. Café, “{'word ' * (n % 9)}” 𝄞\nend of {n}\n" for n in range(40)}
+NOTES = {f"{'deep/er/' * (n % 2)}note {n}.md": f"Note {n}. Café, “{'word ' * (n % 9)}” 𝄞\nend of {n}\n"
+         for n in range(40)}
 
 
 def encoded(texts):
@@ -32,7 +33,8 @@ def encoded(texts):
 
 def rows(count=40):
     """Rows of JSONL with labels: a third of them ham."""
-    return [{"text": f"Message {n}: {'win ' * (n % 5)}", "label": "ham" if n % 3 == 1 else "spam"} for n in range(count)]
+    return [{"text": f"Message {n}: {'win ' * (n % 5)}", "label": "ham" if n % 3 == 1 else "spam"}
+            for n in range(count)]
 
 
 def jsonl(path, rows):
@@ -119,7 +121,8 @@ def test_val_keeps_its_documents_when_others_are_added(notes, tmp_path):
 @pytest.mark.parametrize("name", ["folder", "a.zip", "a.tar.gz"])
 def test_files_that_are_no_text(tmp_path, name):
     files = encoded(NOTES) | {"photo.png": b"\x89PNG\r\n\x1a\n\0\0", "old.txt": b"caf\xe9", "utf16.txt": b"h\0e\0y\0",
-                              "late.txt": b"a" * 3_000_000 + b"\xff", ".hidden/config": b"secret", "a/.DS_Store": b"store",
+                              "late.txt": b"a" * 3_000_000 + b"\xff", ".hidden/config": b"secret",
+                              "a/.DS_Store": b"store",
                               "empty.txt": b"", "blank.txt": b" \n\t\n", "bom.txt": b"\xef\xbb\xbfbom\r\nnext\rlast"}
     done = make(pack(files, tmp_path / name), tmp_path / "out")
     splits, meta = documents(tmp_path / "out")
@@ -260,7 +263,8 @@ def test_names_that_are_not_utf8(tmp_path):
 def test_small_classes_are_in_every_split(tmp_path):
     made = [{"text": f"{n}", "label": "rare" if n < 3 else "usual"} for n in range(60)]
     make(jsonl(tmp_path / "a.jsonl", made), tmp_path / "out")
-    assert [count["documents"] - count["positive"] for count in load(tmp_path / "out")[0]["splits"].values()] == [1, 1, 1]
+    assert [count["documents"] - count["positive"] for count in load(tmp_path / "out")[0]["splits"].values()] == [1, 1,
+                                                                                                                  1]
 
 
 # ---- tokenizers --------------------------------------------------------------------------------
@@ -380,9 +384,11 @@ def test_a_text_inside_its_set(tmp_path, monkeypatch):
 # ---- refused -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["text", "imdb", "imdb_bytes", "toy_2", "..", "a/b", "/tmp/x", "a b", "", "é", "-a", "x" * 41])
+@pytest.mark.parametrize("name",
+                         ["text", "imdb", "imdb_bytes", "toy_2", "..", "a/b", "/tmp/x", "a b", "", "é", "-a", "x" * 41])
 def test_names_that_are_refused(notes, name):
-    message = "is for a set of data/(text|imdb|toy)/prepare.py: choose another name" if name[:1] in ("t", "i") else "expect"
+    message = "is for a set of data/(text|imdb|toy)/prepare.py: choose another name" if name[:1] in ("t",
+                                                                                                     "i") else "expect"
     with pytest.raises(UserError, match=message):
         text.main([f"--source={notes}", f"--name={name}"])
 
@@ -417,22 +423,31 @@ LABELLED = "".join(json.dumps({"text": f"text {n}", "label": "ab"[n % 2]}) + "\n
     ({"a": b"", "b": b" \n"}, "expected UTF-8 text, found none (2 files, 0 of them not UTF-8 text, 2 blank documents)"),
     ({"a": b"ab"}, "too small to split: train would have 1 tokens; give more text"),
     ({"a": b"abcdefgh"}, "too small to split: val would have 1 tokens; give more text"),
-    ({"a.jsonl": GOOD + "\n" + '{"label": "a"}'}, 'a.jsonl, line 3: expected an object with a text, like {"text": "...'),
+    ({"a.jsonl": GOOD + "\n" + '{"label": "a"}'},
+     'a.jsonl, line 3: expected an object with a text, like {"text": "...'),
     ({"a.jsonl": '{"text": 3}'}, "a.jsonl, line 1: expected an object with a text"),
     ({"a.jsonl": GOOD + "[1]\n"}, "a.jsonl, line 2: expected an object with a text"),
     ({"a.jsonl": GOOD + '{"text": "cut'}, "a.jsonl, line 2: expected an object with a text"),
     ({"a.jsonl": GOOD.encode() + b'{"text": "caf\xe9"}'}, "a.jsonl, line 2: expected an object with a text"),
     ({"a.jsonl": GOOD + "[" * 100_000}, "a.jsonl, line 2: expected an object with a text"),
-    ({"a.jsonl": GOOD + '{"text": "x", "label": 0.5}'}, "a.jsonl, line 2: expected a text or a whole number as label, got 0.5"),
+    ({"a.jsonl": GOOD + '{"text": "x", "label": 0.5}'},
+     "a.jsonl, line 2: expected a text or a whole number as label, got 0.5"),
     ({"a.jsonl": GOOD + '{"text": "x", "label": ""}'}, "line 2: expected a text or a whole number as label, got ''"),
-    ({"a.jsonl": GOOD + '{"text": "x", "label": true}'}, "line 2: expected a text or a whole number as label, got True"),
-    ({"a.jsonl": GOOD + '{"text": "x", "label": ["a"]}'}, "line 2: expected a text or a whole number as label, got ['a']"),
-    ({"a.jsonl": GOOD + '{"text": "x"}'}, "a.jsonl, line 2 has no label, those before it have one: give every document"),
-    ({"a.jsonl": '{"text": "x"}\n' + GOOD}, "a.jsonl, line 2 has a label, those before it have none: give every document"),
+    ({"a.jsonl": GOOD + '{"text": "x", "label": true}'},
+     "line 2: expected a text or a whole number as label, got True"),
+    ({"a.jsonl": GOOD + '{"text": "x", "label": ["a"]}'},
+     "line 2: expected a text or a whole number as label, got ['a']"),
+    ({"a.jsonl": GOOD + '{"text": "x"}'},
+     "a.jsonl, line 2 has no label, those before it have one: give every document"),
+    ({"a.jsonl": '{"text": "x"}\n' + GOOD},
+     "a.jsonl, line 2 has a label, those before it have none: give every document"),
     ({"a.jsonl": GOOD, "readme.md": "hello"}, "readme.md has no label, those before it have one"),
-    ({"a.jsonl": GOOD * 9}, "expected labels of two classes, found 'a' alone; leave the labels out for a language model"),
-    ({"a.jsonl": LABELLED + '{"text": "x", "label": "c"}'}, "line 9 has a third label: expected two classes, found 'a', 'b', 'c'"),
-    ({"a.jsonl": LABELLED[: len(LABELLED) // 2]}, "expected 3 texts or more of each label, one for each split, found 2 of 'a'"),
+    ({"a.jsonl": GOOD * 9},
+     "expected labels of two classes, found 'a' alone; leave the labels out for a language model"),
+    ({"a.jsonl": LABELLED + '{"text": "x", "label": "c"}'},
+     "line 9 has a third label: expected two classes, found 'a', 'b', 'c'"),
+    ({"a.jsonl": LABELLED[: len(LABELLED) // 2]},
+     "expected 3 texts or more of each label, one for each split, found 2 of 'a'"),
 ])
 def test_sources_that_are_refused(tmp_path, files, message):
     (tmp_path / "folder").mkdir()

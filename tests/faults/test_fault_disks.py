@@ -46,7 +46,8 @@ def test_full_disk_stops(whole, text, small_disk):
             shutil.rmtree(out)
             half_done(whole, text, out)
             continue
-        assert code == 2 and re.search("train.py: could not write .*: No space left on device; the previous file", said), said
+        assert code == 2 and re.search("train.py: could not write .*: No space left on device; the previous file",
+                                       said), said
         assert_as_before(out, before)
         count("disk full while saving", refused=1)
     assert_nothing_lost("disk full while saving", whole, out, text)
@@ -55,7 +56,8 @@ def test_full_disk_stops(whole, text, small_disk):
 def test_full_disk_goes_on(whole, text, small_disk):
     """With on_save_error=warn: what could not be saved is saved when there is room again, the log too."""
     row, out = "disk full while saving, on_save_error=warn", small_disk / "out"
-    for first, last in ((2, 2), (1, 3), (3, 6), (2, 6))[: several(2, 4)]:  # a disk full for longer stops the run: only the last step could save
+    for first, last in ((2, 2), (1, 3), (3, 6), (2, 6))[: several(2,
+                                                                  4)]:  # a disk full for longer stops the run: only the last step could save
         said = small_disk / "said"  # on the same disk
         faults = [("full_for", (str(small_disk), first, last))]
         code, words = end(begin(out, text, "--on_save_error=warn", faults=faults, said=said))
@@ -87,7 +89,8 @@ def test_file_limit(whole, text, tmp_path):
 
 def test_read_only_folder(whole, text, small_disk):
     out = half_done(whole, text, small_disk / "out")
-    before = {name: digest(open(out / name, "rb")) for name in ("ckpt.pt", PREVIOUS, "best.pt", "log.jsonl", "config.json")}
+    before = {name: digest(open(out / name, "rb"))
+              for name in ("ckpt.pt", PREVIOUS, "best.pt", "log.jsonl", "config.json")}
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     for folder in (out, small_disk / "new"):
         code, words = fit(folder, text)
@@ -207,7 +210,8 @@ def test_downloads(server, tmp_path):
             assert code == 2 and "broke off after" in words and "run again to go on" in words
             drops += 1
             count(row, resumed=1)
-    assert drops >= 5 and path.read_bytes() == BODY and Server.sent - before <= 1.1 * len(BODY)  # nothing was fetched twice
+    assert drops >= 5 and path.read_bytes() == BODY
+    assert Server.sent - before <= 1.1 * len(BODY)  # nothing was fetched twice
     path.unlink()
 
     for where, expected in (("error", "the server answered 503"), ("other", "expected sha256 .*, got")):

@@ -38,8 +38,8 @@ def kill(process, out, draw, kind, duration):
 
 
 def test_sigkill(whole, text, tmp_path):
-    """At moments drawn at random: any, within the writing of a checkpoint, and around the system calls of that. Runs are
-    killed and resumed until they end, one after the other, until there were enough kills."""
+    """At moments drawn at random: any, within the writing of a checkpoint, and around the system calls of that. Runs
+    are killed and resumed until they end, one after the other, until there were enough kills."""
     draw, wanted, killed, inside, ended = random.Random(1), several(6, 50), 0, 0, 0
     began = time.monotonic()
     assert fit(tmp_path / "timed", text)[0] == 0 and lost(whole, tmp_path / "timed") == 0
@@ -94,7 +94,8 @@ def test_stopped_within_a_step(whole, text, tmp_path):
 
 def test_signals_as_a_user_sends_them(text, tmp_path):
     """Without any help of these tests: python train.py, and Ctrl-C."""
-    command = [sys.executable, ROOT / "train.py", *line(tmp_path / "out", text, "--max_iters=100000", "--eval_interval=1000")]
+    command = [sys.executable, ROOT / "train.py",
+               *line(tmp_path / "out", text, "--max_iters=100000", "--eval_interval=1000")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     said = [process.stdout.readline()]
     while "step 20/" not in said[-1]:
@@ -136,7 +137,9 @@ def test_runs_begun_at_once(whole, text, tmp_path):
         started = [begin(out, text, "--init_from=scratch", faults=[("slow_steps", (0.1,))]) for _ in range(3)]
         ends = [end(process) for process in started]
         done = [code for code, _ in ends].count(0)
-        assert sorted({code for code, _ in ends}) in ([0, 2], [0]) and done >= 1  # a slow one may begin when another is done
+        assert sorted({code for code, _ in ends}) in ([0,
+                                                       2],
+                                                      [0]) and done >= 1  # a slow one may begin when another is done
         assert all("is in use by another run" in words for code, words in ends if code)
         assert lost(whole, out) == 0 and digest(open(tmp_path / str(n) / "out.1" / "ckpt.pt", "rb")) == kept
         assert len(list(out.parent.iterdir())) == 1 + done

@@ -10,11 +10,13 @@ from core.dataset import Dataset
 
 
 def test_config_and_data_from_another_folder(tmp_path):
-    """As its user starts it: names of the repository's config/ and data/ are found, data is prepared, and out_dir is here."""
+    """As its user starts it: names of the repository's config/ and data/ are found, data is prepared, and out_dir is
+    here."""
     (tmp_path / "scripts").mkdir()
     (tmp_path / "elsewhere").mkdir()
     scripts = edited_copy(tmp_path / "scripts")
-    line = (scripts / "train.py", "config/train_toy.py", "--dataset=toy", "--max_iters=2", "--device=cpu", "--dtype=float32")
+    line = (scripts / "train.py", "config/train_toy.py", "--dataset=toy", "--max_iters=2", "--device=cpu",
+            "--dtype=float32")
     first, second = (execute(scripts, *line, cwd=tmp_path / "elsewhere") for _ in range(2))
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     assert "toy is not prepared: python data/toy/prepare.py" in first.stdout and "is not prepared" not in second.stdout

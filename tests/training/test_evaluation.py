@@ -56,7 +56,8 @@ def test_bits_per_byte_where_a_token_is_several_bytes(umlauts, tmp_path):
 
 
 def test_validation_is_of_the_validation_split(tmp_path):
-    """The text of validation is unlike training's: what is learnt of the one makes the other worse, and step 0 was best."""
+    """The text of validation is unlike training's: what is learnt of the one makes the other worse, and step 0 was
+    best."""
     data = write_bytes(tmp_path / "data", train="abcab" * 200, val="xyzzy" * 20)
     assert not fit(tmp_path / "out", data, "--max_iters=10", "--eval_iters=0", "--learning_rate=3e-2", "--tie=False")
     records = log_of(tmp_path / "out", "val")
@@ -189,7 +190,8 @@ def test_the_last_scores_are_of_the_whole_split(folder, tmp_path):
     assert not fit(tmp_path, folder, "--max_iters=5", "--eval_test=True")
     last = [scores_of(record) for record in log_of(tmp_path) if record.pop("whole", False)]
     best = torch.load(tmp_path / "best.pt")["state"]["step"]
-    assert last == [{"step": best, "split": split, **evaluate_again(tmp_path, folder, split)} for split in ("val", "test")]
+    assert last == [{"step": best, "split": split, **evaluate_again(tmp_path, folder, split)}
+                    for split in ("val", "test")]
 
 
 def test_predictions(reviews, tmp_path):
@@ -212,7 +214,8 @@ def test_training_scores(folder, tmp_path, capsys):
     records = [r for r in log_of(tmp_path / "both", "val") if "whole" not in r]
     (model, _), data = load(tmp_path / "both" / "ckpt.pt"), Dataset(folder)
     with torch.no_grad():
-        each = [model(x, y, lengths)[1].item() * (y != -1).sum().item() for x, y, lengths in batches(data, "train", 4, 16).in_order()]
+        each = [model(x, y, lengths)[1].item() * (y != -1).sum().item()
+                for x, y, lengths in batches(data, "train", 4, 16).in_order()]
         count = sum((y != -1).sum().item() for _, y, _ in batches(data, "train", 4, 16).in_order())
     assert records[-1]["train_loss"] == pytest.approx(sum(each) / count, rel=1e-5)
     assert ("train_f1" in records[-1]) == (data.kind == "classify") and "train loss" in capsys.readouterr().out
@@ -233,7 +236,8 @@ def test_work_is_counted(text, tmp_path):
 
 
 def test_eval_only(folder, tmp_path, capsys, refused):
-    assert "no checkpoint at" in refused(train, f"--out_dir={tmp_path / 'out'}", f"--dataset={folder}", "--eval_only=True")
+    assert "no checkpoint at" in refused(train, f"--out_dir={tmp_path / 'out'}", f"--dataset={folder}",
+                                         "--eval_only=True")
     assert not fit(tmp_path / "out", folder, "--max_iters=5")
     before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     capsys.readouterr()
@@ -242,7 +246,8 @@ def test_eval_only(folder, tmp_path, capsys, refused):
         said = re.findall(r"^(val|test): loss ([\d.]+) nats", capsys.readouterr().out, re.M)
         assert [split for split, _ in said] == splits
         for split, loss in said:
-            assert float(loss) == pytest.approx(evaluate_again(tmp_path / "out", folder, split)["loss"].expected, abs=1e-4)
+            assert float(loss) == pytest.approx(evaluate_again(tmp_path / "out", folder, split)["loss"].expected,
+                                                abs=1e-4)
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
 
 
