@@ -98,8 +98,8 @@ def test_kept_share_against_a_count():
     periods = [2.3 + math.pi / 100 * k for k in (1, 90, 170, 130, 30)]  # irrational: distances fall everywhere
     ratios = [-0.1, 0.0, -0.2, 0.13, -0.24]
     made = periodic(periods, ratios, triangle_wave_harmonics=0)
-    counted = (made.wave(torch.arange(len(periods))[:, None], torch.arange(200_000,
-                                                                           dtype=torch.float64)) > 0).double().mean(1)
+    waves = made.wave(torch.arange(len(periods))[:, None], torch.arange(200_000, dtype=torch.float64))
+    counted = (waves > 0).double().mean(1)
     torch.testing.assert_close(made.kept_of_period(), counted, rtol=0, atol=1e-3)
     full = periodic([2.5], [0.2], triangle_wave_harmonics=0)  # nothing dropped: 1 + the least of w
     least = full.wave(0, torch.linspace(0, 10, 100_001, dtype=torch.float64)).min().item()

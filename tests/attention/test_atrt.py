@@ -1,6 +1,7 @@
 """ATRT beyond the laws of tests/test_contract.py: its zones, its statistics, its gradient.
 
-`formula` is the equation of the design, term by term; what `core/ranking.py` computes in fewer operations is held to it.
+`formula` is the equation of the design, term by term; what `core/ranking.py` computes in fewer operations is held to
+it.
 """
 
 import math
@@ -141,8 +142,8 @@ def test_two_keys(dtype, m):
     p[:, :2] = torch.cat([rows(100, 2, spread=spread, dtype=dtype)[0] for spread in (0.1, 0.3, 1, 3, 9)])
     y = make(renormalize=False, task="summarization").reweigh(p, torch.full((500, 1), 2))
     large, small = p[:, :2].double().amax(1), p[:, :2].double().amin(1)
-    r = (large
-         + small) / (large - small)  # mu / sigma: s is known to some eps (1 + r^2), and below the border f rises by 0.11 s
+    # mu / sigma: s is known to some eps (1 + r^2), and below the border f rises by 0.11 s
+    r = (large + small) / (large - small)
     clear, eps = r < 50, torch.finfo(dtype).eps
     assert clear.sum() > 400
     error = y.double().amax(1) / large - 1.08
@@ -233,9 +234,8 @@ def test_scopes_differ():
     # in their rows the larger weights of the flat queries stand at s = 1, and among all at (0.26 - 1/4) / sigma
     sigma = p.std(correction=0).item()
     for found, s in ((row[1, 0], 1.0), (matrix[1, 0], 0.01 / sigma), (matrix[2, 0], 0.05 / sigma)):
-        assert found.item() == pytest.approx(formula(torch.tensor(s,
-                                                                  dtype=torch.float64),
-                                                     *TASKS["classification"]).item())
+        expected = formula(torch.tensor(s, dtype=torch.float64), *TASKS["classification"]).item()
+        assert found.item() == pytest.approx(expected)
     assert matrix[0, 0] > 1.25 and matrix[3, 0] > 1.25
 
 
@@ -319,8 +319,8 @@ def test_exact_in_low_precision(dtype, renormalize, task):
         for ours, theirs, true in zip(*results):
             assert (ours - true).norm() <= 2 * (theirs - true).norm(), (n, spread)
         with torch.no_grad():
-            assert (layer.reweigh(p,
-                                  keys).double() - results[2][0]).norm() <= 2 * (results[1][0] - results[2][0]).norm()
+            error = (layer.reweigh(p, keys).double() - results[2][0]).norm()
+            assert error <= 2 * (results[1][0] - results[2][0]).norm()
     assert compared >= 3, compared
 
 

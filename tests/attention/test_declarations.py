@@ -122,7 +122,8 @@ class Unguarded(Attention):
 
 @pytest.mark.parametrize("kind, says", [
     (RelativeKeys,
-     r"relative = True, but bias depends on more than i - j: at head \d, query \d+, key \d+ it is (0|-inf), and (0|-inf)"),
+     r"relative = True, but bias depends on more than i - j: at head \d, query \d+, key \d+ it is (0|-inf), "
+     r"and (0|-inf)"),
     (RelativePrefix, "leave relative out"),
     (RareKeys, "relative = True, but bias depends on more"),
     (MissesPairs, r"blocks\(600\) misses the kept pair head 0, query (\d+), key \d+; leave blocks out, or mend them"),

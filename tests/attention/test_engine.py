@@ -78,8 +78,8 @@ def test_what_is_dense(kind, dense):
         def bias(self, h, i, j):
             return 0.0 * (i - j)
 
-    assert make(kind).dense is dense and make(Zero).dense and not make(type("Undeclared", (Zero,),
-                                                                            {"relative": False})).dense
+    assert make(kind).dense is dense and make(Zero).dense
+    assert not make(type("Undeclared", (Zero,), {"relative": False})).dense
 
 
 def test_sums_over_many_blocks():
@@ -117,8 +117,8 @@ def test_stacks():
     assert sizes(*(block(a, step=3) for a in range(5))) == [(3, 1), (2, 1)]  # residues 0 and 3 meet
     assert sizes(block(0), block(4, n=3), block(8, n=3)) == [(1, 0), (2, 4)]
     assert sizes(block(4), block(0)) == [(1, 0), (1, 0)]
-    assert sizes(*map(block, range(0, 12, 4)), kind=STRANGERS["Learned"]) == 3 * [(1,
-                                                                                   0)]  # a parameter may tell them apart
+    # a parameter may tell them apart
+    assert sizes(*map(block, range(0, 12, 4)), kind=STRANGERS["Learned"]) == 3 * [(1, 0)]
     assert sizes(*map(block, range(0, 12, 4)), kind=Every8) == 3 * [(1, 0)]
     assert sizes(*map(block, range(0, 24, 8)), kind=Every8) == [(3, 8)]
 

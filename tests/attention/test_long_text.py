@@ -56,6 +56,7 @@ def test_a_long_text_keeps_its_loss():
     model = train()
     tokens, targets = texts(8, 20 * BLOCK, torch.Generator().manual_seed(2))
     kept, dropped = losses(model, tokens, targets), losses(model, tokens, targets, global_tokens=0)
-    print(f"\nfirst block, last of 20: kept {kept[0]:.4f}, {kept[1]:.4f}; dropped {dropped[0]:.4f}, {dropped[1]:.4f} nats")
+    print(f"\nfirst block, last of 20: kept {kept[0]:.4f}, {kept[1]:.4f}; "
+          f"dropped {dropped[0]:.4f}, {dropped[1]:.4f} nats")
     assert max(kept) < 0.1 and kept[1] < kept[0] + 0.05
     assert dropped[1] > math.log(VALUES)

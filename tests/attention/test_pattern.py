@@ -58,7 +58,8 @@ pattern-dense.png
 
 def test_both_directions(in_folder, capsys, without_matplotlib):
     alone("dense", "--causal=False", T=2)
-    assert "layer 0, heads 0-3: dense, keeps 100.0 % of the pairs of dense attention\n# #\n# #\n\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "layer 0, heads 0-3: dense, keeps 100.0 % of the pairs of dense attention\n# #\n# #\n\n" in said
 
 
 def test_pattern_of_a_file(in_folder, capsys, without_matplotlib):
@@ -200,8 +201,8 @@ def test_pattern_refused(in_folder, name, arguments, defaults, says):
 def test_what_is_wrong_is_said(in_folder, monkeypatch):
     """A kernel that does not agree is named, with the difference."""
     monkeypatch.setattr(contract, "decoding_error", lambda *how: 0.25)
-    with pytest.raises(UserError,
-                       match=r"not as the formula says: decoding \(differences in float64: engine .*, decoding 2e-01\)"):
+    said = r"not as the formula says: decoding \(differences in float64: engine .*, decoding 2e-01\)"
+    with pytest.raises(UserError, match=said):
         alone("dense", "--T=3")
 
 

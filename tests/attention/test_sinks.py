@@ -99,6 +99,6 @@ class Wrong(Attention):
 def test_refused(logit):
     layer = Wrong(GPTConfig(n_head=3, n_embd=24, block_size=32))
     layer.logit = logit
-    with pytest.raises(UserError,
-                       match=r"wrong: sink\(\) must be None or a finite logit for each head, of shape \(3,\)"):
+    said = r"wrong: sink\(\) must be None or a finite logit for each head, of shape \(3,\)"
+    with pytest.raises(UserError, match=said):
         contract.check(layer, "wrong")

@@ -109,8 +109,8 @@ def test_patterns_by_hand(pattern, window, causal, drawn):
     kept = layer(causal=causal, sparse_pattern=pattern, window=window,
                  fixed_columns=1).bias_at(*2 * [torch.arange(16)])[0] == 0
     if drawn is None:  # log with the smallest window: 0, 1, 2, 4, 8
-        assert [[d for d in range(16) if i >= d and kept[i, i - d]] for i in (0, 3, 15)] == [[0], [0, 1, 2],
-                                                                                             [0, 1, 2, 4, 8]]
+        distances = [[d for d in range(16) if i >= d and kept[i, i - d]] for i in (0, 3, 15)]
+        assert distances == [[0], [0, 1, 2], [0, 1, 2, 4, 8]]
         return
     assert ["".join(".x"[there] for there in row) for row in kept.int().tolist()] == drawn.split()
 

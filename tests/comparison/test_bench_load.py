@@ -53,8 +53,8 @@ def test_shares(settings):
     measured = {(spin, load, what): [1.0, speed / (1 + (spin == "9")) / (1 if load == "idle" else 4), 10.0**9]
                 for spin in ("", "9") for load in ("idle", "python") for what, speed in speeds.items()}
     rows = {(row["what"], row["spin count"]): row for row in bench_load.table(measured)}
-    assert rows["training", "unset"]["of first, idle"] == 1 and rows["training",
-                                                                     "9"]["of first, beside python"] == 0.125
+    assert rows["training", "unset"]["of first, idle"] == 1
+    assert rows["training", "9"]["of first, beside python"] == 0.125
     assert rows["sampling, 1 thread", "unset"]["of first, idle"] == 0.5
     assert rows["sampling, faster of both", "9"]["beside python, tokens/s"] == pytest.approx(98 / 8)
     assert rows["sampling, faster of both", "9"]["of first, idle"] == pytest.approx(0.49)

@@ -50,8 +50,8 @@ def test_text(text, tmp_path, timed, monkeypatch):
     call(compare, *settings(tmp_path, text, prompts=["import "]))
     summary = read(tmp_path)
     assert len(trained) == 4 and [row["variant"] for row in summary["variants"]] == ["dense", "local"]
-    assert [(r["variant"], r["seed"]) for r in summary["runs"]] == [("dense", 1), ("local", 1), ("dense", 2),
-                                                                    ("local", 2)]
+    assert [(r["variant"], r["seed"])
+            for r in summary["runs"]] == [("dense", 1), ("local", 1), ("dense", 2), ("local", 2)]
     for run in summary["runs"]:
         assert [step for step, _ in run["curve"]] == [0, 2, 4]
         assert run["scores"]["bits_per_byte"] == pytest.approx(run["scores"]["loss"] / math.log(2))
@@ -65,7 +65,8 @@ def test_text(text, tmp_path, timed, monkeypatch):
             for name in ("dense", "local"))
     t = (b - a).mean() / ((b - a).std(ddof=1) / 2**0.5)  # one degree of freedom: Cauchy's distribution
     assert local["difference"]["p"] == pytest.approx(1 - 2 / math.pi * math.atan(abs(t)))
-    assert local["difference"]["high"] - (b - a).mean() == pytest.approx(math.tan(0.475 * math.pi) * (b - a).std(ddof=1) / 2**0.5)
+    half = math.tan(0.475 * math.pi) * (b - a).std(ddof=1) / 2**0.5
+    assert local["difference"]["high"] - (b - a).mean() == pytest.approx(half)
     told = (tmp_path / "comparison.md").read_text()
     for said in ("2 seeds", "the same steps, 4", "val split", "products in float32", "| dense |", "| local |", "33%",
                  "import "):

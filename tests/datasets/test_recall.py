@@ -61,7 +61,8 @@ def check_sequence(words, distances, options):
 def test_answers_are_right(tmp_path, options):
     data = make(tmp_path / "recall", *options)
     chosen = data.meta["options"]
-    assert data.vocab_size == 2 + chosen["keys"] + chosen["values"] + chosen["joined"] * chosen["keys"] * chosen["values"]
+    keys, values = chosen["keys"], chosen["values"]
+    assert data.vocab_size == 2 + keys + values + chosen["joined"] * keys * values
     for split, count in (("train", 1100), ("val", 40), ("test", 30)):
         sequences = words_of(data, split)
         assert len(sequences) == count == data.splits[split]["documents"]
@@ -98,8 +99,8 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path, capsys):
     pinned = make(tmp_path / "d", "--pairs=3", "--queries=3", "--length=16", "--keys=4", "--values=9", "--seed=1",
                   "--joined=0")
     words, distances = words_of(pinned, "val")[0]
-    assert " ".join(words) == "k3 v6 k0 v3 k2 v0 . . k2 v0 . . k2 v0 k3 v6" and [d for d in distances if d] == [3, 7,
-                                                                                                                13]
+    assert " ".join(words) == "k3 v6 k0 v3 k2 v0 . . k2 v0 . . k2 v0 k3 v6"
+    assert [d for d in distances if d] == [3, 7, 13]
     before = (tmp_path / "a" / "train.bin").stat().st_mtime_ns
     make(tmp_path / "a")
     assert "nothing to do" in capsys.readouterr().out and (tmp_path / "a" / "train.bin").stat().st_mtime_ns == before

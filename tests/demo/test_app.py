@@ -136,8 +136,8 @@ def test_another_review(page, work):
         metric(page, "Prediction", said_of(work / "sentences", text)[0])
     words = shaded(page)
     assert [word for word, _ in words] == ["<s>", "zebras", "dislike", "unheard", "of", "things"]  # as typed
-    assert page.locator('.shaded span[title*="not in the vocabulary"]').all_inner_texts() == ["zebras", "unheard", "of",
-                                                                                              "things"]
+    unknown = page.locator('.shaded span[title*="not in the vocabulary"]').all_inner_texts()
+    assert unknown == ["zebras", "unheard", "of", "things"]
 
 
 def test_models_side_by_side(page, work):
@@ -165,7 +165,8 @@ def test_second_review_in_a_second(page, work):
 ODD = {
     "long": " ".join(f"the film was {word}," for word in ("good", "bad", "great", "dull") * 500),
     "emoji": "😀 the film was 👍🏽 great \u202e evil \u200b \0 end",
-    "html": "<img src=x onerror='window.hacked=1'><b id=bold>the film</b><script>window.hacked=1</script> &amp; was <br> great",
+    "html": "<img src=x onerror='window.hacked=1'><b id=bold>the film</b><script>window.hacked=1</script> &amp; "
+            "was <br> great",
     "markdown": "# great ![x](http://example.org/x.png) [y](http://example.org) :smile: $x^2$ **bold** ``` `",
     "one word": "a" * 1_000_000,
 }

@@ -56,8 +56,8 @@ def test_full_disk_stops(whole, text, small_disk):
 def test_full_disk_goes_on(whole, text, small_disk):
     """With on_save_error=warn: what could not be saved is saved when there is room again, the log too."""
     row, out = "disk full while saving, on_save_error=warn", small_disk / "out"
-    for first, last in ((2, 2), (1, 3), (3, 6), (2, 6))[: several(2,
-                                                                  4)]:  # a disk full for longer stops the run: only the last step could save
+    # a disk full for longer stops the run: only the last step could save
+    for first, last in ((2, 2), (1, 3), (3, 6), (2, 6))[: several(2, 4)]:
         said = small_disk / "said"  # on the same disk
         faults = [("full_for", (str(small_disk), first, last))]
         code, words = end(begin(out, text, "--on_save_error=warn", faults=faults, said=said))
@@ -81,7 +81,8 @@ def test_file_limit(whole, text, tmp_path):
         before = {name: digest(open(out / name, "rb")) for name in ("ckpt.pt", PREVIOUS)}
         code, said = fit(out, text, faults=[("file_limit", (draw.randint(least, size - 1),))])
         assert code == 2 and re.search("could not write .*: File too large; the previous file is intact", said), said
-        assert '"step": 15, "split": "train"' not in (out / "log.jsonl").read_text()  # stopped at the first save, of step 15
+        # stopped at the first save, of step 15
+        assert '"step": 15, "split": "train"' not in (out / "log.jsonl").read_text()
         assert_as_before(out, before)
         count("disk full while saving", refused=1)
     assert_nothing_lost("disk full while saving", whole, out, text)
@@ -94,7 +95,8 @@ def test_read_only_folder(whole, text, small_disk):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     for folder in (out, small_disk / "new"):
         code, words = fit(folder, text)
-        assert code == 2 and words.startswith(f"train.py: cannot write into {folder}: Read-only file system; give another"), words
+        line = f"train.py: cannot write into {folder}: Read-only file system; give another"
+        assert code == 2 and words.startswith(line), words
         count("read-only folder", refused=1)
     assert fit(out, text, "--eval_only=True")[0] == 0  # reading is allowed
     subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)

@@ -67,8 +67,8 @@ def test_a_rank_dies(alone, text, tmp_path):
     """Without torchrun nobody starts it again; the other one says so, and the run goes on from what is saved."""
     for batch in several((6,), (1, 4, 6)):
         out = tmp_path / str(batch)
-        (code,
-         said), (killed, _) = [end(process) for process in begin(2, out, text, faults=[("at_batch", (batch, "die"))])]
+        processes = begin(2, out, text, faults=[("at_batch", (batch, "die"))])
+        (code, said), (killed, _) = [end(process) for process in processes]
         assert killed == -signal.SIGKILL and code == 2 and "another rank has ended, and with it the run" in said, said
         fit(2, out, text, "--init_from=resume")
         assert_close(alone("text"), out)
@@ -142,7 +142,8 @@ def test_a_rank_dies_and_comes_back(alone, text, tmp_path, monkeypatch, shard):
         monkeypatch.setenv("DIES", f"{tmp_path}/died{n} {rank} {batch}")
         code, said = ended(torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=2", out=out, data=text,
                                     more=[f"--shard={shard}"]))
-        assert code == 0 and (tmp_path / f"died{n}").exists() and f"resume: from step {batch // 4 * 4} of 8" in said, said
+        assert code == 0 and (tmp_path / f"died{n}").exists(), said
+        assert f"resume: from step {batch // 4 * 4} of 8" in said, said
         assert not out.with_name(f"{n}.1").exists()
         assert_close(alone("text"), out)
         count(ROW, resumed=1)

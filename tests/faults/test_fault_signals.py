@@ -63,7 +63,8 @@ def test_sigkill(whole, text, tmp_path):
         count("SIGKILL at random moments", 0, lost=gone)
         assert gone == 0
     count("of these inside the writing of a checkpoint", inside)
-    print(f"{killed} kills, {inside} inside the writing of a checkpoint; {ended} runs to their end, each as the unbroken one")
+    print(f"{killed} kills, {inside} inside the writing of a checkpoint; {ended} runs to their end, each as the "
+          "unbroken one")
     assert inside >= wanted / 10
 
 
@@ -73,7 +74,8 @@ def test_signals_that_ask(whole, text, tmp_path, number):
     for n in range(several(1, 6)):
         out, steps = tmp_path / str(n), draw.randint(1, MAX - 1)
         process = begin(out, text, faults=[("slow_steps", (0.02,))])
-        while not (out / "log.jsonl").exists() or f'"step": {steps}, "split": "train"' not in (out / "log.jsonl").read_text():
+        log, line = out / "log.jsonl", f'"step": {steps}, "split": "train"'
+        while not log.exists() or line not in log.read_text():
             time.sleep(0.005)
         os.kill(process.pid, number)
         asked = time.monotonic()

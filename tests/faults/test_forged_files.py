@@ -78,9 +78,12 @@ def pictures(monkeypatch):
     """{file name: the figure that was written there}, of any size; skips where matplotlib is not installed."""
     pytest.importorskip("matplotlib")
     made, write = {}, figures.write
-    monkeypatch.setattr(figures,
-                        "write", lambda fig, path, *colours: (write(fig, path, *colours),
-                                                              made.update({path.name: fig})))
+
+    def remembered(fig, path, *colours):
+        write(fig, path, *colours)
+        made[path.name] = fig
+
+    monkeypatch.setattr(figures, "write", remembered)
     return made
 
 
@@ -285,8 +288,8 @@ def test_kind_of_a_forged_run(tmp_path):
         write_log(tmp_path / "out", end="")
         (tmp_path / "out" / "log.jsonl").write_bytes(content.encode("utf-8", "surrogateescape") + b"\n")
         record = demo.first_record(tmp_path / "out")
-        assert all(isinstance(layer, dict) for layer in record.get("stats",
-                                                                   [])) and demo.kind_of(tmp_path / "out") in ("", "lm")
+        assert all(isinstance(layer, dict) for layer in record.get("stats", []))
+        assert demo.kind_of(tmp_path / "out") in ("", "lm")
     (tmp_path / "out" / "log.jsonl").unlink()
     os.mkfifo(tmp_path / "out" / "log.jsonl")
     with within(5):

@@ -139,14 +139,13 @@ def test_ended_while_a_run_is_moved_aside(tmp_path, monkeypatch, after):
 
 def test_compare_removes_no_other_folder(text, tmp_path, refused, monkeypatch):
     """Where a run's folder was begun by something else."""
-    monkeypatch.setattr(compare,
-                        "measure", lambda variants, machine: {v.name: {"seconds_per_step": 1, "work_per_step": 1,
-                                                                       "parameters": 1}
-                                                     for v in variants})
+    cost = {"seconds_per_step": 1, "work_per_step": 1, "parameters": 1}
+    monkeypatch.setattr(compare, "measure", lambda variants, device, dtype: {v.name: cost for v in variants})
     folder = tmp_path / "out" / "dense-1"
     folder.mkdir(parents=True)
     (folder / "thesis.txt").write_text("mine")
+    small = [each for each in SMALL if "iters" not in each and "interval" not in each]
     line = refused(compare, f"--out_dir={tmp_path / 'out'}",
-                   f"--base={[f'--dataset={text}', *[each for each in SMALL if 'iters' not in each and 'interval' not in each]]}", "--amount=1.0",
+                   f"--base={[f'--dataset={text}', *small]}", "--amount=1.0",
                    "--variants=['dense:', 'local: --attention=sparse']", "--seeds=[1, 2]")
     assert "holds 'thesis.txt', which is no file of a run" in line and (folder / "thesis.txt").read_text() == "mine"

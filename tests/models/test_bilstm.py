@@ -115,8 +115,8 @@ def test_work_is_what_the_products_cost():
         with FlopCounterMode(display=False) as counter:
             model(torch.ones(3, 7, dtype=torch.long))
         head, vector = 2 * 3 * 2 * 8, 21 * 2 * 8 * (kind == "additive")  # products with a vector are not in the counter
-        assert 3 * (counter.get_total_flops() - head + vector) == pytest.approx(model.estimate_flops(7) * 21,
-                                                                                rel=1e-6), kind
+        assert 3 * (counter.get_total_flops() - head
+                    + vector) == pytest.approx(model.estimate_flops(7) * 21, rel=1e-6), kind
 
 
 @pytest.mark.parametrize("attention", ["none", "additive", "multihead", "sparse"])

@@ -265,8 +265,8 @@ def test_checkpoints_are_whole_or_refused(tmp_path):
         with pytest.raises(UserError, match="damaged or not a checkpoint"):
             load(path)
     save(path, {"model": GPT(GPTConfig(**{**SMALL, "n_layer": 3})).state_dict(), "model_config": vars(model.config)})
-    with pytest.raises(UserError,
-                       match="not those of the model as it is built now .only the file has layers.2.*the model was edited"):
+    said = "not those of the model as it is built now .only the file has layers.2.*the model was edited"
+    with pytest.raises(UserError, match=said):
         load(path)
     with pytest.raises(UserError, match="no checkpoint"):
         load(tmp_path / "none.pt")

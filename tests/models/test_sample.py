@@ -344,13 +344,14 @@ def test_without_a_folder_the_newest_run_is_read(tmp_path, monkeypatch, capsys, 
     more = ("--num_samples=1", "--max_new_tokens=2")
     assert "no checkpoint at out/ckpt.pt; train one first: python train.py --out_dir=out" in refused(sample, *more)
     for age, name in enumerate(("out-newest", "out-older", "out-oldest")):
-        path = write_checkpoint(tmp_path / name, MARKED, name="ckpt.pt" if age else "best.pt") / ("ckpt.pt" if age
-                                                                                                  else "best.pt")
+        path = write_checkpoint(tmp_path / name, MARKED,
+                                name="ckpt.pt" if age else "best.pt") / ("ckpt.pt" if age else "best.pt")
         os.utime(path, (10**9 - age, 10**9 - age))
     capsys.readouterr()
     assert not call(sample, *more)
-    assert capsys.readouterr().err.startswith("out does not exist: using the newest run, out-newest; choose another with "
-                                              "--out_dir (out-older, out-oldest)\n")
+    said = capsys.readouterr().err
+    assert said.startswith("out does not exist: using the newest run, out-newest; choose another with --out_dir "
+                           "(out-older, out-oldest)\n")
     assert "no checkpoint at out/ckpt.pt" in refused(sample, *more, "--out_dir=out")
     write_checkpoint(tmp_path / "out", MARKED)
     assert not call(sample, *more) and "does not exist" not in capsys.readouterr().err

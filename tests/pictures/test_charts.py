@@ -127,8 +127,8 @@ def test_comparison(tmp_path, drawn, capsys):
 
 def test_equal_ones_stand_side_by_side():
     places, (low, high) = charts.spread([100.0, 50.0, 100.5, 20.0])
-    assert places == pytest.approx([99.05, 50, 101.45, 20], abs=0.01) and (low, high) == pytest.approx((11.95, 108.55),
-                                                                                                       abs=0.01)
+    assert places == pytest.approx([99.05, 50, 101.45, 20], abs=0.01)
+    assert (low, high) == pytest.approx((11.95, 108.55), abs=0.01)
     places, (low, high) = charts.spread([8.0, 8.0, 8.0])  # a quarter of 8: 2
     assert places == pytest.approx([7.94, 8, 8.06]) and (low, high) == pytest.approx((6.8, 9.2))
 
@@ -181,12 +181,12 @@ def test_recall_by_distance(tmp_path, drawn, capsys):
     assert [tick.get_text() for tick in strips.get_yticklabels()] == ["dense", "local", "log"]
     shades = strips.collections[0]
     expected = [[1, 1, 1, np.nan, 1], [1, 1, 1, np.nan, 0], [0.5, 0.5, 0.5, np.nan, 0.5]]
-    assert np.allclose(np.ma.filled(shades.get_array(), np.nan), expected, equal_nan=True) and shades.get_clim() == (0,
-                                                                                                                     1)
+    assert np.allclose(np.ma.filled(shades.get_array(), np.nan), expected, equal_nan=True)
+    assert shades.get_clim() == (0, 1)
     assert [text.get_text() for text in strips.texts] == ["100 %", "75 %", "50 %"]
     places = {text.get_text(): text.xy for text in points.texts}
-    assert {name: (pytest.approx(x), y) for name, (x, y) in places.items()} == {"dense": (100, 100), "local": (25, 75),
-                                                                                "log": (12.5, 50)}
+    assert {name: (pytest.approx(x), y)
+            for name, (x, y) in places.items()} == {"dense": (100, 100), "local": (25, 75), "log": (12.5, 50)}
     assert points.get_xlabel() == "kept pairs (% of dense attention)" and points.get_xscale() == "log"
 
 

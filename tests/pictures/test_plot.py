@@ -94,9 +94,9 @@ def test_accuracy_has_a_panel(tmp_path, drawn):
 
 def test_accuracy_of_the_training_split(tmp_path, drawn):
     """Where --eval_train=True logged it."""
-    call(plot,
-         write_log(tmp_path / "out", {"step": 0, "split": "val", "loss": 0.7, "accuracy": 0.5, "train_accuracy": 0.6},
-                   {"step": 9, "split": "val", "loss": 0.4, "accuracy": 0.8, "train_accuracy": 0.9}))
+    out = write_log(tmp_path / "out", {"step": 0, "split": "val", "loss": 0.7, "accuracy": 0.5, "train_accuracy": 0.6},
+                    {"step": 9, "split": "val", "loss": 0.4, "accuracy": 0.8, "train_accuracy": 0.9})
+    call(plot, out)
     assert lines(drawn["curves.png"].axes[1])["training"] == ([0, 9], [0.6, 0.9])
 
 
@@ -113,8 +113,8 @@ def test_curves_of_many_runs(tmp_path, drawn, capsys):
     assert capsys.readouterr().out == f"{tmp_path / 'a/x/curves.png'}\n"
     loss, bits = drawn["curves.png"].axes
     named = {label: xy for label, xy in lines(loss).items() if label[0] != "_"}
-    assert list(named) == ["a/x, val 1.9000", "b/x", r"b/\$y\$"] and np.allclose(named["b/x"],
-                                                                                 ([0, 10, 20], [5.0, 1.8, 1.7]))
+    assert list(named) == ["a/x, val 1.9000", "b/x", r"b/\$y\$"]
+    assert np.allclose(named["b/x"], ([0, 10, 20], [5.0, 1.8, 1.7]))
     assert [text.get_text() for text in bits.get_legend().get_texts()] == ["a/x, val 2.5000", "b/x", r"b/\$y\$"]
     colours = [[line.get_color() for line in ax.lines if line.get_label()[0] != "_"] for ax in (loss, bits)]
     assert colours[0] == colours[1] and len(set(colours[0])) == 3
@@ -198,8 +198,8 @@ def test_roc_of_known_predictions():
     from core.evaluation import scores
 
     false, true = curves.roc(p, labels)
-    assert (np.diff(true) * (false[1:] + false[:-1]) / 2).sum() == pytest.approx(1 - scores(p, labels)["auc"],
-                                                                                 abs=1e-12)
+    assert (np.diff(true) * (false[1:]
+                             + false[:-1]) / 2).sum() == pytest.approx(1 - scores(p, labels)["auc"], abs=1e-12)
 
 
 def test_confusion_and_roc(tmp_path, drawn, reviews, capsys):
@@ -208,8 +208,8 @@ def test_confusion_and_roc(tmp_path, drawn, reviews, capsys):
     classifier(run, "test", [0.9, 0.2, 0.6, 0.7, 0.4, 0.1, 0.8], [1, 1, 0, 1, 0, 1, 1])
     (run / "config.json").write_text(json.dumps({"settings": {"dataset": str(reviews)}}))
     call(plot, run)
-    assert [line.rsplit("/", 1)[1] for line in capsys.readouterr().out.split()] == ["curves.png", "confusion.png",
-                                                                                    "roc.png"]
+    assert [line.rsplit("/", 1)[1]
+            for line in capsys.readouterr().out.split()] == ["curves.png", "confusion.png", "roc.png"]
     (ax,) = drawn["confusion.png"].axes
     assert {(text.get_position(), text.get_text()) for text in ax.texts} == {
         ((0, 0), "1\n50.0 %"), ((1, 0), "1\n50.0 %"), ((0, 1), "2\n40.0 %"), ((1, 1), "3\n60.0 %")}
@@ -323,8 +323,8 @@ def test_refused(tmp_path, refused):
     assert "got nothing" in refused(plot)
     assert "unknown key 'dip'; did you mean dpi?" in refused(plot, tmp_path, "--dip=3")
     assert "dpi must be from 20" in refused(plot, tmp_path, "--dpi=0")
-    assert 'layer and head choose among the heat maps of a text: give --text="..."' in refused(plot, tmp_path,
-                                                                                               "--layer=0")
+    said = refused(plot, tmp_path, "--layer=0")
+    assert 'layer and head choose among the heat maps of a text: give --text="..."' in said
     assert "expected the folder of a run, got" in refused(plot, ROOT / "results" / "bench_attention.json", "--text=a")
     assert "plot.py:" in refused(plot, write_log(tmp_path / "a", {"step": 0, "loss": 1, "split": "val"}),
                                  tmp_path / "empty")

@@ -267,8 +267,8 @@ def test_an_export_is_imported(tmp_path, name):
 def test_an_export_overwrites_nothing(tmp_path, refused, monkeypatch):
     run, _ = write_run(tmp_path / "run")
     (tmp_path / "config.json").write_text("mine")
-    assert "config.json exists already: give --to a new folder" in refused(convert, run,
-                                                                           f"--to={tmp_path / 'x.safetensors'}")
+    said = refused(convert, run, f"--to={tmp_path / 'x.safetensors'}")
+    assert "config.json exists already: give --to a new folder" in said
     assert (tmp_path / "config.json").read_text() == "mine" and not (tmp_path / "x.safetensors").exists()
     call(convert, run, f"--to={tmp_path / 'new' / 'x.safetensors'}")
     assert "x.safetensors exists already" in refused(convert, run, f"--to={tmp_path / 'new' / 'x.safetensors'}")

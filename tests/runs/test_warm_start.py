@@ -124,8 +124,8 @@ def test_given_settings_win(dense, spans, text, tmp_path, capsys):
     found = settings(spans, "--span_reg=0.5")
     assert (found["attention"], found["softness_span_mask"], found["span_reg"]) == ("adaptive_attention_span", 4, 0.5)
     said = capsys.readouterr().out
-    assert "its settings: block_size=16, n_layer=2, n_head=2, n_embd=16, attention=adaptive_attention_span, softness_span_mask=4, " \
-           "span_init=[5]\n" in said
+    assert ("its settings: block_size=16, n_layer=2, n_head=2, n_embd=16, attention=adaptive_attention_span, "
+            "softness_span_mask=4, span_init=[5]\n") in said
     assert settings(spans, "--use_adaptive_attention=False")["attention"] == "dense"
 
 
@@ -170,9 +170,8 @@ def test_a_mechanism_s_parameters(spans, text, tmp_path, capsys):
     start.config, start.weights, start.meta = GPTConfig(**SHAPE, attention="strange"), source, {}
     for name, count in (("layers.0.attention.span", 0), ("layers.0.attention.qkv.weight", 48 * 16)):
         assert start.copy(name, model.state_dict()[name], config, {}, None) == count
-    assert start.copy("layers.0.attention.qkv.weight", torch.zeros(24,
-                                                                   16), config, {},
-                      None) == 0  # fewer keys than queries
+    fewer = torch.zeros(24, 16)  # keys than queries
+    assert start.copy("layers.0.attention.qkv.weight", fewer, config, {}, None) == 0
     padded = torch.zeros(300, 16)  # of a model that was edited to have more rows than tokens
     assert start.copy("embedding.weight", padded, config, {"vocab_size": 256}, None) == 256 * 16
     assert torch.equal(padded[:256], source["embedding.weight"]) and not padded[256:].any()
@@ -367,5 +366,5 @@ def test_describe():
     weights |= {"embedding.weight": torch.zeros(5, 2), "scale": torch.zeros(())}
     counts = {f"layers.{n}.up.weight": 6 for n in (0, 1, 2, 5, 10, 11)} | {"embedding.weight": 4, "scale": 1}
     assert describe(counts, weights) == ["2 of 5 rows of embedding", "layers.0-2, 5, 10-11.up", "scale"]
-    assert describe({name: weight.numel() for name, weight in weights.items()}, weights) == ["layers", "embedding",
-                                                                                             "scale"]
+    assert describe({name: weight.numel()
+                     for name, weight in weights.items()}, weights) == ["layers", "embedding", "scale"]

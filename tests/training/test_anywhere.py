@@ -50,7 +50,8 @@ def test_data_that_needs_a_network_is_not_prepared(tmp_path):
 
 EDITED = [
     ([("self.up = ", "self.rise = "), ("self.activation(self.up(", "self.activation(self.rise(")],
-     "only the file has layers.0.up.weight, layers.1.up.weight; only the model has layers.0.rise.weight, layers.1.rise.weight"),
+     "only the file has layers.0.up.weight, layers.1.up.weight; only the model has layers.0.rise.weight, "
+     "layers.1.rise.weight"),
     ([("self.up = nn.Linear(C, 4 * C,", "self.up = nn.Linear(C, 2 * C,"),
       ("self.down = nn.Linear(4 * C, C,", "self.down = nn.Linear(2 * C, C,")],
      "the weight layers.0.up.weight in out/"),

@@ -81,7 +81,8 @@ def test_every_mechanism(request, tmp_path, capsys, beside, line, kind):
 
 def test_letters_are_explained_once(text, tmp_path, capsys):
     assert not fit(tmp_path, text, "--attention=sparse", "--sparse_pattern=LD", "--max_iters=0")
-    assert capsys.readouterr().out.count("sparse_pattern LD: L local, D dense; a letter for each layer, repeated\n") == 1
+    line = "sparse_pattern LD: L local, D dense; a letter for each layer, repeated\n"
+    assert capsys.readouterr().out.count(line) == 1
 
 
 def sharpen(out):
@@ -148,7 +149,8 @@ for sys.argv in map(list, {lines!r}):
     assert config["options"] == {"width": 4, "price": 0.5, "start": [0.1, 1], "name": "a,b", "flat": True}
     slopes = [record["stats"][0]["slopes"] for record in log_of(tmp_path / "out", "val") if "whole" not in record]
     assert len(slopes) == 3 and slopes[0] == pytest.approx([0.1, 1.0])
-    assert slopes[0][0] > slopes[1][0] > slopes[2][0]  # flat: no part of the loss but the penalty moves them, across the resume
+    # flat: no part of the loss but the penalty moves them, across the resume
+    assert slopes[0][0] > slopes[1][0] > slopes[2][0]
 
 
 def test_options_follow_the_line_where_the_weights_allow(text, tmp_path, capsys):
@@ -196,10 +198,10 @@ def test_what_an_evaluation_says_of_the_mechanism(text, tmp_path, monkeypatch, c
     assert runs.format_stats([{}, {"a": [], "b": "x", "c": -0.012345, "d": None}]) == ", c -0.0123"
     pairs, calls = [136, 120, 100, 50], []
     monkeypatch.setattr(type(layer), "stats", lambda self: dict(health[self.layer]))
-    monkeypatch.setattr(run_module,
-                        "health", lambda model, health=run_module.health: calls.append(model) or health(model))
-    monkeypatch.setattr(type(layer),
-                        "multiplied_pairs", lambda self, T: pairs[len(calls) - 1] if T == 16 and calls else 200)
+    scored = run_module.health
+    monkeypatch.setattr(run_module, "health", lambda model: calls.append(model) or scored(model))
+    multiplied = lambda self, T: pairs[len(calls) - 1] if T == 16 and calls else 200  # noqa: E731
+    monkeypatch.setattr(type(layer), "multiplied_pairs", multiplied)
     assert not fit(tmp_path, text, "--max_iters=7")
     records = log_of(tmp_path, "val")
     assert [record["stats"] for record in records] == [health] * 4

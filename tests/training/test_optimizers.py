@@ -17,7 +17,8 @@ OPTIMIZERS = {
     named = list(model.named_parameters())
     matrices = [p for name, p in named if p.ndim == 2 and name.startswith("layers.")]
     others = [p for name, p in named if not (p.ndim == 2 and name.startswith("layers."))]
-    return Optimizers(torch.optim.Muon(matrices, lr=learning_rate), torch.optim.AdamW(others, lr=learning_rate, fused=True))
+    others = torch.optim.AdamW(others, lr=learning_rate, fused=True)
+    return Optimizers(torch.optim.Muon(matrices, lr=learning_rate), others)
 """,
 }
 

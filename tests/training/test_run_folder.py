@@ -29,8 +29,8 @@ def test_the_folder_of_a_run(folder, tmp_path):
     log = log_of(out)
     assert [(record["step"], record["split"]) for record in log if "whole" not in record] == \
         [(0, "val"), (0, "train"), (2, "train"), (4, "train"), (5, "val"), (6, "val")]
-    extra = {"accuracy", "f1", "precision", "recall", "auc"} if "reviews" in str(folder) else {"accuracy",
-                                                                                               "bits_per_byte"}
+    extra = {"accuracy", "f1", "precision", "recall",
+             "auc"} if "reviews" in str(folder) else {"accuracy", "bits_per_byte"}
     for record in log:
         assert math.isfinite(record["loss"])
         more = {"lr", "grad_norm"} if record["split"] == "train" else extra | {"stats", "work_per_token", "work"}
@@ -45,8 +45,8 @@ def test_an_earlier_run_is_not_overwritten(text, tmp_path, capsys):
     out = tmp_path / "out"
     for n in range(3):
         assert not fit(out, text, f"--max_iters={n + 1}")
-    assert [torch.load(folder / "ckpt.pt")["state"]["step"] for folder in (tmp_path / "out.1", tmp_path / "out.2",
-                                                                           out)] \
+    assert [torch.load(folder / "ckpt.pt")["state"]["step"]
+            for folder in (tmp_path / "out.1", tmp_path / "out.2", out)] \
         == [1, 2, 3]
     assert "out.2" in capsys.readouterr().out
 

@@ -62,8 +62,8 @@ def test_refused(text, tmp_path, refused, argument, said):
 def test_refused_with_the_mechanisms_that_exist(text, tmp_path, refused):
     """Our own and those of files that a user has put beside them."""
     line = [f"--out_dir={tmp_path / 'out'}", f"--dataset={text}", *SMALL]
-    assert f"unknown attention 'zzz'; there are {', '.join(sorted(mechanisms()))}" in refused(train, *line,
-                                                                                              "--attention=zzz")
+    said = refused(train, *line, "--attention=zzz")
+    assert f"unknown attention 'zzz'; there are {', '.join(sorted(mechanisms()))}" in said
     assert {"adaptive_attention_span", "atrt", "dense", "sparse"} <= set(mechanisms())
     owners = refused(train, *line, "--window=64").partition("unknown key 'window'; it belongs to --attention=")[2]
     assert "sparse" in owners.split(" or ")
