@@ -53,11 +53,6 @@ class Batches:
         over it."""
         return spread(cut(self.all_rows(), self.batch_size), count)
 
-    def in_order(self, count=0):
-        """Yield the batches of `groups`."""
-        for group in self.groups(count):
-            yield self.read(group)
-
 
 class DocumentBatches(Batches):
     """Whole documents as running text: x, y (B, T) int64, y the tokens that follow x's. A row is a document's number.

@@ -16,9 +16,10 @@ import torch
 from core import dist, foreign, hardware
 from core.checkpoint_schema import STATE, ModelEdited, check_finite, check_fit, checked_config
 from core.config import UserError
+from core.meta import digest_of_start
 from core.optimizers import as_tensors, optimizer_state, restore_optimizer
 from core.readers import check_regular, expect, listing, mapping, number, record
-from core.runs import digest, write_whole
+from core.runs import write_whole
 from core.shards import drop_shards, read_shards, write_shards
 
 PREVIOUS = "ckpt-previous.pt"  # the save before the last one
@@ -30,7 +31,7 @@ def save(path, checkpoint, keep=None):
 
     def write(file):
         torch.save({**checkpoint, "sealed": True}, file)
-        seal = SEAL + digest(file).encode()
+        seal = SEAL + digest_of_start(file, file.seek(0, 2)).encode()
         file.seek(0, 2)
         file.write(seal)
 
@@ -60,7 +61,7 @@ def check_whole(path):
         file.seek(max(0, file.seek(0, 2) - len(SEAL) - 64))
         size, end = file.tell(), file.read()
         sealed = end.startswith(SEAL)
-        if sealed and digest(file, size).encode() != end[len(SEAL) :]:
+        if sealed and digest_of_start(file, size).encode() != end[len(SEAL) :]:
             raise ValueError("it is not what was written, by its digest")
         if not sealed and end[-22:-18] != b"PK\5\6":
             raise ValueError("its end is missing, or it is no checkpoint")

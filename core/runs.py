@@ -1,7 +1,6 @@
 """The folder of a run: its lock, files that are replaced atomically, its log; and the signals that stop a run."""
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -135,16 +134,6 @@ def link_as(path, name):
         os.replace(link, name)
     with contextlib.suppress(OSError):
         link.unlink(missing_ok=True)  # it remains if both were names of one file already
-
-
-def digest(file, size=None):
-    """The sha256 of a file that is open for bytes, or of its first `size` bytes, in hexadecimal."""
-    sha256, left = hashlib.sha256(), file.seek(0, os.SEEK_END) if size is None else size
-    file.seek(0)
-    while left and (block := file.read(min(left, 1 << 20))):
-        sha256.update(block)
-        left -= len(block)
-    return sha256.hexdigest()
 
 
 def write_text(path, text):

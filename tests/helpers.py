@@ -71,6 +71,11 @@ def review(n):
     return f"{n}: " + "so good " * (n % 2) + "a film " * (n * 7 % 11), n % 2
 
 
+def in_order(source, count=0):
+    """The batches of a whole split, as an evaluation reads them, or `count` of them spread over it."""
+    return map(source.read, source.groups(count))
+
+
 def call(module, *arguments):
     """What module.main() returns for these arguments. Its settings, train.py's and the signals are put back
     afterwards."""

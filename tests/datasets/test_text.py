@@ -18,7 +18,7 @@ from core.config import UserError
 from core.dataset import Dataset, batches
 from core.tokenizer import Tokenizer
 from core.vocabulary import PATTERN
-from helpers import ROOT
+from helpers import ROOT, in_order
 
 text = importlib.import_module("data.text.prepare")
 
@@ -237,7 +237,7 @@ def test_jsonl_with_labels(tmp_path, name):
     assert labels != sorted(labels) and labels != sorted(labels, reverse=True)  # mixed
     data = Dataset(tmp_path / "out")
     data.check_files()
-    assert next(iter(batches(data, "val", 2, 16).in_order()))[0].shape[1] <= 16
+    assert next(iter(in_order(batches(data, "val", 2, 16))))[0].shape[1] <= 16
     running = Dataset(tmp_path / "out", "lm")
     assert running.kind == "lm" and batches(running, "train", 2, 16).count == meta["splits"]["train"]["tokens"] - 1
 

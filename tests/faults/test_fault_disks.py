@@ -18,7 +18,7 @@ from fault_runs import assert_nothing_lost, begin, fit, half_done, lost
 import plot
 from core import readers
 from core.checkpoint import PREVIOUS
-from core.runs import digest
+from core.meta import digest_of
 from helpers import call
 from model import load
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes
 
 def assert_as_before(out, before):
     """The last good checkpoint is what it was, to the bit."""
-    assert {name: digest(open(out / name, "rb")) for name in before} == before and load(out / "ckpt.pt")
+    assert {name: digest_of(out / name) for name in before} == before and load(out / "ckpt.pt")
     assert not list(out.glob("*.part"))
 
 
@@ -38,7 +38,7 @@ def test_full_disk_stops(whole, text, small_disk):
     out, draw = half_done(whole, text, small_disk / "out"), random.Random(2)
     size = (out / "ckpt.pt").stat().st_size
     for n in range(several(3, 12)):
-        before = {name: digest(open(out / name, "rb")) for name in ("ckpt.pt", PREVIOUS)}
+        before = {name: digest_of(out / name) for name in ("ckpt.pt", PREVIOUS)}
         fault_injection.fill(small_disk / "ballast", draw.randint(0, int(1.1 * size)) if n else 0)
         code, said = fit(out, text, "--max_iters=11")  # an evaluation at 10, before the first step, and at the end
         (small_disk / "ballast").unlink()
@@ -78,7 +78,7 @@ def test_file_limit(whole, text, tmp_path):
     out, draw = half_done(whole, text, tmp_path / "out"), random.Random(3)
     size, least = (out / "ckpt.pt").stat().st_size, (out / "log.jsonl").stat().st_size + 1000
     for n in range(several(3, 12)):
-        before = {name: digest(open(out / name, "rb")) for name in ("ckpt.pt", PREVIOUS)}
+        before = {name: digest_of(out / name) for name in ("ckpt.pt", PREVIOUS)}
         code, said = fit(out, text, faults=[("file_limit", (draw.randint(least, size - 1),))])
         assert code == 2 and re.search("could not write .*: File too large; the previous file is intact", said), said
         # stopped at the first save, of step 15
@@ -90,7 +90,7 @@ def test_file_limit(whole, text, tmp_path):
 
 def test_read_only_folder(whole, text, small_disk):
     out = half_done(whole, text, small_disk / "out")
-    before = {name: digest(open(out / name, "rb"))
+    before = {name: digest_of(out / name)
               for name in ("ckpt.pt", PREVIOUS, "best.pt", "log.jsonl", "config.json")}
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     for folder in (out, small_disk / "new"):

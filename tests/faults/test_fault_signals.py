@@ -13,7 +13,7 @@ import torch
 from fault_injection import count, end, several
 from fault_runs import MAX, assert_nothing_lost, begin, fit, half_done, line, lost
 
-from core.runs import digest
+from core.meta import digest_of
 from helpers import ROOT
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork, and their signals")
@@ -135,7 +135,7 @@ def test_runs_begun_at_once(whole, text, tmp_path):
     """One of several goes on, whichever; the earlier run in the folder is moved aside once and whole."""
     for n in range(several(1, 5)):
         out = half_done(whole, text, tmp_path / str(n) / "out")
-        kept = digest(open(out / "ckpt.pt", "rb"))
+        kept = digest_of(out / "ckpt.pt")
         started = [begin(out, text, "--init_from=scratch", faults=[("slow_steps", (0.1,))]) for _ in range(3)]
         ends = [end(process) for process in started]
         done = [code for code, _ in ends].count(0)
@@ -143,7 +143,7 @@ def test_runs_begun_at_once(whole, text, tmp_path):
                                                        2],
                                                       [0]) and done >= 1  # a slow one may begin when another is done
         assert all("is in use by another run" in words for code, words in ends if code)
-        assert lost(whole, out) == 0 and digest(open(tmp_path / str(n) / "out.1" / "ckpt.pt", "rb")) == kept
+        assert lost(whole, out) == 0 and digest_of(tmp_path / str(n) / "out.1" / "ckpt.pt") == kept
         assert len(list(out.parent.iterdir())) == 1 + done
         count("runs begun at once in one folder", len(ends), refused=len(ends) - done)
 

@@ -14,7 +14,7 @@ import train
 from core import evaluation, prepare
 from core.dataset import Dataset, TextBatches, batches
 from core.evaluation import evaluate
-from helpers import review, write_bytes, write_reviews
+from helpers import in_order, review, write_bytes, write_reviews
 from model import GPT, GPTConfig, load
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -50,7 +50,7 @@ def test_bits_per_byte_where_a_token_is_several_bytes(umlauts, tmp_path):
         tokens = data.tokens(split)
         size = len("".join("ab\u00e4\u2026"[t] for t in tokens).encode())
         assert size > 1.5 * len(tokens)
-        nats = mean_loss(model, batches(data, split, 4, 16).in_order())
+        nats = mean_loss(model, in_order(batches(data, split, 4, 16)))
         assert record["split"] == split and record["loss"] == pytest.approx(nats, rel=1e-6)
         assert record["bits_per_byte"] == pytest.approx(nats / math.log(2) * len(tokens) / size, rel=1e-6)
 
@@ -65,8 +65,8 @@ def test_validation_is_of_the_validation_split(tmp_path):
     assert len(losses) == 3 and min(losses[1:]) > losses[0] + 0.1
     last, best = (load(tmp_path / "out" / name)[0] for name in ("ckpt.pt", "best.pt"))
     source = batches(Dataset(data), "val", 4, 16)
-    assert losses[-1] == pytest.approx(mean_loss(last, source.in_order()), rel=1e-6)
-    assert losses[0] == pytest.approx(mean_loss(best, source.in_order()), rel=1e-6)
+    assert losses[-1] == pytest.approx(mean_loss(last, in_order(source)), rel=1e-6)
+    assert losses[0] == pytest.approx(mean_loss(best, in_order(source)), rel=1e-6)
     assert torch.load(tmp_path / "out" / "best.pt")["state"]["best_step"] == records[-1]["step"] == 0
     assert records[-1]["whole"] and records[-1]["loss"] == losses[0]
 
@@ -103,7 +103,7 @@ def test_an_estimate_is_of_batches_spread_over_the_split(tmp_path, count):
     model = GPT(GPTConfig(block_size=16, n_layer=1, n_head=2, n_embd=16, vocab_size=256)).eval()
     with torch.no_grad():
         model.embedding.weight *= 20
-    every = list(batches(data, "val", 4, 16).in_order())
+    every = list(in_order(batches(data, "val", 4, 16)))
     assert len(every) == 25
     chosen = [every[round((n + 0.5) * 25 / count - 0.5)] for n in range(count)] if count < 25 else every
     found, first = evaluate(model, data, "val", 4, "cpu", "float32", count)[0]["loss"], mean_loss(model, every[:count])
@@ -146,7 +146,7 @@ def test_accuracy_of_the_next_token(text, dtype, monkeypatch):
         if left_out:
             monkeypatch.setattr(TextBatches, "stack", masked)
         right, count = 0, 0
-        for x, y, _ in batches(data, "val", 4, 16).in_order():
+        for x, y, _ in in_order(batches(data, "val", 4, 16)):
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
                 logits = model(x, y)[0]
             for scores, target in zip(logits.flatten(0, 1).tolist(), y.flatten().tolist()):
@@ -215,8 +215,8 @@ def test_training_scores(folder, tmp_path, capsys):
     (model, _), data = load(tmp_path / "both" / "ckpt.pt"), Dataset(folder)
     with torch.no_grad():
         each = [model(x, y, lengths)[1].item() * (y != -1).sum().item()
-                for x, y, lengths in batches(data, "train", 4, 16).in_order()]
-        count = sum((y != -1).sum().item() for _, y, _ in batches(data, "train", 4, 16).in_order())
+                for x, y, lengths in in_order(batches(data, "train", 4, 16))]
+        count = sum((y != -1).sum().item() for _, y, _ in in_order(batches(data, "train", 4, 16)))
     assert records[-1]["train_loss"] == pytest.approx(sum(each) / count, rel=1e-5)
     assert ("train_f1" in records[-1]) == (data.kind == "classify") and "train loss" in capsys.readouterr().out
     assert 0 <= records[-1]["train_accuracy"] <= 1
