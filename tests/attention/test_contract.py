@@ -119,7 +119,8 @@ def pytest_generate_tests(metafunc):
     every = cases(metafunc.config.getoption("--attention"))
     choices = {"case": lambda case: True, "causal_case": lambda case: case.causal,
                "both_ways": lambda case: not case.causal,
-               "traced_case": lambda case: case.variant in ("", *TRACED)}
+               "traced_case": lambda case: case.variant in ("", *TRACED),
+               "causal_traced_case": lambda case: case.causal and case.variant in ("", *TRACED)}
     for name in choices.keys() & {*metafunc.fixturenames}:
         chosen = {label: case for label, case in every.items() if choices[name](case)}
         metafunc.parametrize(name, chosen.values(), ids=list(chosen))
@@ -143,9 +144,8 @@ def test_flex_is_exact(case):
     assert contract.error(case.layer(), "flex", 130, torch.tensor([130, 65])) < BOUND
 
 
-def test_flex_is_exact_for_one_token(traced_case):
-    if traced_case.causal:
-        assert contract.error(traced_case.layer(), "flex", 1) < BOUND
+def test_flex_is_exact_for_one_token(causal_traced_case):
+    assert contract.error(causal_traced_case.layer(), "flex", 1) < BOUND
 
 
 def test_exact_with_documents(case):
