@@ -54,8 +54,7 @@ VARIANTS = {  # options of files in this repository, besides each file's default
         "matrix": {"atrt_scope": "matrix"},
     },
 }
-SHARED_TOO = ("adaptive_attention_span: periodic", "sparse: local, global",
-              "atrt: matrix")  # besides each file's defaults
+SHARED_TOO = ("adaptive_attention_span: periodic", "sparse: local, global", "atrt: matrix")  # and each file's defaults
 SHARED = {"n_kv_head": 1, "qk_norm": True, "attention_sink": True}  # keys that three heads share, and a sink
 # Variants for which FlexAttention, which takes half a second to trace, is also held to one token and to documents: what
 # it does there depends on whether blocks are written by hand, on heads, on parameters and on a factor, not on the
