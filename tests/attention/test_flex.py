@@ -108,7 +108,7 @@ def test_compiled_on_a_cpu(monkeypatch):
         return flex.compiled()(*inputs, **more), torch_flex.AuxOutput()
 
     monkeypatch.setattr(flex, "kernel", lambda device: outputs_only)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     for n in range(5):
         layer = ADAPTIVE.layer(block_size=512, dtype=torch.float32)
         layer.span.data += n / 4
@@ -116,6 +116,9 @@ def test_compiled_on_a_cpu(monkeypatch):
         with torch.no_grad():
             torch.testing.assert_close(flex.attend(layer, q, k, v), layer.weights(q, k) @ v, rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match="raise it, keep to one text length, or use kernel=engine"), torch.no_grad():
-        flex.attend(ADAPTIVE.layer(block_size=512, dtype=torch.float32), *(x[:, :, :200] for x in (q, k, v)))
+        for T in (100, 200, 333):
+            kind, options = mechanism("sparse")
+            layer = Case(kind, {**options, "window": T // 3}, True).layer(block_size=512, dtype=torch.float32)
+            flex.attend(layer, *(x.detach() for x in random_qkv(T, D=16, dtype=torch.float32)))
     torch._dynamo.reset()
     flex.compiled.cache_clear()
