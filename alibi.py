@@ -1,4 +1,5 @@
-"""ALiBi, attention with linear biases (Press et al. 2022, section 3): each head lowers a score by its slope times the distance.
+"""ALiBi, attention with linear biases (Press et al. 2022, section 3): each head lowers a score by its slope times the
+distance.
 
     bias = -slope_h d        slope_h = 2^(-8 (h + 1) / H), h = 0 ... H - 1
 

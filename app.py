@@ -11,35 +11,22 @@ Visitors' text is shown as text, never as HTML or Markdown, which could make the
 from core import startup  # first: torch reads its settings when it is loaded
 
 import contextlib
-import re
 import time
 
 import streamlit as st
 import torch
 
 import sample
-from core import ROOT, curves, demo, explain, figures, hardware, inference, readers
+from core import curves, demo, explain, figures, hardware, inference, readers
 from core.config import Text, UserError, convert
-from core.mechanisms import mechanism, mechanisms
+from core.mechanisms import mechanism
 from core.pattern import draw_pattern, patterns
-from core.runs import format_scores, format_stats
 from model import GPT, GPTConfig
 
 MAP_WORDS = 40  # of a heat map
 NEXT_TOKENS = 10  # of the table below a generated text
 MAX_CHARACTERS = 100_000  # of a text
 EXAMPLE_REVIEW = "The effects were amazing, but the story was trash."
-EXAMPLES = {  # {choice: (mechanism, options that show what it does)}
-    "dense": ("dense", {}),
-    "sparse, local": ("sparse", {"window": 32}),
-    "sparse, strided": ("sparse", {"sparse_pattern": "strided"}),
-    "sparse, fixed": ("sparse", {"sparse_pattern": "fixed", "fixed_columns": 1}),
-    "sparse, log": ("sparse", {"sparse_pattern": "log", "window": 4}),
-    "adaptive span": ("adaptive_attention_span", {"span_init": [4.0, 16.0, 48.0, 112.0], "softness_span_mask": 16}),
-    "adaptive span, periodic": ("adaptive_attention_span", {
-        "span_init": [16.0, 48.0, 80.0, 112.0], "softness_span_mask": 16, "use_triangle_wave_masking": True}),
-    "atrt": ("atrt", {}),
-}
 
 
 @contextlib.contextmanager
@@ -133,8 +120,7 @@ def show_progress(job):
     if job.code is not None:
         st.rerun()
     lines = job.lines()
-    steps = re.findall(r"step (\d+)/(\d+)", "\n".join(lines))
-    st.progress(int(steps[-1][0]) / int(steps[-1][1]) if steps else 0.0, f"Training {job.name}")
+    st.progress(demo.progress(lines), f"Training {job.name}")
     st.text(lines[-1])
     if st.button("Stop", key=f"stop {job.name}"):
         job.stop()
@@ -251,8 +237,13 @@ def show_text():
                 refresh(spots[label], texts[label])
             if ask:
                 show_next(folder, prompt[-MAX_CHARACTERS:])
+    write_texts(streams, texts, spots)
+
+
+def write_texts(streams, texts, spots):
+    """Draw tokens of each stream in turn until all have ended, and show the texts as they grow."""
     last = time.perf_counter()
-    while streams:  # a token of each in turn
+    while streams:
         streams = {label: tokens for label, tokens in streams.items() if next(tokens, False)}
         if not streams or time.perf_counter() - last > 0.08:  # seconds: faster, nobody could read
             last = time.perf_counter()
@@ -277,12 +268,11 @@ def refresh(spot, state):
 
 def pick_options(name, given):
     """A mechanism's options as the visitor sets them: a field for each, with the comment in the mechanism's file."""
-    source = (ROOT / f"{'attention' if name == 'dense' else name}.py").read_text("utf-8")
-    chosen, place = {}, None
+    chosen, place, comments = {}, None, demo.option_comments(name)
     for n, (key, default) in enumerate(mechanism(name)[1].items()):
         place = place if n % 3 else st.columns(3, vertical_alignment="bottom")
-        comment = re.search(rf"^{key} = .*?  # (.*)", source, re.M)
-        field = {"key": f"keep {name} {key} {given}", "help": demo.escape_markdown(comment[1]) if comment else None}
+        comment = comments.get(key)
+        field = {"key": f"keep {name} {key} {given}", "help": demo.escape_markdown(comment) if comment else None}
         if type(default) is bool:
             chosen[key] = place[n % 3].toggle(key, given.get(key, default), **field)
         else:
@@ -313,8 +303,7 @@ def spans_of(folder, changed):
 
 
 def show_pattern():
-    choices, place, known = dict(EXAMPLES), st.columns([2, 2, 1]), {name for name, _ in EXAMPLES.values()}
-    choices |= {other: (other, {}) for other in mechanisms() if other not in known}  # a user's own
+    choices, place = demo.mechanism_choices(), st.columns([2, 2, 1])
     name, given = choices[place[0].selectbox("Mechanism", list(choices), 1, key="keep mechanism")]
     T = place[1].select_slider("T, tokens of a text", [2**n for n in range(5, 13)], 256, key="keep T")
     causal = place[2].toggle("Causal", True, key="keep causal", help="off: both directions, as in a classifier")
@@ -364,15 +353,11 @@ def show_training():
 
 def show_curves(runs):
     """Show the scores of runs over their steps, and the health of each."""
-    logs, lines = {}, {}
+    logs = {}
     for label, folder in runs.items():
         with show_errors():
             logs[label] = readers.read_log(folder / "log.jsonl")
-    for key in curves.SCORES:
-        for label, (records, _) in logs.items():
-            for record in records:
-                if key in record:
-                    lines.setdefault(key, []).append((record["step"], record[key], f"{label}, {record['split']}"))
+    lines = demo.score_lines(logs)
     for key, place in zip(lines, st.columns(max(1, len(lines)))):
         place.line_chart(dict(zip(("step", key, "run"), zip(*lines[key]))), x="step", y=key, color="run")
     for label, (records, whole) in logs.items():
@@ -392,8 +377,7 @@ def show_health(records):
                                        ("Tokens/s", "Share of matmul rate", "Gradient norm"), (",.0f", ".0%", ".2f")):
         column.metric(name, format(training[key], form) if key in training else "unknown")
     for (split, is_whole), record in last.items():
-        scores = {key: record[key] for key in (*curves.SCORES, "f1", "precision", "recall", "auc") if key in record}
-        text = format_scores(scores) + format_stats(record.get("stats", []))
+        text = demo.health_text(record)
         st.text(f"{split}{', whole, best weights' * is_whole}, step {record['step']}: {text}")
 
 

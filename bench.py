@@ -18,14 +18,11 @@ matrix product, measured in the same run.
 from core import startup  # first: torch reads its settings when it is loaded
 
 import contextlib
-import importlib.util
 import itertools
 import json
 import math
 import re
-import statistics
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,8 +32,10 @@ import torch.nn.functional as F
 from core import dist, hardware, timing
 from core.config import Text, UserError, check_choice, configure, run_main, convert
 from core.inference import convert_for_inference
+from core.kvcache import cache_bytes
 from core.mechanisms import mechanism
-from core.report import print_table
+from core.nanogpt import import_model
+from core.report import add_ratios, print_table
 from model import GPT, GPTConfig
 
 mechanisms = []  # what is measured, see above; empty: the mode's own list (ROWS)
@@ -82,10 +81,10 @@ NAMES = {  # short names, with a space in them: none can hide a mechanism's file
     "adaptive span, period 4, 1 key in 4": f"{FOUR} ratio_init_triangle_wave_masking=-0.15",
     "adaptive span, period 4, 1 key in 4, snapped": f"{FOUR} ratio_init_triangle_wave_masking=-0.15 snap_periods=True",
 }
-ALL = ["dense", "sparse local", "sparse strided", "sparse fixed", "sparse log", "adaptive span", "adaptive span, wave", "atrt",
-       "alibi"]
-LAYER = ["dense", "dense, fused call", "adaptive span, wave", "adaptive span, wave, reference", "adaptive span, period 4",
-         "adaptive span, period 4, snapped", "adaptive span, period 4, 1 key in 4",
+ALL = ["dense", "sparse local", "sparse strided", "sparse fixed", "sparse log", "adaptive span", "adaptive span, wave",
+       "atrt", "alibi"]
+LAYER = ["dense", "dense, fused call", "adaptive span, wave", "adaptive span, wave, reference",
+         "adaptive span, period 4", "adaptive span, period 4, snapped", "adaptive span, period 4, 1 key in 4",
          "adaptive span, period 4, 1 key in 4, snapped"]
 ROWS = {"attention": ALL, "layer": LAYER, "step": ["dense"], "sample": ALL, "ranks": ["dense"]}
 SHAPES = {"attention": [f"1x8x{1024 << n}" for n in range(6)], "layer": ["2x8x2048"]}
@@ -173,28 +172,6 @@ def bench_attention(rows, B, H, T):
     return found
 
 
-def growth(found):
-    """Rows of exponents fitted over T on log axes, where one batch and heads has three T or more."""
-    lines = {}  # {(batch x heads, label): {T: what grows}}
-    for row in found:
-        group, T = row["batch x heads x time"].rsplit("x", 1)
-        pairs = [row[f"pairs {how}"] * int(T) ** 2 for how in ("kept", "multiplied")]
-        lines.setdefault((group, row["attention"]), {})[int(T)] = row["ms"], *pairs, row["MiB more"]
-        lines.setdefault((group, "fused call"), {})[int(T)] = row["fused call, ms"], None, None, row["fused, MiB more"]
-    columns = ["time ~ T^", "pairs kept ~ T^", "pairs multiplied ~ T^", "memory ~ T^"]
-    return [
-        {"growth": label, "batch x heads": group, **{name: slope(line, n) for n, name in enumerate(columns)}}
-        for (group, label), line in sorted(lines.items(), key=lambda item: item[0][1] == "fused call") if len(line) >= 3
-    ]
-
-
-def slope(line, n):
-    """The exponent with which the n-th number of a line {T: numbers} grows; None where one is missing or 0."""
-    if not all(numbers[n] and numbers[n] > 0 for numbers in line.values()):
-        return None
-    return statistics.linear_regression([math.log(T) for T in line], [math.log(numbers[n]) for numbers in line.values()]).slope
-
-
 # ---- a layer ---------------------------------------------------------------------------------
 
 
@@ -222,7 +199,8 @@ def bench_layer(rows, B, H, T):
     """An attention layer with its projections: forward + backward, and forward alone as for a prompt."""
     x, g = torch.randn(2, B, T, H * head_size, device=device).unbind(0)
     x = x.clone().requires_grad_()
-    models = [row.model("engine", n_layer=1, n_head=H, n_embd=H * head_size, block_size=T) for row in [*rows, parse(WAVE)]]
+    models = [row.model("engine", n_layer=1, n_head=H, n_embd=H * head_size, block_size=T)
+              for row in [*rows, parse(WAVE)]]
     layers, rotation = [model.layers[0].attention for model in models], models[0].position_table(T)
     calls = [(layer, layer, dtype) for layer in layers[:-1]]
     calls.append((lambda x, rotation: masked(layers[-1], x, rotation), layers[-1], "float32"))
@@ -241,8 +219,9 @@ def bench_layer(rows, B, H, T):
     *_, (_, slow, slow_forward) = pairs
     return [{
         "layer": label, "batch x heads x time": f"{B}x{H}x{T}", "ms": 1e3 * both.seconds,
-        "times masked": slow.seconds / both.seconds, "MiB more": mebibytes(both.memory), "forward, ms": 1e3 * once.seconds,
-        "forward, times masked": slow_forward.seconds / once.seconds, "repeats": both.rounds,
+        "times masked": slow.seconds / both.seconds, "MiB more": mebibytes(both.memory),
+        "forward, ms": 1e3 * once.seconds, "forward, times masked": slow_forward.seconds / once.seconds,
+        "repeats": both.rounds,
     } for label, both, once in pairs]
 
 
@@ -251,12 +230,7 @@ def bench_layer(rows, B, H, T):
 
 def nanogpt(context):
     """nanoGPT's model of the same shape, from the clone in `peer`."""
-    path = Path(peer) / "model.py"
-    if not path.exists():
-        raise UserError(f"peer expects the folder of a nanoGPT clone, with its model.py; got {peer!r}")
-    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
-    sys.modules["nanogpt_model"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = import_model(peer)
     with contextlib.redirect_stdout(None):
         return module.GPT(module.GPTConfig(block_size=context, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
                                            n_embd=n_embd, dropout=0.0, bias=False)).to(device)
@@ -265,14 +239,6 @@ def nanogpt(context):
 def ours(row, context):
     return row.model(block_size=context, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_kv_head=n_kv_head,
                      n_embd=n_embd, dropout=dropout, n_class=0 if causal else 2)
-
-
-def add_ratios(table, *peers):
-    """Add to each row how many times as fast it is as those named `peers`, where they are there."""
-    speeds = {next(iter(row.values())): row["tokens/s"] for row in table}
-    for row in table:
-        row |= {f"times {name}": row["tokens/s"] / speeds[name] for name in peers if name in speeds}
-    return table
 
 
 def adamw(model):
@@ -307,12 +273,6 @@ def bench_step(rows, T):
     } for (name, (operations, *_)), cost in zip(runs.items(), costs)], "dense", "nanoGPT, float32")
 
 
-def cache_bytes(cache):
-    """Bytes of all tensors that a cache holds."""
-    values = [*vars(cache).values(), *(cache.kept or ())]
-    return sum(x.untyped_storage().nbytes() for x in values if torch.is_tensor(x))
-
-
 @torch.no_grad()
 def keys_of_last(layer, T):
     """Keys that the last query of T sees, the mean over heads."""
@@ -338,20 +298,18 @@ def bench_sample(rows, context):
         other = nanogpt(context).eval()
         calls.append(lambda: other.generate(prompt, few, temperature=0.8, top_k=200))
         known.append(("nanoGPT", few, [], None))
-    costs = side_by_side(calls)
     return add_ratios([{
         "sample": name, "context": context, "tokens/s": count / cost.seconds,
         "cache, MiB": sum(map(cache_bytes, caches)) / 2**20 or None, "keys read": read, "repeats": cost.rounds,
-    } for (name, count, caches, read), cost in zip(known, costs)], "dense", "nanoGPT")
+    } for (name, count, caches, read), cost in zip(known, side_by_side(calls))], "dense", "nanoGPT")
 
 
 def bench_ranks(rows, T):
     """Training steps of all ranks, each of batch_size texts in one or four forward passes: bytes that a rank sends.
 
-    They are read off this machine's own network, where ranks on a CPU meet, and stand beside what a ring of R sends for
-    each float32 number: an all-gather and a reduce-scatter (R - 1) / R of its four bytes each. DDP does one of each
-    with the gradients at the last backward pass; FSDP then scatters them, and gathers the weights before every forward
-    and backward one.
+    They stand beside what a ring of R sends for each float32 number: an all-gather and a reduce-scatter (R - 1) / R of
+    its four bytes each. DDP does one of each with the gradients at the last backward pass; FSDP then scatters them, and
+    gathers the weights before every forward and backward one.
     """
     if dist.world < 2:
         raise UserError("many ranks are to be measured: torchrun --standalone --nproc_per_node=2 bench.py ranks")
@@ -373,28 +331,11 @@ def bench_ranks(rows, T):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        def settled():
-            """Bytes sent so far, when every rank has sent what it has to."""
-            hardware.synchronize(device)
-            dist.any_rank(False)
-            time.sleep(0.05)
-            sent = hardware.sent_bytes()
-            dist.any_rank(False)
-            return sent
-
-        for _ in range(2):  # in which DDP finds the order of its messages
-            step()
-        before, seconds = settled(), []
-        for _ in range(repeat):
-            began = time.perf_counter()
-            step()
-            hardware.synchronize(device)
-            seconds.append(time.perf_counter() - began)
-        sent = (settled() - before) / repeat / dist.world
+        seconds, sent = timing.traffic(step, device, repeat)
         found.append({"split": "FSDP" if sharded else "DDP", "ranks": dist.world, "forward passes": passes,
                       "million parameters": N / 1e6, "bytes a parameter and rank": sent / N,
                       "a ring's": 4 * (2 * passes + 1 if sharded else 2) * (dist.world - 1) / dist.world,
-                      "ms": 1e3 * statistics.median(seconds)})
+                      "ms": 1e3 * seconds})
     return found
 
 
@@ -403,7 +344,8 @@ def bench_ranks(rows, T):
 
 def main():
     global device
-    modes = {"attention": bench_attention, "layer": bench_layer, "step": bench_step, "sample": bench_sample, "ranks": bench_ranks}
+    modes = {"attention": bench_attention, "layer": bench_layer, "step": bench_step, "sample": bench_sample,
+             "ranks": bench_ranks}
     arguments = sys.argv[1:]
     mode = arguments.pop(0) if arguments and arguments[0][0] != "-" else ("" if "--help" not in arguments else "step")
     check_choice("benchmark", mode, [*modes, "load"])
@@ -417,13 +359,14 @@ def main():
             raise UserError(f"{key} must be at least 1, got {globals()[key]}")
     if attention and mechanisms:
         raise UserError(f"give --attention={attention} with its options, or --mechanisms, not both")
-    rows = [Row(attention, attention, kernel, options)] if attention else [parse(text) for text in mechanisms or ROWS[mode]]
+    texts = mechanisms or ROWS[mode]
+    rows = [Row(attention, attention, kernel, options)] if attention else [parse(text) for text in texts]
     if len({row.label for row in rows}) < len(rows):
         raise UserError(f"mechanisms: expected each once, got {mechanisms}")
     if not all(type(context) is int and context > 0 for context in contexts):
         raise UserError(f"contexts: expected numbers of tokens like [256, 1024], got {contexts}")
-    places = {"step": [(block_size,)], "ranks": [(block_size,)], "sample": [(context,) for context in contexts]}.get(mode)
-    places = places or [shape_of(shape) for shape in shapes or SHAPES[mode]]
+    lengths = {"step": [block_size], "ranks": [block_size], "sample": contexts}.get(mode, [])
+    places = [(T,) for T in lengths] or [shape_of(shape) for shape in shapes or SHAPES[mode]]
     hardware.keep_freed_memory()
     torch.manual_seed(0)
     with dist.setup(hardware.pick_device(device)) as device:
@@ -443,7 +386,7 @@ def measure(bench, mode, rows, places):
         if sys.stderr.isatty():  # some take minutes
             print(mode, *place, end=" ...\r", file=sys.stderr, flush=True)
         found += bench(rows, *place)
-    tables = {"rows": found, "growth": growth(found) if mode == "attention" else []}
+    tables = {"rows": found, "growth": timing.growth(found) if mode == "attention" else []}
     for table in filter(None, tables.values()):
         print()
         print_table(table)

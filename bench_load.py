@@ -31,7 +31,8 @@ from core.report import print_table
 from model import GPT, GPTConfig
 from train import batch_size, block_size, n_embd, n_head, n_layer
 
-spin_counts = ["", "2000", "20000", "200000", "passive"]  # GOMP_SPINCOUNT; "": libgomp's own; 'passive': OMP_WAIT_POLICY
+# GOMP_SPINCOUNT; "": libgomp's own; 'passive': OMP_WAIT_POLICY
+spin_counts = ["", "2000", "20000", "200000", "passive"]
 busy = ["python", "matmul"]  # kinds of busy processes, see BUSY
 processes = 0  # busy ones; 0: one a core
 rounds = 3
@@ -82,7 +83,9 @@ def worker():
 
     def measured(what, seconds):
         torch.set_num_threads(1 if what == "1" else hardware.THREADS)
-        tokens = training() if what == "train" else hardware.adapt_threads(sampling, "cpu") if what == "faster" else sampling
+        tokens = training() if what == "train" else sampling
+        if what == "faster":
+            tokens = hardware.adapt_threads(sampling, "cpu")
         next(tokens)
         count, began = 0, time.perf_counter()
         while (spent := time.perf_counter() - began) < seconds:
@@ -137,16 +140,19 @@ def measure_all(arguments):
         others = {"idle": []}
         for kind in busy:
             code = f"import os\nparent = {os.getpid()}\n{BUSY[kind]}"
-            others[kind] = [stack.enter_context(started("-c", code)) for _ in range(processes or len(os.sched_getaffinity(0)))]
+            others[kind] = [stack.enter_context(started("-c", code))
+                            for _ in range(processes or len(os.sched_getaffinity(0)))]
             with loaded(others[kind]):
                 pass  # stopped from here on
-        workers = {spin_count: stack.enter_context(started(here, *arguments, env=environment(spin_count), stdin=subprocess.PIPE))
+        workers = {spin_count: stack.enter_context(started(here, *arguments, env=environment(spin_count),
+                                                           stdin=subprocess.PIPE))
                    for spin_count in spin_counts}
         for number, load in itertools.product(range(rounds), others):
             with loaded(others[load]):
                 for what, (spin_count, process) in itertools.product(WORK, workers.items()):
                     if sys.stderr.isatty():
-                        print(f"round {number + 1} of {rounds}, {load}, {WORK[what]} ...".ljust(70), end="\r", file=sys.stderr)
+                        print(f"round {number + 1} of {rounds}, {load}, {WORK[what]} ...".ljust(70), end="\r",
+                              file=sys.stderr)
                     print(what, seconds, file=process.stdin, flush=True)
                     measured.setdefault((spin_count, load, what), []).append(float(answer(process)))
     return measured
@@ -161,7 +167,8 @@ def table(measured):
         row = {"what": WORK[what], "spin count": spin_count or "unset"}
         for load in ("idle", *busy):
             name = load if load == "idle" else f"beside {load}"
-            row |= {f"{name}, tokens/s": speed[spin_count, load, what], f"of first, {name}": speed[spin_count, load, what] / best}
+            row |= {f"{name}, tokens/s": speed[spin_count, load, what],
+                    f"of first, {name}": speed[spin_count, load, what] / best}
         rows.append(row)
     return rows
 
@@ -183,8 +190,8 @@ def main(arguments):
         raise UserError("bench.py load measures libgomp, which PyTorch has on Linux")
     dtype = hardware.pick_dtype(dtype, "cpu")
     machine = hardware.describe()
-    print(f"{machine['processor']}, {hardware.THREADS} threads, torch {machine['torch']}, {dtype}; the scripts' spin count is "
-          f"{startup.SPIN_COUNT:,}\n")
+    print(f"{machine['processor']}, {hardware.THREADS} threads, torch {machine['torch']}, {dtype}; the scripts' spin "
+          f"count is {startup.SPIN_COUNT:,}\n")
     measured = measure_all([*arguments, f"--dtype={dtype}"])
     rows = table(measured)
     print_table(rows)

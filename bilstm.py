@@ -41,8 +41,8 @@ def mechanism_name(attention):
 class BiLSTM(Model):
     """Embedding, BiLSTM, attention, pooling, logits. Padding is neither read nor pooled.
 
-    config: `GPTConfig`; pos, norm, activation and tie must keep their defaults, n_embd is the size of the embedding. Raises
-    UserError for a value that a BiLSTM cannot have.
+    config: `GPTConfig`; pos, norm, activation and tie must keep their defaults, n_embd is the size of the embedding.
+    Raises UserError for a value that a BiLSTM cannot have.
     """
 
     parameter_groups = GPT.parameter_groups
@@ -118,7 +118,8 @@ class BiLSTM(Model):
         if self.config.attention == "none":
             return []
         x = self.read(idx, lengths)
-        return [self.attention.map(x, texts=Texts(lengths)) if self.layers else self.additive(x, lengths)[:, None, None]]
+        return [self.attention.map(x, texts=Texts(lengths)) if self.layers
+                else self.additive(x, lengths)[:, None, None]]
 
     def estimate_flops(self, T):
         """Floating-point operations to train on one token of a text of T: see `GPT.estimate_flops`."""

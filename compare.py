@@ -22,7 +22,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 import train
@@ -31,13 +30,13 @@ from core.checkpoint import PREVIOUS
 from core.config import UserError, check_choice, configure, plain_values, run_main
 from core.dataset import Dataset, batches
 from core.dist import leave_if_asked
-from core.heat import read_reviews
-from core.inference import encode, next_tokens, predict
 from core.launch import check_size
 from core.meta import difference
 from core.model_config import ABSOLUTE
-from core.readers import is_number, read_log, read_predictions
-from core.report import SCORES, main_score, summarize, table
+from core.readers import is_number
+from core.report import summarize, table
+from core.results import (continue_prompts, hard_reviews, is_result, judge_hard, read_if_same,
+                          read_right_answers, read_scores)
 from core.runs import Stop, asked, check_folder, clock, locked, write_text
 from core.tokenizer import Tokenizer
 from model import load, new_model
@@ -61,7 +60,8 @@ resamples = 2000  # of the bootstrap
 SHARED = ("eval_test", "eval_train", "device", "dtype")  # settings without which scores or times are not comparable
 INSTEAD = {  # arguments of train.py that the comparison sets, and what to do instead of giving them
     "--seed": "give seeds of compare.py", "--max_iters": "give budget and amount of compare.py",
-    "--warmup_iters": "give warmup of compare.py, a share of the steps", "--eval_interval": "give evaluations of compare.py",
+    "--warmup_iters": "give warmup of compare.py, a share of the steps",
+    "--eval_interval": "give evaluations of compare.py",
     "--out_dir": "give out_dir of compare.py", "--init_from": "leave it out: a comparison goes on where it was stopped",
     "--eval_only": "leave it out: a comparison trains every run", "--help": "see python train.py --help",
     "-h": "see python train.py --help"}
@@ -85,7 +85,8 @@ def parse(text):
     try:
         arguments = [*base, *shlex.split(rest)]
     except ValueError as error:
-        raise UserError(f"variants: cannot split {text!r} into arguments ({error}); close the quotation or leave it out")
+        raise UserError(f"variants: cannot split {text!r} into arguments ({error}); close the quotation or leave it "
+                        "out")
     for key in (argument.partition("=")[0] for argument in arguments):
         if key in INSTEAD:
             raise UserError(f"variant {name.strip()!r}: {key} cannot be given in base or variants; {INSTEAD[key]}")
@@ -102,20 +103,12 @@ def slug(name):
     return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
 
 
+def folder_of(name, seed):
+    """The folder of a variant's run."""
+    return Path(out_dir) / f"{slug(name)}-{seed}"
+
+
 # ---- what a variant costs ----------------------------------------------------------------------
-
-
-class Machine(NamedTuple):
-    """What all variants are measured and trained on."""
-
-    device: str
-    dtype: str
-
-
-def pick_machine(variants):
-    """The `Machine` of variants, which share these settings."""
-    device = hardware.pick_device(variants[0].settings["device"])
-    return Machine(device, hardware.pick_dtype(variants[0].settings["dtype"], device))
 
 
 def set_up(variant, device):
@@ -128,10 +121,10 @@ def set_up(variant, device):
     return model.train(), batches(data, "train", settings.batch_size, settings.block_size)
 
 
-def typical_steps(variant, machine):
+def typical_steps(variant, device, dtype):
     """(a call that trains for five steps, from one with short texts to one with long ones; FLOP of a mean step,
     parameters)."""
-    model, source = set_up(variant, machine.device)
+    model, source = set_up(variant, device)
     net, passes = dist.wrap(model, variant.settings["compile"]), variant.settings["gradient_accumulation_steps"]
     # a rate of 0: the weights stay as they are
     optimizer = torch.optim.AdamW(model.parameter_groups(0.0), lr=0.0, fused=True)
@@ -142,19 +135,19 @@ def typical_steps(variant, machine):
     def micro_batches(step):
         for micro in range(passes):
             batch = source.batch(step * passes + micro)
-            yield *(t if t is None else t.to(machine.device) for t in batch), 1 / passes
+            yield *(t if t is None else t.to(device) for t in batch), 1 / passes
 
     def call():
         for step in chosen:
-            timing.training_step(model, net, optimizer, micro_batches(step), machine.device, machine.dtype)
+            timing.training_step(model, net, optimizer, micro_batches(step), device, dtype)
 
     return call, work, model.parameter_count()
 
 
-def measure(variants, machine):
+def measure(variants, device, dtype):
     """{name: what it costs}: seconds of a step, all variants side by side, FLOP of a step, parameters."""
-    calls, works, counts = zip(*(typical_steps(variant, machine) for variant in variants))
-    costs = timing.side_by_side(calls, machine.device, 9, budget=120)
+    calls, works, counts = zip(*(typical_steps(variant, device, dtype) for variant in variants))
+    costs = timing.side_by_side(calls, device, 9, budget=120)
     return {variant.name: {"seconds_per_step": cost.seconds / 5, "work_per_step": work, "parameters": count}
             for variant, cost, work, count in zip(variants, costs, works, counts)}
 
@@ -164,16 +157,18 @@ def costs_of(variants):
     path, of = Path(out_dir) / "speeds.json", [variant._asdict() for variant in variants]
     try:
         saved = json.loads(path.read_text("utf-8"))
-        numbers = [saved["costs"][v.name][key] for v in variants for key in ("seconds_per_step", "work_per_step", "parameters")]
+        numbers = [saved["costs"][v.name][key] for v in variants
+                   for key in ("seconds_per_step", "work_per_step", "parameters")]
         if saved["variants"] == of and all(is_number(x) and x > 0 for x in numbers):
             return saved["costs"], saved["machine"], saved["dtype"]
     except (OSError, ValueError, KeyError, TypeError):
         pass
     print(f"measuring a step of {len(variants)} variants, side by side ...", flush=True)
-    machine = pick_machine(variants)
-    found = {"variants": of, "costs": measure(variants, machine), "machine": hardware.describe(), "dtype": machine.dtype}
-    write_text(path, json.dumps(found, indent=1))
-    return found["costs"], found["machine"], found["dtype"]
+    device = hardware.pick_device(variants[0].settings["device"])
+    dtype = hardware.pick_dtype(variants[0].settings["dtype"], device)
+    costs, machine = measure(variants, device, dtype), hardware.describe()
+    write_text(path, json.dumps({"variants": of, "costs": costs, "machine": machine, "dtype": dtype}, indent=1))
+    return costs, machine, dtype
 
 
 def steps_of(cost):
@@ -187,21 +182,12 @@ def steps_of(cost):
 # ---- the runs ----------------------------------------------------------------------------------
 
 
-def same(path, wanted):
-    """The JSON object at `path` if it is of a run with the wanted settings, else None."""
-    try:
-        found = json.loads(path.read_text("utf-8"))
-        have = {**found["settings"], **found["options"]}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return found if all(key in have and have[key] == value for key, value in wanted.items()) else None
-
-
 def plan(variant, seed, steps):
     """(folder, arguments, settings) of a run, the settings as its folder tells them."""
-    folder = Path(out_dir) / f"{slug(variant.name)}-{seed}"
-    arguments = [*variant.arguments, f"--seed={seed}", f"--max_iters={steps}", f"--warmup_iters={round(warmup * steps)}",
-                 f"--eval_interval={max(1, steps // evaluations)}", f"--out_dir={folder}"]
+    folder = folder_of(variant.name, seed)
+    arguments = [*variant.arguments, f"--seed={seed}", f"--max_iters={steps}",
+                 f"--warmup_iters={round(warmup * steps)}", f"--eval_interval={max(1, steps // evaluations)}",
+                 f"--out_dir={folder}"]
     settings, options = settings_of(arguments)
     del settings["init_from"]
     return folder, arguments, {**settings, **options}
@@ -211,29 +197,13 @@ def result_of(variant, seed, steps):
     """The result of a finished run as a dict, else None. Where its result.json is missing, damaged or without an answer
     to `hard` or `prompts`, it is read again from the run's log and weights."""
     folder, _, wanted = plan(variant, seed, steps)
-    result = same(folder / "result.json", wanted)
-    if result and is_result(result, folder, wanted):
+    result = read_if_same(folder / "result.json", wanted)
+    if result and is_result(result, folder, wanted, hard, prompts):
         return {**result, "variant": variant.name, "seed": seed, "steps": steps}
     try:
         return read_result(variant, seed, steps)
     except UserError:  # not finished, or not readable
         return None
-
-
-def is_result(result, folder, wanted):
-    """Whether a dict has all that the comparison reads from the result of a run with the wanted settings."""
-    try:
-        scores, curves = result["scores"], [result["curve"], *([result["train_curve"]] if wanted["eval_train"] else [])]
-        numbers = [*scores.values(), result["seconds"], result["work"], *(x for curve in curves for pair in curve for x in pair)]
-        return (result["split"] == ("test" if wanted["eval_test"] else "val") and bool(scores) and scores.keys() <= SCORES.keys()
-                and all(len(curve) >= 2 and all(len(pair) == 2 for pair in curve) for curve in curves)
-                and all(map(is_number, numbers)) and (result["kept_share"] is None or is_number(result["kept_share"]))
-                and all(map(is_number, (x for pair in result.get("accuracy_by_distance", []) for x in pair)))
-                and ("auc" not in scores or (folder / f"predictions-{result['split']}.npz").exists())
-                and (not hard or all(map(is_number, result["hard"].values())))
-                and all(type(result["next"][prompt][0]) is str and is_number(result["next"][prompt][1]) for prompt in prompts))
-    except (KeyError, TypeError, AttributeError, IndexError):
-        return False
 
 
 def run_training(arguments):
@@ -251,7 +221,7 @@ def run_training(arguments):
 def train_one(variant, seed, steps):
     """Train one run, or the rest of it, and return its result. Raises Stop where the user stops it."""
     folder, arguments, wanted = plan(variant, seed, steps)
-    resume = (folder / "ckpt.pt").exists() and same(folder / "config.json", wanted)
+    resume = (folder / "ckpt.pt").exists() and read_if_same(folder / "config.json", wanted)
     code = run_training([*arguments, f"--init_from={'resume' if resume else 'scratch'}", "--eval_only=False"])
     if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
         raise Stop
@@ -266,13 +236,13 @@ def read_result(variant, seed, steps):
     Raises UserError where the run is of other settings, not finished, or its files are damaged.
     """
     folder, _, wanted = plan(variant, seed, steps)
-    saved = same(folder / "config.json", wanted)
+    saved = read_if_same(folder / "config.json", wanted)
     if not saved:
         raise UserError(f"{folder} holds no run with the settings of {variant.name!r}, seed {seed}")
     result = {"variant": variant.name, "seed": seed, "steps": steps,
-              **read_run(folder, hardware.pick_device(variant.settings["device"]), saved.get("dtype", "float32")),
+              **read_run(variant, folder, saved.get("dtype", "float32")),
               "settings": saved["settings"], "options": saved["options"]}
-    if not is_result(result, folder, wanted):
+    if not is_result(result, folder, wanted, hard, prompts):
         raise UserError(f"{folder} holds a run that is not finished, or its log.jsonl is damaged")
     write_text(folder / "result.json", json.dumps(result))
     for name in (PREVIOUS, "ckpt.pt"):  # the run's last states; best.pt stays
@@ -280,58 +250,22 @@ def read_result(variant, seed, steps):
     return result
 
 
-def read_run(folder, device, dtype):
-    """Scores, curves and costs of a run, as far as its log has them; with answers to `hard` and `prompts` by
-    best.pt."""
-    records, whole = read_log(folder / "log.jsonl")
-    records = [r for r in records if r["split"] == "val"]
-    if not (whole and records):
-        raise UserError(f"{folder} holds a run that is not finished")
-    last = whole[-1]  # the test split where it was opened, else validation
-    score = main_score(last)
-    kept = [layer["kept_share"] for layer in last.get("stats", []) if "kept_share" in layer]
-    found = {"split": last["split"], "scores": {name: last[name] for name in SCORES if name in last},
-             "seconds": last.get("seconds"), "work": last.get("work"), "kept_share": float(np.mean(kept)) if kept else None,
-             "curve": [[r["step"], r.get(score)] for r in records],
-             **{key: last[key] for key in ("accuracy_by_distance",) if key in last}}
-    if f"train_{score}" in records[0]:
-        found["train_curve"] = [[r["step"], r.get(f"train_{score}")] for r in records]
+def read_run(variant, folder, dtype):
+    """Scores, curves and costs of a run, with answers to `hard` and `prompts` by best.pt."""
+    result, device = read_scores(folder), hardware.pick_device(variant.settings["device"])
     if hard or prompts:
         model, checkpoint = load(folder / "best.pt", device)
         tokenizer = Tokenizer(checkpoint["meta"])
-        found |= judge_hard(model, tokenizer, device, dtype) if hard else continue_prompts(model, tokenizer, device)
-    return found
-
-
-def hard_reviews(classes=("negative", "positive")):
-    """The reviews in the file `hard`, [{"text", "label", "kind"}]. Raises UserError where one lacks a label or a
-    kind."""
-    rows = read_reviews(hard, classes)
-    for row in rows:
-        if row["label"] is None or not row["kind"]:
-            raise UserError(f'hard: expected a "label" and a "kind" for every review in {hard}, got {row["text"][:60]!r} without')
-    return rows
-
-
-def judge_hard(model, tokenizer, device, dtype):
-    """{"hard": {kind: share of its texts that are classified correctly}}."""
-    texts, labels, kinds = zip(*((row["text"], row["label"], row["kind"]) for row in hard_reviews()))
-    right = (predict(model, tokenizer, texts, device, dtype).cpu().numpy() > 0.5) == np.array(labels)
-    return {"hard": {kind: float(right[[k == kind for k in kinds]].mean()) for kind in dict.fromkeys(kinds)}}
-
-
-def continue_prompts(model, tokenizer, device):
-    """{"next": {prompt: [likeliest token, its probability]}}."""
-    texts = {prompt: torch.tensor([encode(tokenizer, prompt)], device=device) for prompt in prompts}
-    return {"next": {prompt: list(next_tokens(model, tokenizer, idx, 1)[0]) for prompt, idx in texts.items()}}
+        if hard:
+            result["hard"] = judge_hard(model, tokenizer, hard, device, dtype)
+        else:
+            result["next"] = continue_prompts(model, tokenizer, prompts, device)
+    return result
 
 
 def right_answers(result):
     """Whether each text of the split that was judged is classified correctly, (N,)."""
-    folder = Path(out_dir) / f"{slug(result['variant'])}-{result['seed']}"
-    path = next(p for p in (folder / "predictions-test.npz", folder / "predictions-val.npz") if p.exists())
-    p, labels, _ = read_predictions(path)
-    return (p > 0.5) == labels
+    return read_right_answers(folder_of(result["variant"], result["seed"]))
 
 
 # ---- the script --------------------------------------------------------------------------------
@@ -363,24 +297,27 @@ def check_variants(chosen):
     for variant in chosen:
         for key in SHARED:
             if (here := variant.settings[key]) != (there := first.settings[key]):
-                raise UserError(f"variants must have the same {key}: {first.name!r} has {there!r}, {variant.name!r} has "
-                                f"{here!r}; give it in base")
+                raise UserError(f"variants must have the same {key}: {first.name!r} has {there!r}, {variant.name!r} "
+                                f"has {here!r}; give it in base")
         train.check(variant.settings)
         own = Dataset(variant.settings["dataset"], variant.settings["task"])
         for split in ["train", "val"] + ["test"] * variant.settings["eval_test"]:
             batches(own, split, 1, variant.settings["block_size"])
         data = data or own
-        unlike = difference(data.meta, own.meta) or "their test splits" * (data.splits.get("test") != own.splits.get("test"))
+        unlike = difference(data.meta, own.meta)
+        if not unlike and data.splits.get("test") != own.splits.get("test"):
+            unlike = "their test splits"
         if unlike or own.kind != data.kind:
             raise UserError(f"variants must share their data: {first.name!r} reads {data.folder} (task {data.kind}), "
-                            f"{variant.name!r} reads {own.folder} (task {own.kind}){f' ({unlike})' * bool(unlike)}; give dataset "
-                            "and task in base")
+                            f"{variant.name!r} reads {own.folder} (task {own.kind}){f' ({unlike})' * bool(unlike)}; "
+                            "give dataset and task in base")
     if hard and data.kind != "classify":
         raise UserError(f"hard is for classifiers; {data.folder} is read as running text: leave it out")
     if prompts and data.kind != "lm":
         raise UserError(f"prompts are for language models; {data.folder} holds texts to classify: leave them out, "
                         "or give --task=lm in base")
-    for key, texts in (("hard", [row["text"] for row in hard_reviews(data.classes)] if hard else []), ("prompts", prompts)):
+    for key, texts in (("hard", [row["text"] for row in hard_reviews(hard, data.classes)] if hard else []),
+                       ("prompts", prompts)):
         for text in texts:
             check_text(key, text, data.tokenizer, chosen)
 
@@ -395,8 +332,8 @@ def check_text(key, text, tokenizer, chosen):
         raise UserError(f"{key}: expected texts that hold a token, got {text!r}")
     for settings in (variant.settings for variant in chosen if key == "prompts"):
         if settings["pos"] in ABSOLUTE and length > settings["block_size"]:
-            raise UserError(f"prompts: {text[:60]!r} has {length} tokens; pos={settings['pos']} knows {settings['block_size']} "
-                            "positions (block_size)")
+            raise UserError(f"prompts: {text[:60]!r} has {length} tokens; pos={settings['pos']} knows "
+                            f"{settings['block_size']} positions (block_size)")
 
 
 def draw(path):

@@ -11,7 +11,8 @@ OUT_DIR   a run of train.py; several runs share each picture. In the first one's
                       reviews.png: its answer, and the words that support or oppose it (--explain=attention: the words
                       that receive attention)
     --reviews=FILE    reviews.png for a file of lines {"text": "...", "label": 1, "kind": "..."}; label, kind optional
-FILE      results of compare.py (FILE.png, FILE_hard.png, FILE_recall.png), or of `bench.py attention --results=FILE` (FILE.png)
+FILE      results of compare.py (FILE.png, FILE_hard.png, FILE_recall.png), or of `bench.py attention --results=FILE`
+          (FILE.png)
 
 `python attention.py NAME` draws a mechanism's pattern. Pictures need matplotlib.
 """

@@ -58,7 +58,8 @@ class Attention(attention.Attention):
                 raise UserError(f"{name} must be from {least} to {LONGEST:,}, got {getattr(self.options, name)}")
         if letters:
             read = ", ".join(f"{letter} {LETTERS[letter]}" for letter in dict.fromkeys(letters))
-            self.description = f"sparse_pattern {letters}: {read}; a letter for each {self.options.pattern_by}, repeated"
+            self.description = (f"sparse_pattern {letters}: {read}; a letter for each {self.options.pattern_by}, "
+                                "repeated")
         by_head = self.options.pattern_by == "head"
         self.patterns = [patterns[(h if by_head else layer) % len(patterns)] for h in range(self.n_head)]
         kinds = self.kinds = list(dict.fromkeys(self.patterns))

@@ -167,8 +167,8 @@ def model_config(settings, options, data):
 
 
 def build_model(run, settings, options):
-    """A new model with weights from the seed or from init_from, or the one in out_dir, whose shape then replaces that of
-    the settings."""
+    """A new model with weights from the seed or from init_from, or the one in out_dir, whose shape then replaces that
+    of the settings."""
     if not run.is_new:
         return run.load_model(mechanism_options(settings))
     check_size(settings, run.data, run.device)

@@ -53,11 +53,6 @@ class Batches:
         over it."""
         return spread(cut(self.all_rows(), self.batch_size), count)
 
-    def in_order(self, count=0):
-        """Yield the batches of `groups`."""
-        for group in self.groups(count):
-            yield self.read(group)
-
 
 class DocumentBatches(Batches):
     """Whole documents as running text: x, y (B, T) int64, y the tokens that follow x's. A row is a document's number.
@@ -79,8 +74,8 @@ class DocumentBatches(Batches):
                             f"predict; {MEND}")
         self.width = int(np.diff(self.offsets).max()) - 1
         if block_size < self.width:
-            raise UserError(f"the documents of {data.folder} must not be cut: block_size must be at least {self.width}, "
-                            f"got {block_size}")
+            raise UserError(f"the documents of {data.folder} must not be cut: block_size must be at least "
+                            f"{self.width}, got {block_size}")
 
     def windows(self, rows, values, padding):
         """(rows, T + 1) int64: `values` (one for each token of the split) of some documents, then `padding`."""

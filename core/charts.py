@@ -29,8 +29,8 @@ FLOPS = (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP")
 
 def read_comparison(path):
     """A file of compare.py: (its entries, {variant: {"score": (low, mean, high), "minutes", "work", "curve", "verdict",
-    "hard", "kept", "by_distance"}}). A curve is (steps, mean, lowest, highest) over the seeds, at the steps that all seeds
-    have."""
+    "hard", "kept", "by_distance"}}). A curve is (steps, mean, lowest, highest) over the seeds, at the steps that all
+    seeds have."""
     saved, variants = readers.read_comparison(path), {}
     for variant in saved["variants"]:
         curves = [dict(run["curve"]) for run in saved["runs"] if run["variant"] == variant["variant"]]

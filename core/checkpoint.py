@@ -16,9 +16,10 @@ import torch
 from core import dist, foreign, hardware
 from core.checkpoint_schema import STATE, ModelEdited, check_finite, check_fit, checked_config
 from core.config import UserError
+from core.meta import digest_of_start
 from core.optimizers import as_tensors, optimizer_state, restore_optimizer
 from core.readers import check_regular, expect, listing, mapping, number, record
-from core.runs import digest, write_whole
+from core.runs import write_whole
 from core.shards import drop_shards, read_shards, write_shards
 
 PREVIOUS = "ckpt-previous.pt"  # the save before the last one
@@ -30,7 +31,7 @@ def save(path, checkpoint, keep=None):
 
     def write(file):
         torch.save({**checkpoint, "sealed": True}, file)
-        seal = SEAL + digest(file).encode()
+        seal = SEAL + digest_of_start(file, file.seek(0, 2)).encode()
         file.seek(0, 2)
         file.write(seal)
 
@@ -60,7 +61,7 @@ def check_whole(path):
         file.seek(max(0, file.seek(0, 2) - len(SEAL) - 64))
         size, end = file.tell(), file.read()
         sealed = end.startswith(SEAL)
-        if sealed and digest(file, size).encode() != end[len(SEAL) :]:
+        if sealed and digest_of_start(file, size).encode() != end[len(SEAL) :]:
             raise ValueError("it is not what was written, by its digest")
         if not sealed and end[-22:-18] != b"PK\5\6":
             raise ValueError("its end is missing, or it is no checkpoint")
@@ -164,8 +165,8 @@ def check_best(path, state):
             print(f"{path} is missing: the best weights are counted from here on")
             state.update(best=math.inf, evaluated=-1)
     except (ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({error}); take it away to go on without it: the best weights are then counted "
-                        "from here on")
+        raise UserError(f"{path} is damaged ({error}); take it away to go on without it: the best weights are then "
+                        "counted from here on")
 
 
 def restore(path, checkpoint, state, model, optimizer, seed, device, dtype):
@@ -174,8 +175,8 @@ def restore(path, checkpoint, state, model, optimizer, seed, device, dtype):
     another model."""
     for name, now in (("device", device.split(":")[0]), ("dtype", dtype)):
         if checkpoint.get(name, now) != now:
-            print(f"checkpoint: {name} was {checkpoint[name]!r}, is now {now!r}: the losses from here on differ by rounding, "
-                  "and with dropout by its random stream, from those of an unbroken run")
+            print(f"checkpoint: {name} was {checkpoint[name]!r}, is now {now!r}: the losses from here on differ by "
+                  "rounding, and with dropout by its random stream, from those of an unbroken run")
     kinds = {"state": STATE, "random": listing(record({}), 2**20)}
     try:
         # earlier versions: float16's scaler
@@ -187,8 +188,8 @@ def restore(path, checkpoint, state, model, optimizer, seed, device, dtype):
         if (before := len(checkpoint["random"])) == dist.world:
             hardware.set_random_state(device, checkpoint["random"][dist.rank])
         else:
-            print(f"checkpoint: ranks were {before}, are now {dist.world}: the same texts a step, dropout from new random "
-                  "streams")
+            print(f"checkpoint: ranks were {before}, are now {dist.world}: the same texts a step, dropout from new "
+                  "random streams")
             dist.seed(seed, state["step"])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path} holds weights that fit and a state of the optimiser that does not ({error}); "

@@ -29,7 +29,8 @@ def check_sizes(config, shapes):
             columns = shapes[name][1:] if name == "head.weight" else (C,)
             fits = shapes[name][:1] >= (rows,) and shapes[name][1:] == columns  # an edited model may have more rows
             expect(fits, f"the shape {(rows, *columns)}", shapes[name], name)
-    expect(config.vocab_size * C <= 16 * count, f"an embedding that fits {count:,} weights", config.vocab_size, "vocab_size")
+    expect(config.vocab_size * C <= 16 * count, f"an embedding that fits {count:,} weights", config.vocab_size,
+           "vocab_size")
     width = C if config.model == "gpt" else config.options.get("hidden", 1)
     expect(8 * width**2 * config.n_layer <= count, f"layers that fit {count:,} weights", width, "n_embd or hidden")
 
@@ -106,7 +107,8 @@ def check_fit(path, shapes, model_shapes, options):
                           + "; ".join(f"{words} {names(keys)}" for words, keys in sides if keys) + ")")
     for name, shape in model_shapes.items():
         if shapes[name] != shape:
-            raise ModelEdited(f"the weight {name} in {path} has the shape {shapes[name]}, in the model as built now {shape}")
+            raise ModelEdited(f"the weight {name} in {path} has the shape {shapes[name]}, in the model as built now "
+                              f"{shape}")
 
 
 def check_finite(weights):

@@ -160,7 +160,7 @@ def configure(script, arguments=None, more=None, inherit=None):
 
     arguments: default sys.argv[1:]. more: a function of all settings that returns further keys with their defaults (the
     options of the chosen mechanism). inherit: a function of the settings that returns values, by name, for settings and
-    further keys that are not given. Raises UserError, and sets no global, for an unknown key or a value of another type.
+    further keys that are not given. Raises UserError, and sets no global, for unknown keys and values of another type.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     defaults = plain_values(script)
@@ -177,10 +177,10 @@ def configure(script, arguments=None, more=None, inherit=None):
         if key in further:
             options[key] = convert(key, value, further[key], where)
         elif key not in defaults:
-            owners = mechanisms_with(key) if more else []
-            flags = [f"; add --{alias}=True" for alias, (_, name) in aliases.items() if name in owners]
-            belongs = f"; it belongs to --attention={' or '.join(owners)}{''.join(flags)}"
-            hint = belongs if owners else foreign.explain_setting(key) or did_you_mean(str(key), [*defaults, *aliases, *further])
+            hint = foreign.explain_setting(key) or did_you_mean(str(key), [*defaults, *aliases, *further])
+            if owners := mechanisms_with(key) if more else []:
+                flags = [f"; add --{alias}=True" for alias, (_, name) in aliases.items() if name in owners]
+                hint = f"; it belongs to --attention={' or '.join(owners)}{''.join(flags)}"
             raise UserError(f"{where}: unknown key {key!r}{hint}")
     script.update(settings)
     return settings, options

@@ -12,10 +12,23 @@ from pathlib import Path
 
 import torch
 
-from core import ROOT, explain, hardware, inference, readers, timing
+from core import ROOT, curves, explain, hardware, inference, readers, timing
 from core.config import UserError
+from core.mechanisms import mechanisms
+from core.runs import format_scores, format_stats
 from core.tokenizer import UNKNOWN, words
 
+EXAMPLES = {  # {choice: (mechanism, options that show what it does)}
+    "dense": ("dense", {}),
+    "sparse, local": ("sparse", {"window": 32}),
+    "sparse, strided": ("sparse", {"sparse_pattern": "strided"}),
+    "sparse, fixed": ("sparse", {"sparse_pattern": "fixed", "fixed_columns": 1}),
+    "sparse, log": ("sparse", {"sparse_pattern": "log", "window": 4}),
+    "adaptive span": ("adaptive_attention_span", {"span_init": [4.0, 16.0, 48.0, 112.0], "softness_span_mask": 16}),
+    "adaptive span, periodic": ("adaptive_attention_span", {
+        "span_init": [16.0, 48.0, 80.0, 112.0], "softness_span_mask": 16, "use_triangle_wave_masking": True}),
+    "atrt": ("atrt", {}),
+}
 DEPTH = 3  # folders below the working folder in which runs are searched
 QUIET = 120  # seconds without a new line in its log after which a run counts as stopped
 RECIPES = {  # data/NAME/prepare.py, then config/train_NAME.py: (kind, description)
@@ -126,6 +139,18 @@ def start(name):
         jobs[name] = Job(name)
 
 
+def progress(lines):
+    """The share of the steps that a run has done, by the lines that train.py prints."""
+    steps = re.findall(r"step (\d+)/(\d+)", "\n".join(lines))
+    return int(steps[-1][0]) / int(steps[-1][1]) if steps else 0.0
+
+
+def mechanism_choices():
+    """EXAMPLES and, with its default options, each other mechanism: a user's own."""
+    known = {name for name, _ in EXAMPLES.values()}
+    return EXAMPLES | {other: (other, {}) for other in mechanisms() if other not in known}
+
+
 def word_count(tokenizer):
     """The number of entries of a vocabulary, without the document mark and the token of unknown words."""
     return len({tokenizer.token(i) for i in range(tokenizer.vocab_size) if i != tokenizer.mark} - {UNKNOWN})
@@ -150,6 +175,29 @@ def shaded_html(words, known, method, scores):
         look = f"background: rgba({colour}, {abs(dark):.3f}){'' if is_known else '; border-bottom: 2px dotted'}"
         spans.append(f'<span style="{look}" title="{html.escape(note)}">{html.escape(word)}</span>')
     return f'<style>{STYLE}</style><div class="shaded">{" ".join(spans)}</div>'
+
+
+def option_comments(name):
+    """{option: the comment beside it in the mechanism's file}."""
+    source = (ROOT / f"{'attention' if name == 'dense' else name}.py").read_text("utf-8")
+    return dict(re.findall(r"^(\w+) = .*?  # (.*)", source, re.M))
+
+
+def score_lines(logs):
+    """{score: [(step, value, "LABEL, SPLIT"), ...]} of {label: what `readers.read_log` returns}."""
+    lines = {}
+    for key in curves.SCORES:
+        for label, (records, _) in logs.items():
+            for record in records:
+                if key in record:
+                    lines.setdefault(key, []).append((record["step"], record[key], f"{label}, {record['split']}"))
+    return lines
+
+
+def health_text(record):
+    """The scores of a record, and the means of its statistics, in words."""
+    scores = {key: record[key] for key in (*curves.SCORES, "f1", "precision", "recall", "auc") if key in record}
+    return format_scores(scores) + format_stats(record.get("stats", []))
 
 
 def heat_map(matrix, words):

@@ -177,3 +177,9 @@ def kept_by_distance(layer, size, dtype):
     heads, distances = kept.view(layer.n_kv_head, -1, size).any(1).nonzero().unbind(1)
     same_group = heads == torch.arange(layer.n_head, device=bias.device)[:, None] // (layer.n_head // layer.n_kv_head)
     return heads, distances, bias[:, 0, distances].where(same_group, mask_value(dtype))[None], keeps_itself
+
+
+def cache_bytes(cache):
+    """Bytes of all tensors that a cache holds."""
+    values = [*vars(cache).values(), *(cache.kept or ())]
+    return sum(x.untyped_storage().nbytes() for x in values if torch.is_tensor(x))

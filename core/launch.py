@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
+
 from core import ROOT, dist, hardware
 from core.config import UserError
 from core.dataset import Dataset, batches
@@ -42,7 +44,8 @@ def print_changes(checkpoint, settings, free):
     for key, value in settings.items():
         before, fixed = saved.get(key, value), key in config and key not in free
         if before != value and key not in ("init_from", "eval_only", "eval_test", "out_dir", "device", "dtype"):
-            print(f"checkpoint: {key} {'stays' if fixed else 'was'} {before!r}, {'not' if fixed else 'is now'} {value!r}")
+            was, now = ("stays", "not") if fixed else ("was", "is now")
+            print(f"checkpoint: {key} {was} {before!r}, {now} {value!r}")
 
 
 def check_size(settings, data, device):
@@ -55,7 +58,8 @@ def check_size(settings, data, device):
     for need, what in ((model_bytes, f"weights, gradients and AdamW of n_layer={given.n_layer}, n_embd={C}"),
                        (batch_bytes, f"a batch of batch_size={given.batch_size}, block_size={given.block_size}")):
         if need > room:
-            raise UserError(f"{what} need {need / 2**30:,.0f} GiB at least; {device} has {room / 2**30:,.0f}: make them smaller")
+            raise UserError(f"{what} need {need / 2**30:,.0f} GiB at least; {device} has {room / 2**30:,.0f}: make "
+                            "them smaller")
 
 
 def print_costs(model, example, settings, device, dtype):
@@ -75,12 +79,29 @@ def print_costs(model, example, settings, device, dtype):
           f"{16 * N / 2**20:,.0f} MiB of weights, gradients and AdamW{activations}")
 
 
+def print_machine(model, device, dtype, peak):
+    """Print what the run computes on, and how. peak: FLOP/s of matrix products."""
+    kernels = " and ".join(sorted({attention.choose_kernel(device) for attention in model.attentions()}))
+    ranks = f"{dist.world} ranks, " * (dist.world > 1)
+    print(f"{device} ({ranks}{torch.get_num_threads()} threads), products in {dtype}: {peak / 1e9:,.0f} GFLOP/s; "
+          f"{model.config.attention} attention{kernels and f' by {kernels}'}")
+
+
+def count_evaluation_batches(data, settings, block_size):
+    """(batches of an evaluation while training, batches of the evaluations after it)."""
+    during = ["val"] + ["train"] * settings.eval_train
+    count = {split: len(batches(data, split, settings.batch_size, block_size).groups())
+             for split in during + ["test"] * settings.eval_test}
+    batches_during = sum(min(settings.eval_iters or count[split], count[split]) for split in during)
+    return batches_during, count["val"] + count.get("test", 0)
+
+
 def explain_log(settings, data, batches_per_evaluation):
     """Print what the numbers of the following lines are."""
     answers = "distances_sha256" in data.splits["train"]  # the other tokens have no loss
     unit = "text" if data.kind == "classify" else "answer" if answers else "token"
-    print(f"A line every {settings.log_interval} steps: the step, of all; the loss of its batch in nats per {unit}; tokens per "
-          "second of training since the line before, without evaluations; the operations that they need, as a share of the "
-          "rate of matrix products above; the time left, with evaluations")
-    print(f"A line every {settings.eval_interval} steps: the scores of {batches_per_evaluation} batches, then the attention's "
-          "statistics, means over layers and heads; * marks the best so far, which best.pt holds")
+    print(f"A line every {settings.log_interval} steps: the step, of all; the loss of its batch in nats per {unit}; "
+          "tokens per second of training since the line before, without evaluations; the operations that they need, as "
+          "a share of the rate of matrix products above; the time left, with evaluations")
+    print(f"A line every {settings.eval_interval} steps: the scores of {batches_per_evaluation} batches, then the "
+          "attention's statistics, means over layers and heads; * marks the best so far, which best.pt holds")

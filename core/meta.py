@@ -177,10 +177,17 @@ def stamp(path):
 
 def digest_of(path, algorithm="sha256"):
     """The hexadecimal digest (str) of a file."""
-    hasher = hashlib.new(algorithm)
     with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            hasher.update(piece)
+        return digest_of_start(file, path.stat().st_size, algorithm)
+
+
+def digest_of_start(file, size, algorithm="sha256"):
+    """The hexadecimal digest (str) of the first `size` bytes of a file that is open for bytes."""
+    hasher = hashlib.new(algorithm)
+    file.seek(0)
+    while size and (piece := file.read(min(size, 1 << 20))):
+        hasher.update(piece)
+        size -= len(piece)
     return hasher.hexdigest()
 
 

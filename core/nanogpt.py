@@ -1,8 +1,11 @@
 """What nanoGPT writes: checkpoints (ckpt.pt), and data (train.bin, val.bin, and meta.pkl with the characters)."""
 
+import importlib.util
 import pickle
 import pickletools
 import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -74,6 +77,17 @@ def optimizer_state(saved, weights):
                 return None
         named[name] = values
     return named
+
+
+def import_model(folder):
+    """The module model.py of a clone of nanoGPT. Raises UserError if there is none."""
+    path = Path(folder) / "model.py"
+    if not path.exists():
+        raise UserError(f"peer expects the folder of a nanoGPT clone, with its model.py; got {folder!r}")
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+    sys.modules["nanogpt_model"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 # ---- data --------------------------------------------------------------------------------------

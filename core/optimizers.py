@@ -44,8 +44,8 @@ def optimizer_state(model, optimizer):
     for name, values in named.items():
         for key, value in values.items():
             if not isinstance(value, (torch.Tensor, bool, int, float)):
-                raise UserError(f"the optimiser's state of {name} has {key} of type {type(value).__name__}; a checkpoint "
-                                "holds tensors and numbers")
+                raise UserError(f"the optimiser's state of {name} has {key} of type {type(value).__name__}; a "
+                                "checkpoint holds tensors and numbers")
     return named
 
 
@@ -78,7 +78,8 @@ def check_tensor(name, tensor, shape, dtype=None):
     """Raise ValueError unless a value of a checkpoint is a complete floating-point tensor of this shape (None: any), or
     of this dtype."""
     expect(torch.is_tensor(tensor) and tensor.layout == torch.strided, "a tensor", tensor, name)
-    expect(tensor.dtype == dtype if dtype else tensor.is_floating_point(), dtype or "floating point", tensor.dtype, name)
+    expect(tensor.dtype == dtype if dtype else tensor.is_floating_point(), dtype or "floating point", tensor.dtype,
+           name)
     expect(shape is None or tensor.shape == shape, f"the shape {shape and tuple(shape)}", tuple(tensor.shape), name)
     size, stored = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
     expect(size <= stored, f"{size:,} bytes", stored, name)

@@ -185,8 +185,8 @@ def write(out_dir, meta, splits):
 
     meta: dict with name, kind, tokenizer, vocab_size, mark, options, source, split_rule, ... (see meta.py's `check`).
     splits: {"train": {...}, ...}, each with `tokens` (integers, (tokens,)) and `bytes` (the UTF-8 bytes they stand
-    for, a mark counting one), and optionally `offsets` (documents + 1,), `labels` (documents,), `distances` (tokens,) and
-    plain counts.
+    for, a mark counting one), and optionally `offsets` (documents + 1,), `labels` (documents,), `distances` (tokens,)
+    and plain counts.
 
     The folder then holds, for each split, SPLIT.bin (flat, the smallest unsigned type, little-endian),
     SPLIT.offsets.bin (int64; document n is tokens[offsets[n]:offsets[n + 1]]), SPLIT.labels.bin (uint8; 1 = positive),

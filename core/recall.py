@@ -95,5 +95,5 @@ def label_points(ax, rows):
             top = min(box[3] for box in hit)
         placed.append((*ends, top, top - height))
         moved = {"arrowstyle": "-", "color": "gray", "linewidth": 0.5} if top < y else None
-        ax.annotate("\n".join(names), (np.exp(x), y), (np.exp(start), top), va="top", ha="left" if sign > 0 else "right",
-                    fontsize=8.5, arrowprops=moved)
+        ax.annotate("\n".join(names), (np.exp(x), y), (np.exp(start), top), va="top",
+                    ha="left" if sign > 0 else "right", fontsize=8.5, arrowprops=moved)

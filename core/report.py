@@ -53,17 +53,20 @@ def summarize(results, costs, right_answers, resamples):
             values = np.array([r["scores"][s] for r in runs])
             row["scores"][s] = interval(values.mean(), standard_error(values), len(runs))
         if "train_curve" in runs[0]:
-            row["train_first"], row["train_last"] = (float(np.mean([r["train_curve"][n][1] for r in runs])) for n in (1, -1))
+            row["train_first"], row["train_last"] = (float(np.mean([r["train_curve"][n][1] for r in runs]))
+                                                     for n in (1, -1))
             row["spread"] = float(np.mean([np.std([v for _, v in r["curve"][1:]], ddof=1) for r in runs]))
         if "hard" in runs[0]:
             row["hard"] = {kind: float(np.mean([r["hard"][kind] for r in runs])) for kind in runs[0]["hard"]}
         if "next" in runs[0]:
-            row["next"] = {prompt: Counter(r["next"][prompt][0] for r in runs).most_common(1)[0] for prompt in runs[0]["next"]}
+            row["next"] = {prompt: Counter(r["next"][prompt][0] for r in runs).most_common(1)[0]
+                           for prompt in runs[0]["next"]}
         if "accuracy_by_distance" in runs[0]:
             distances, values = zip(*(zip(*r["accuracy_by_distance"]) for r in runs))
             row["accuracy_by_distance"] = [list(p) for p in zip(distances[0], np.mean(values, 0).tolist())]
         if runs is not first:
-            row["difference"] = difference_from(first, runs, score, right_answers if kind == "classify" else None, resamples)
+            right = right_answers if kind == "classify" else None
+            row["difference"] = difference_from(first, runs, score, right, resamples)
         rows.append(row)
     others = [row["difference"] for row in rows[1:]]
     for difference, p in zip(others, holm([d["p"] for d in others])):
@@ -77,70 +80,109 @@ def summarize(results, costs, right_answers, resamples):
 
 def table(summary):
     """The comparison as Markdown, all that a reader needs beside the figures included."""
-    score, rows, is_classifier = summary["score"], summary["variants"], summary["kind"] == "classify"
-    percent = score == "accuracy"
+    return "\n".join([description(summary), *verdicts(summary), *further_tables(summary)]) + "\n"
 
-    def show(x, sign=""):
-        return f"{100 * x:{sign}.1f}" if percent else f"{x:{sign}.3f}"
 
-    def span(x, sign=""):
-        return f"{show(x['mean'], sign)} [{show(x['low'], sign)}, {show(x['high'], sign)}]"
+def show(x, score, sign=""):
+    """A score as text: an accuracy in percent."""
+    return f"{100 * x:{sign}.1f}" if score == "accuracy" else f"{x:{sign}.3f}"
 
-    def lines(head, body):
-        return ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(map(str, line))} |" for line in body)]
 
-    machine, unit = summary["machine"], " (%)" if percent else ""
-    contexts = {row["block_size"] for row in rows}
+def show_interval(x, score, sign=""):
+    low, mean, high = (show(x[key], score, sign) for key in ("low", "mean", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def markdown(head, body):
+    """The lines of a Markdown table, after an empty one."""
+    rows = ["| " + " | ".join(map(str, row)) + " |" for row in (head, *body)]
+    return ["", rows[0], "|---" * len(head) + "|", *rows[1:]]
+
+
+def score_name(score):
+    return score.replace("_", " ") + " (%)" * (score == "accuracy")
+
+
+def description(summary):
+    """What was compared on what, in sentences."""
+    machine, contexts = summary["machine"], {row["block_size"] for row in summary["variants"]}
     context = f"a context of {min(contexts)} tokens"
     if len(contexts) > 1:
         context = "contexts of different lengths, which are part of the score"
-    text = [f"**{summary['title']}.** {len(summary['seeds'])} seeds; every run gets the same "
-            f"{summary['budget']}, {summary['amount']:,g}{' x 1e12 operations' if summary['budget'] == 'work' else ''}, of "
-            f"{summary['dataset']}; {score.replace('_', ' ')}{unit} of the {summary['split']} split, {context}, with the "
-            f"weights that did best on validation. {machine['gpu'] or machine['processor']}, {machine['threads']} threads, "
-            f"torch {machine['torch']}, "
-            f"products in {summary['dtype']}. In brackets 95 % intervals; p after Holm. `{summary['command']}`"]
-    first = rows[0]["variant"]
-    head = ["variant", f"{score.replace('_', ' ')}{unit}", f"against {first}", "p", "verdict"]
-    head += ["McNemar: seeds better / worse"] * is_classifier + ["context"] * (len(contexts) > 1)
+    amount = f"{summary['amount']:,g}" + " x 1e12 operations" * (summary["budget"] == "work")
+    return (f"**{summary['title']}.** {len(summary['seeds'])} seeds; every run gets the same {summary['budget']}, "
+            f"{amount}, of {summary['dataset']}; {score_name(summary['score'])} of the {summary['split']} split, "
+            f"{context}, with the weights that did best on validation. {machine['gpu'] or machine['processor']}, "
+            f"{machine['threads']} threads, torch {machine['torch']}, products in {summary['dtype']}. In brackets 95 % "
+            f"intervals; p after Holm. `{summary['command']}`")
+
+
+def verdicts(summary):
+    """The table of scores, differences and costs."""
+    score, rows, is_classifier = summary["score"], summary["variants"], summary["kind"] == "classify"
+    differ = len({row["block_size"] for row in rows}) > 1
+    head = ["variant", score_name(score), f"against {rows[0]['variant']}", "p", "verdict"]
+    head += ["McNemar: seeds better / worse"] * is_classifier + ["context"] * differ
     head += ["steps", "minutes", "work (TFLOP)", "kept share", "parameters"]
     body = []
     for row in rows:
-        d, cells = row["difference"], [row["variant"], span(row["scores"][score])]
-        cells += [span(d, "+"), f"{d['p_holm']:.3f}", d["verdict"]] if d else ["", "", ""]
+        d, cells = row["difference"], [row["variant"], show_interval(row["scores"][score], score)]
+        cells += [show_interval(d, score, "+"), f"{d['p_holm']:.3f}", d["verdict"]] if d else ["", "", ""]
         if is_classifier:
-            shown = [test["only_this"] - test["only_first"] for test in (d or {}).get("mcnemar", []) if test["p"] < LEVEL]
+            tests = [test for test in (d or {}).get("mcnemar", []) if test["p"] < LEVEL]
+            shown = [test["only_this"] - test["only_first"] for test in tests]
             cells.append(f"{sum(x > 0 for x in shown)} / {sum(x < 0 for x in shown)}" if d else "")
-        cells += [f"{row['block_size']:,}"] * (len(contexts) > 1)
+        cells += [f"{row['block_size']:,}"] * differ
         cells += [f"{row['steps']:,}", f"{row['minutes']:.1f}", f"{row['work'] / 1e12:,.1f}"]
         cells += ["" if row["kept_share"] is None else f"{row['kept_share']:.0%}", f"{row['parameters']:,}"]
         body.append(cells)
-    text += lines(head, body)
-    if is_classifier:
+    return markdown(head, body)
+
+
+def further_tables(summary):
+    """The tables of what only some comparisons have."""
+    score, rows, lines = summary["score"], summary["variants"], []
+    if summary["kind"] == "classify":
         names = [s for s in rows[0]["scores"] if s not in (score, "loss")]
-        text += lines(["variant", *names], [[row["variant"], *(span(row["scores"][s]) for s in names)] for row in rows])
+        lines += markdown(["variant", *names],
+                          [[row["variant"], *(show_interval(row["scores"][s], score) for s in names)] for row in rows])
     if "train_first" in rows[0]:
-        text += lines(["variant", "training split, first evaluation", "training split, last",
-                       "spread of validation over evaluations"],
-                      [[row["variant"], *(show(row[key]) for key in ("train_first", "train_last", "spread"))] for row in rows])
+        head = ["variant", "training split, first evaluation", "training split, last",
+                "spread of validation over evaluations"]
+        keys = "train_first", "train_last", "spread"
+        lines += markdown(head, [[row["variant"], *(show(row[key], score) for key in keys)] for row in rows])
     if "accuracy_by_distance" in rows[0]:
         ranges = distance_ranges(rows[0]["accuracy_by_distance"])
-        text += lines(["right (%) at distance", *(f"{low}-{high}" for low, high in ranges)],
-                      [[row["variant"], *(f"{100 * np.mean([a for d, a in row['accuracy_by_distance'] if low <= d <= high]):.1f}"
-                                          for low, high in ranges)] for row in rows])
+        means = [[mean_within(row["accuracy_by_distance"], *limits) for limits in ranges] for row in rows]
+        body = [[row["variant"], *(f"{100 * mean:.1f}" for mean in line)] for row, line in zip(rows, means)]
+        lines += markdown(["right (%) at distance", *(f"{low}-{high}" for low, high in ranges)], body)
     if "hard" in rows[0]:
-        text += lines(["hard reviews, right (%)", *rows[0]["hard"]],
-                      [[row["variant"], *(f"{100 * x:.0f}" for x in row["hard"].values())] for row in rows])
+        lines += markdown(["hard reviews, right (%)", *rows[0]["hard"]],
+                          [[row["variant"], *(f"{100 * x:.0f}" for x in row["hard"].values())] for row in rows])
     if "next" in rows[0]:
-        text += lines(["after", *(row["variant"] for row in rows)],
-                      [[prompt, *("{} ({})".format(*row["next"][prompt]) for row in rows)] for prompt in rows[0]["next"]])
-    return "\n".join(text) + "\n"
+        lines += markdown(["after", *(row["variant"] for row in rows)],
+                          [[prompt, *("{} ({})".format(*row["next"][prompt]) for row in rows)]
+                           for prompt in rows[0]["next"]])
+    return lines
+
+
+def mean_within(by_distance, low, high):
+    """The mean accuracy of the distances from low to high."""
+    return np.mean([accuracy for distance, accuracy in by_distance if low <= distance <= high])
 
 
 def distance_ranges(by_distance):
     """[(1, 1), (2, 3), (4, 7), ...]: those between powers of two that hold one of the distances."""
     exponents = sorted({int(distance).bit_length() for distance, _ in by_distance})
     return [(2 ** (n - 1), 2**n - 1) for n in exponents]
+
+
+def add_ratios(table, *peers):
+    """Add to each row how many times as fast it is as those named `peers`, where they are there."""
+    speeds = {next(iter(row.values())): row["tokens/s"] for row in table}
+    for row in table:
+        row |= {f"times {name}": row["tokens/s"] / speeds[name] for name in peers if name in speeds}
+    return table
 
 
 def print_table(rows):
@@ -151,7 +193,9 @@ def print_table(rows):
         if isinstance(value, float):
             if name.endswith("^"):
                 return f"{value:.2f}"
-            return f"{value:.1%}" if name.startswith(("pairs", "of ")) else f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+            if name.startswith(("pairs", "of ")):
+                return f"{value:.1%}"
+            return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
         return str(value)
 
     table = [list(rows[0])] + [[cell(*item) for item in row.items()] for row in rows]

@@ -11,14 +11,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import torch
 
 from core import dist, hardware
 from core.checkpoint import PREVIOUS, check_best, restore, save_all
 from core.config import UserError
-from core.dataset import DataChanged, batches
+from core.dataset import DataChanged
 from core.evaluation import evaluate, health
-from core.launch import explain_log, open_data, print_changes, print_costs
+from core.launch import (count_evaluation_batches, explain_log, open_data, print_changes, print_costs,
+                         print_machine)
 from core.meta import difference
 from core.runs import (Log, SaveError, Stop, asked, check_folder, clock, format_lengths, format_scores, format_stats,
                        install_signal_handlers, locked, mend_log, prepare_folder, start_wandb, write_text, write_whole)
@@ -37,7 +37,8 @@ class Run:
         self.settings, self.options, self.device, self.load, self.began = settings, options, device, load, began
         self.given = SimpleNamespace(**settings)
         self.folder, self.data = Path(self.given.out_dir), open_data(self.given)
-        self.state = {"step": 0, "evaluated": -1, "best": math.inf, "best_step": 0, "worse": 0, "seconds": 0.0, "work": 0.0}
+        self.state = {"step": 0, "evaluated": -1, "best": math.inf, "best_step": 0, "worse": 0, "seconds": 0.0,
+                      "work": 0.0}
         self.checkpoint = self.watch = self.exit_code = None
         self.warm, self.origin = warm, warm.origin  # origin: what config.json and checkpoints hold of a warm start
         self.exits = contextlib.ExitStack()
@@ -61,7 +62,8 @@ class Run:
             self.raise_if_not_finite(float(self.last_loss), "the training loss")
             self.save_last()  # with the random stream from the start of this step, which is repeated
             if isinstance(error, DataChanged):
-                raise UserError(f"{error}; stopped at step {self.state['step']}, saved: then go on with --init_from=resume")
+                raise UserError(f"{error}; stopped at step {self.state['step']}, saved: then go on with "
+                                "--init_from=resume")
             print(f"\nstopped at step {self.state['step']}, saved; go on with --init_from=resume")
             self.exit_code = 128 + (asked[0] if asked else signal.SIGTERM)  # which another rank received
             return True
@@ -78,8 +80,8 @@ class Run:
         needed = {"settings", "state", "meta"} | (set() if self.given.eval_only else {"optimizer", "random"})
         needed -= {"optimizer"} if "shards" in checkpoint else set()
         if missing := needed - checkpoint.keys():
-            raise UserError(f"{path} holds no {', '.join(sorted(missing))}: expected what train.py saves as {path.name}; "
-                            "it is another file, copied there: put the right one back")
+            raise UserError(f"{path} holds no {', '.join(sorted(missing))}: expected what train.py saves as "
+                            f"{path.name}; it is another file, copied there: put the right one back")
         print_changes(checkpoint, {**self.settings, **changed}, free)
         other = difference(checkpoint["meta"], self.data.meta)
         if not other and model.config.n_class != len(self.data.classes):
@@ -105,9 +107,7 @@ class Run:
             dtype = saved["dtype"]  # a measurement at another time may choose another one
         self.dtype = dist.all_gather(hardware.pick_dtype(dtype, self.device))[0]
         self.peak = dist.sum_over_ranks(hardware.matmul_rate(self.device, self.dtype))  # FLOP/s of matrix products
-        kernels = " and ".join(sorted({attention.choose_kernel(self.device) for attention in model.attentions()}))
-        print(f"{self.device} ({f'{dist.world} ranks, ' * (dist.world > 1)}{torch.get_num_threads()} threads), products in "
-              f"{self.dtype}: {self.peak / 1e9:,.0f} GFLOP/s; {model.config.attention} attention{kernels and f' by {kernels}'}")
+        print_machine(model, self.device, self.dtype, self.peak)
         return hardware.autocast(self.device, self.dtype)
 
     def print_scores(self, model):
@@ -148,8 +148,9 @@ class Run:
             prepare_folder(self.folder)
         write_text(self.folder / "config.json", json.dumps({
             "settings": self.settings, "options": self.model.config.options, "device": self.device, "dtype": self.dtype,
-            "source": self.data.meta["source"], "parameters": self.model.parameter_count(), "machine": hardware.describe(),
-            "ranks": dist.world, "launch": dist.launch_name(), **self.origin}, indent=1))
+            "source": self.data.meta["source"], "parameters": self.model.parameter_count(),
+            "machine": hardware.describe(), "ranks": dist.world, "launch": dist.launch_name(), **self.origin,
+        }, indent=1))
 
     # ---- the loop --------------------------------------------------------------------------
 
@@ -158,7 +159,8 @@ class Run:
         random stream from the start of its step, whatever the step has drawn since."""
         install_signal_handlers()
         self.began -= self.state["seconds"]  # of earlier processes
-        self.per_evaluation, self.at_the_end = self.count_evaluation_batches()
+        block_size = self.model.config.block_size
+        self.per_evaluation, self.at_the_end = count_evaluation_batches(self.data, self.given, block_size)
         explain_log(self.given, self.data, self.per_evaluation)
         self.watch, self.logged = Stopwatch(self.state["seconds"]), (self.state["step"], self.state["work"])
         while True:
@@ -190,8 +192,8 @@ class Run:
 
     def raise_if_not_finite(self, value, name):
         if not math.isfinite(value):
-            raise UserError(f"{name} is {value} at step {self.state['step']}: stopped; what is saved in {self.folder} is from "
-                            "before; try a lower learning_rate, a smaller grad_clip or dtype=float32")
+            raise UserError(f"{name} is {value} at step {self.state['step']}: stopped; what is saved in {self.folder} "
+                            "is from before; try a lower learning_rate, a smaller grad_clip or dtype=float32")
 
     def log_step(self, step, loss, **numbers):
         """Log a training step. loss and numbers: floats or scalar tensors."""
@@ -205,8 +207,9 @@ class Run:
         left = self.watch.left(max_iters - step - 1, evaluations * self.per_evaluation + self.at_the_end)
         record = {"step": step, "split": "train", "loss": float(loss), **{key: float(x) for key, x in numbers.items()},
                   "tokens_per_second": speed, "matmul_share": share, "seconds": self.state["seconds"]}
-        text = f"step {step}/{max_iters}: loss {record['loss']:.4f}, {speed:,.0f} tokens/s, {share:.0%} of the matmul rate"
-        self.try_save(dist.on_rank0, self.log, record, text + ("" if left is None else f", {clock(left)} left"))
+        text = f"step {step}/{max_iters}: loss {record['loss']:.4f}, {speed:,.0f} tokens/s, {share:.0%} of the matmul "
+        text += "rate" if left is None else f"rate, {clock(left)} left"
+        self.try_save(dist.on_rank0, self.log, record, text)
 
     def tally(self):
         """Add the work done since the last call to state["work"], in FLOP."""
@@ -218,7 +221,8 @@ class Run:
 
     def should_evaluate(self, step):
         """Whether an evaluation is due; not if the run was resumed right after it."""
-        return (step % self.given.eval_interval == 0 or step >= self.given.max_iters) and self.state["evaluated"] != step
+        is_due = step % self.given.eval_interval == 0 or step >= self.given.max_iters
+        return is_due and self.state["evaluated"] != step
 
     @contextlib.contextmanager
     def evaluating(self):
@@ -233,20 +237,21 @@ class Run:
         self.tally()
         state, score = self.state, -scores["accuracy"] if self.data.kind == "classify" else scores["loss"]
         better, before = score < state["best"], {key: state[key] for key in ("best", "best_step")}
-        state.update({"best": score, "best_step": state["step"], "worse": 0} if better else {"worse": state["worse"] + 1})
+        best = {"best": score, "best_step": state["step"], "worse": 0}
+        state.update(best if better else {"worse": state["worse"] + 1})
         state["evaluated"] = state["step"]
         record = {"step": state["step"], "split": "val", **scores, **health(self.model), "work": state["work"]}
-        text = f"step {state['step']}: val {format_scores(scores)}{format_stats(record['stats'])}{' *' if better else ''}"
-        self.try_save(dist.on_rank0, self.log, record, text, True)
+        text = f"step {state['step']}: val {format_scores(scores)}{format_stats(record['stats'])}"
+        self.try_save(dist.on_rank0, self.log, record, text + " *" * better, True)
         if better and not self.try_save(save_all, self.folder / "best.pt", self.checkpoint_meta(), self.model):
             state.update(before)  # best.pt holds the former best
         self.try_save(self.save_last)
 
     def checkpoint_meta(self, **more):
         """What a checkpoint holds besides tensors."""
-        return {"model_config": asdict(self.model.config), "settings": self.settings, "source": self.data.meta["source"],
-                "meta": self.data.meta, "state": self.state, "device": self.device.split(":")[0], "dtype": self.dtype,
-                **self.origin, **more}
+        return {"model_config": asdict(self.model.config), "settings": self.settings, "meta": self.data.meta,
+                "source": self.data.meta["source"], "state": self.state, "device": self.device.split(":")[0],
+                "dtype": self.dtype, **self.origin, **more}
 
     def save_last(self):
         self.tally()
@@ -288,12 +293,5 @@ class Run:
                       "seconds": self.state["seconds"], "work": self.state["work"]}
             text = f"best weights (step {self.state['best_step']}), whole {split} split: {format_scores(scores)}"
             dist.on_rank0(self.log, record, text + format_lengths(scores), True)
-        print(f"{clock(time.perf_counter() - self.began)} in all; sample with: python sample.py --out_dir={self.folder}")
-
-    def count_evaluation_batches(self):
-        """(batches of an evaluation while training, batches of those of `finish`)."""
-        given = self.given
-        count = {split: len(batches(self.data, split, given.batch_size, self.model.config.block_size).groups())
-                 for split in ["val"] + ["train"] * given.eval_train + ["test"] * given.eval_test}
-        during = sum(min(given.eval_iters or count[split], count[split]) for split in ["val"] + ["train"] * given.eval_train)
-        return during, count["val"] + count.get("test", 0)
+        took = clock(time.perf_counter() - self.began)
+        print(f"{took} in all; sample with: python sample.py --out_dir={self.folder}")

@@ -1,7 +1,6 @@
 """The folder of a run: its lock, files that are replaced atomically, its log; and the signals that stop a run."""
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -36,8 +35,8 @@ def locked(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / "lock", "a+b", buffering=0)
     except OSError as error:
-        raise UserError(f"cannot write into {folder}: {error.strerror}; give another --out_dir, or change the permissions of "
-                        "this one")
+        raise UserError(f"cannot write into {folder}: {error.strerror}; give another --out_dir, or change the "
+                        "permissions of this one")
     with file:
         try:
             if fcntl:
@@ -45,8 +44,8 @@ def locked(folder):
         except BlockingIOError:
             file.seek(0)
             owner = file.read(20).decode("ascii", "replace")
-            raise UserError(f"{folder} is in use by another run (process {owner or 'unknown'}); wait for its end or stop it, "
-                            "or give another --out_dir")
+            raise UserError(f"{folder} is in use by another run (process {owner or 'unknown'}); wait for its end or "
+                            "stop it, or give another --out_dir")
         except OSError:
             pass  # a file system without locks, as some network drives are
         with contextlib.suppress(OSError):  # for the message above
@@ -137,16 +136,6 @@ def link_as(path, name):
         link.unlink(missing_ok=True)  # it remains if both were names of one file already
 
 
-def digest(file, size=None):
-    """The sha256 of a file that is open for bytes, or of its first `size` bytes, in hexadecimal."""
-    sha256, left = hashlib.sha256(), file.seek(0, os.SEEK_END) if size is None else size
-    file.seek(0)
-    while left and (block := file.read(min(left, 1 << 20))):
-        sha256.update(block)
-        left -= len(block)
-    return sha256.hexdigest()
-
-
 def write_text(path, text):
     write_whole(path, lambda file: file.write(text.encode("utf-8")))
 
@@ -234,7 +223,8 @@ def format_stats(stats):
             values = value if isinstance(value, list) else [value]
             numbers.setdefault(name, []).extend(x for x in values if isinstance(x, (int, float)))
     means = {name.replace("_", " "): sum(values) / len(values) for name, values in numbers.items() if values}
-    return "".join(f", {name} {mean:,.0f}" if abs(mean) >= 100 else f", {name} {mean:.3g}" for name, mean in means.items())
+    return "".join(f", {name} {mean:,.0f}" if abs(mean) >= 100 else f", {name} {mean:.3g}"
+                   for name, mean in means.items())
 
 
 def clock(seconds):

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from core import dist
+from core.meta import digest_of
 from core.readers import check_regular
-from core.runs import digest, save_error
+from core.runs import save_error
 
 
 def write_shards(path, parts):
@@ -39,8 +40,7 @@ def write_shards(path, parts):
 
 def sha256(path):
     check_regular(path)
-    with open(path, "rb") as file:
-        return digest(file)
+    return digest_of(path)
 
 
 def check_shards(path, shards):

@@ -15,8 +15,9 @@ import sys
 
 from core.config import missing_package, print_error, requirements_files
 
-# Rounds of a spin; libgomp's default is 300,000, several milliseconds. Chosen by `bench.py load` (docs/speed.md, "Beside
-# other processes"): no slower on an idle machine, and about half of the idle speed beside one busy process per core.
+# Rounds of a spin; libgomp's default is 300,000, several milliseconds. Chosen by `bench.py load` (docs/speed.md,
+# "Beside other processes"): no slower on an idle machine, and about half of the idle speed beside one busy process per
+# core.
 SPIN_COUNT = 20_000
 
 if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:  # a user's choice takes precedence

@@ -1,4 +1,4 @@
-"""What calls cost, measured in turn, and the training step that compare.py and bench.py measure."""
+"""What calls cost, measured in turn, what they send, and the training step that compare.py and bench.py measure."""
 
 import math
 import statistics
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from core import hardware
+from core import dist, hardware
 
 
 class Cost(NamedTuple):
@@ -64,3 +64,53 @@ def training_step(model, net, optimizer, batches, device, dtype):
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+def traffic(call, device, times):
+    """(median seconds, bytes that a rank sends) of a call that all ranks make, of `times` calls after two.
+
+    The bytes are read off this machine's own network, where ranks on a CPU meet.
+    """
+    for _ in range(2):  # in which DDP finds the order of its messages
+        call()
+    before, seconds = bytes_so_far(device), []
+    for _ in range(times):
+        began = time.perf_counter()
+        call()
+        hardware.synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds), (bytes_so_far(device) - before) / times / dist.world
+
+
+def bytes_so_far(device):
+    """Bytes sent so far, when every rank has sent what it has to."""
+    hardware.synchronize(device)
+    dist.any_rank(False)
+    time.sleep(0.05)
+    sent = hardware.sent_bytes()
+    dist.any_rank(False)
+    return sent
+
+
+def growth(rows):
+    """Rows of exponents fitted over T on log axes to the rows of `bench.py attention`, where one batch and heads has
+    three T or more."""
+    lines = {}  # {(batch x heads, label): {T: what grows}}
+    for row in rows:
+        group, T = row["batch x heads x time"].rsplit("x", 1)
+        pairs = [row[f"pairs {how}"] * int(T) ** 2 for how in ("kept", "multiplied")]
+        lines.setdefault((group, row["attention"]), {})[int(T)] = row["ms"], *pairs, row["MiB more"]
+        lines.setdefault((group, "fused call"), {})[int(T)] = row["fused call, ms"], None, None, row["fused, MiB more"]
+    columns = ["time ~ T^", "pairs kept ~ T^", "pairs multiplied ~ T^", "memory ~ T^"]
+    return [
+        {"growth": label, "batch x heads": group, **{name: slope(line, n) for n, name in enumerate(columns)}}
+        for (group, label), line in sorted(lines.items(), key=lambda item: item[0][1] == "fused call") if len(line) >= 3
+    ]
+
+
+def slope(line, n):
+    """The exponent with which the n-th number of a line {T: numbers} grows; None where one is missing or 0."""
+    if not all(numbers[n] and numbers[n] > 0 for numbers in line.values()):
+        return None
+    return statistics.linear_regression([math.log(T) for T in line],
+                                        [math.log(numbers[n]) for numbers in line.values()]).slope

@@ -69,8 +69,8 @@ class Tokenizer:
     The tokenizer that a meta.json describes.
 
     meta: dict with `tokenizer` (one of KINDS), `vocab_size`, `mark`, and `vocab` (chars, words) or `pattern` and
-    `ranks` (bpe). Public attributes: kind, vocab_size (int), mark (int or None): the token that begins each document, at
-    which generated text ends.
+    `ranks` (bpe). Public attributes: kind, vocab_size (int), mark (int or None): the token that begins each document,
+    at which generated text ends.
     Raises ValueError for a meta that meta.py's `check` refuses, ConnectionError if gpt2 cannot be loaded.
     """
 

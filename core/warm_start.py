@@ -51,9 +51,9 @@ def matching_tokens(path, before, now):
     ids = {key: i for i, key in enumerate(Tokenizer(before).token_keys())}
     pairs = [(i, ids[key], key) for i, key in enumerate(Tokenizer(now).token_keys()) if key in ids]
     if not any(isinstance(key, bytes) for _, _, key in pairs):
-        raise UserError(f"{path} has {before['vocab_size']} {before['tokenizer']} as tokens, and none of them is among the "
-                        f"{now['vocab_size']} {now['tokenizer']} of the data: prepare the data with another tokenizer, or "
-                        "train from scratch")
+        raise UserError(f"{path} has {before['vocab_size']} {before['tokenizer']} as tokens, and none of them is among "
+                        f"the {now['vocab_size']} {now['tokenizer']} of the data: prepare the data with another "
+                        "tokenizer, or train from scratch")
     return [new for new, _, _ in pairs], [old for _, old, _ in pairs]
 
 
@@ -96,7 +96,8 @@ class WarmStart:
         taken. Raises UserError if the widths differ or nothing fits."""
         self.check(model.config)
         tokens = matching_tokens(self.path, self.meta, meta)
-        tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - dict(model.named_parameters()).keys()
+        names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        tied = names - dict(model.named_parameters()).keys()
         taken, new = {}, {}  # {name: elements}
         for name, weight in model.state_dict().items():
             if name in tied:
@@ -117,8 +118,8 @@ class WarmStart:
         for key in ("n_embd", "n_head"):
             before, now = getattr(self.config, key), getattr(config, key)
             if before != now and self.config.model == config.model:
-                raise UserError(f"{self.path} has {key}={before}, and {key}={now} is given: its weights do not fit; leave "
-                                f"{key} out, or train from scratch")
+                raise UserError(f"{self.path} has {key}={before}, and {key}={now} is given: its weights do not "
+                                f"fit; leave {key} out, or train from scratch")
 
     def copy(self, name, weight, config, meta, tokens):
         """Copy what fits of one weight; returns the number of elements. tokens: from `matching_tokens`."""
@@ -151,7 +152,7 @@ class WarmStart:
         return part and self.config.attention != config.attention and (reshaped or part[1] not in PROJECTIONS)
 
     def print(self, model, taken, new, left):
-        """Print the settings that the source gave, and the weights in {name: elements} that were taken, new and left."""
+        """Print the settings that the source gave, and the weights in {name: elements} that were taken, new, left."""
         config, options = model.config, model.config.default_options()
         settings = {key: value for key, value in asdict(self.config).items() if self.before.get(key, value) != value
                     and value == getattr(config, key) and key not in OF_THE_RUN}
@@ -159,10 +160,12 @@ class WarmStart:
                      if key in options and options[key] != value == config.options[key]}
         origin = self.origin["warm_start"]
         print(f"init_from: {self.path}, step {origin['step']}, sha256 {origin['sha256'][:16]}")
-        print(f"  its settings: {', '.join(f'{key}={value}' for key, value in settings.items()) or 'as given or by default'}")
+        text = ", ".join(f"{key}={value}" for key, value in settings.items())
+        print(f"  its settings: {text or 'as given or by default'}")
         for word, counts, weights in (("taken", taken, model.state_dict()), ("new", new, model.state_dict()),
                                       ("left", left, self.weights)):
-            print(f"  {word}: {sum(counts.values()):,} parameters{' in ' * bool(counts)}{', '.join(describe(counts, weights))}")
+            where = " in " * bool(counts) + ", ".join(describe(counts, weights))
+            print(f"  {word}: {sum(counts.values()):,} parameters{where}")
 
 
 def describe(counts, weights):
@@ -175,8 +178,8 @@ def describe(counts, weights):
         module = next(prefix for prefix in prefixes(name) if complete[prefix] == sizes[prefix])
         number = re.search(r"(?<=\.)\d+", module)
         described[re.sub(r"(?<=\.)\d+", "{}", module, count=1)][int(number[0]) if number else 0] = None
-    parts = [f"{counts[name] // weights[name][0].numel():,} of {len(weights[name]):,} rows of {name.removesuffix('.weight')}"
-             for name in counts if name not in whole]
+    parts = [f"{counts[name] // weights[name][0].numel():,} of {len(weights[name]):,} rows of "
+             f"{name.removesuffix('.weight')}" for name in counts if name not in whole]
     return parts + [module.format(ranges(dict.fromkeys(sorted(numbers)))) for module, numbers in described.items()]
 
 

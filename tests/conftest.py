@@ -22,7 +22,8 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--attention", default="", help="the one mechanism that tests/attention/test_contract.py holds to the laws")
+    parser.addoption("--attention", default="",
+                     help="the one mechanism that tests/attention/test_contract.py holds to the laws")
 
 
 @pytest.fixture(scope="session")
@@ -108,9 +109,11 @@ def pytest_terminal_summary(terminalreporter, exitstatus):
         return
     path = ROOT / "results" / "faults.json"
     order = list(json.loads(path.read_text("utf-8"))) if path.exists() else []  # the same rows in the same order
-    counts = {row: counts[row] for row in [*(row for row in order if row in counts), *(row for row in counts if row not in order)]}
+    counts = {row: counts[row]
+              for row in [*(row for row in order if row in counts), *(row for row in counts if row not in order)]}
     runs.write_text(path, json.dumps(counts, indent=1) + "\n")
-    lines = ["", "| fault | injected | runs resumed | refused, with one sentence | bytes lost |", "|---|---|---|---|---|"]
+    lines = ["", "| fault | injected | runs resumed | refused, with one sentence | bytes lost |",
+             "|---|---|---|---|---|"]
     lines += [f"| {row} | {n['injected']:,} | {n['resumed']:,} | {n['refused']:,} | {n['lost']:,} |"
               for row, n in counts.items()]
     terminalreporter.write_line("\n".join(lines))

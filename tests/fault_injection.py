@@ -49,14 +49,15 @@ CONTEXT, NUMBERS = None, itertools.count()
 
 
 def start(function, *arguments):
-    """A running process that calls a function of this file."""
+    """A running process that calls a function, or the one of this file that has this name."""
     global CONTEXT
     if CONTEXT is None:
         os.environ["OMP_NUM_THREADS"] = "1"
         CONTEXT = multiprocessing.get_context("forkserver")
         CONTEXT.set_forkserver_preload(["fault_injection"])
         os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    process = CONTEXT.Process(target=globals()[function], args=arguments, daemon=True)
+    target = globals()[function] if isinstance(function, str) else function
+    process = CONTEXT.Process(target=target, args=arguments, daemon=True)
     process.start()
     return process
 
@@ -108,7 +109,8 @@ def download(url, path, size, digest, said):
 
 
 def as_rank(rank, world, port, kept=False):
-    """What torchrun tells a process that it starts. kept: the store at the port is torchrun's own, which outlives ranks."""
+    """What torchrun tells a process that it starts. kept: the store at the port is torchrun's own, which outlives
+    ranks."""
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = str(kept)
     words = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world,
              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

@@ -71,8 +71,14 @@ def review(n):
     return f"{n}: " + "so good " * (n % 2) + "a film " * (n * 7 % 11), n % 2
 
 
+def in_order(source, count=0):
+    """The batches of a whole split, as an evaluation reads them, or `count` of them spread over it."""
+    return map(source.read, source.groups(count))
+
+
 def call(module, *arguments):
-    """What module.main() returns for these arguments. Its settings, train.py's and the signals are put back afterwards."""
+    """What module.main() returns for these arguments. Its settings, train.py's and the signals are put back
+    afterwards."""
     modules = [module, *([sys.modules["train"]] if "train" in sys.modules else [])]  # compare.py sets those of train.py
     before, line = [dict(vars(each)) for each in modules], sys.argv
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

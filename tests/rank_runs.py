@@ -3,17 +3,18 @@
 Most ranks are processes forked from one server that has imported torch.
 """
 
-import socket
-
 import pytest
+from edited import free_port
 from fault_injection import end, program
 from training_runs import log_of
 
 from model import load
 
 MAX = 8
-SHAPE = ("--block_size=16", "--n_layer=2", "--n_head=2", "--n_embd=16", "--batch_size=6", "--warmup_iters=2", "--eval_interval=4",
-         "--eval_iters=3", "--log_interval=1", "--device=cpu", "--dtype=float32", f"--max_iters={MAX}", f"--lr_decay_iters={MAX}",
+SHAPE = ("--block_size=16", "--n_layer=2", "--n_head=2", "--n_embd=16", "--batch_size=6", "--warmup_iters=2",
+         "--eval_interval=4",
+         "--eval_iters=3", "--log_interval=1", "--device=cpu", "--dtype=float32", f"--max_iters={MAX}",
+         f"--lr_decay_iters={MAX}",
          "--learning_rate=1e-3", "--min_lr=1e-4")
 KINDS = {
     "text": ("text", ()),
@@ -26,12 +27,6 @@ KINDS = {
     "layernorm": ("text", ("--norm=layernorm", "--bias=True", "--pos=learned", "--tie=False")),
     "bilstm": ("reviews", ("--model=bilstm", "--attention=additive", "--hidden=8")),
 }
-
-
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 def begin(world, out, data, *arguments, faults=(), of=1):
@@ -65,13 +60,15 @@ def alone(tmp_path_factory, request):
 
 
 def assert_close(one, other, tolerance=1e-6):
-    """Two runs are the same within float32 rounding: each line of the log, the weights, AdamW's state, the best weights."""
+    """Two runs are the same within float32 rounding: each line of the log, the weights, AdamW's state, the best
+    weights."""
     for a, b in zip(log_of(one), log_of(other), strict=True):
         assert a.keys() == b.keys() and (a["step"], a["split"]) == (b["step"], b["split"])
         for key in ("loss", "grad_norm", "bits_per_byte", "auc", "work"):
             assert a.get(key, 0) == pytest.approx(b.get(key, 0), rel=tolerance, abs=tolerance), (key, a, b)
     for name in ("ckpt.pt", "best.pt"):
         (a, facts), (b, others) = load(one / name), load(other / name)
-        assert facts["state"]["step"] == others["state"]["step"] and facts["state"]["best_step"] == others["state"]["best_step"]
+        assert facts["state"]["step"] == others["state"]["step"]
+        assert facts["state"]["best_step"] == others["state"]["best_step"]
         for key, weight in a.state_dict().items():
             assert (weight - b.state_dict()[key]).abs().max() < tolerance, key

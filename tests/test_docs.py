@@ -40,7 +40,8 @@ def assigned(file):
 
 
 def settings(script):
-    """Flags that a script accepts: its top-level names; train.py, bench.py and attention.py take those of mechanisms too."""
+    """Flags that a script accepts: its top-level names; train.py, bench.py and attention.py take those of mechanisms
+    too."""
     file = ROOT / f"{script}.py"
     if script.startswith("data/"):
         files = file, ROOT / "core" / "prepare.py"

@@ -9,7 +9,7 @@ TOP = {path.stem: path for path in ROOT.glob("*.py")}
 CORE = {f"core.{path.stem}": path for path in (ROOT / "core").glob("*.py") if path.stem != "__init__"}
 LINES = {"model": 270, "train": 300, "attention": 250,
          **dict.fromkeys(("adaptive_attention_span", "sparse", "atrt", "alibi", "forgetting"), 150)}
-SCRIPT, MACHINERY, TEST, WIDTH, README = 475, 300, 500, 130, 12 * 1024
+SCRIPT, MACHINERY, TEST, WIDTH, README = 400, 300, 500, 120, 12 * 1024
 
 
 def imports_of(path):
@@ -37,15 +37,15 @@ def test_imports_have_no_cycle():
 def test_files_are_short():
     """Each file within its budget of lines, and no line too wide."""
     tests = {str(path.relative_to(ROOT)): path for path in (ROOT / "tests").rglob("*.py")}
-    budgets = {**{name: LINES.get(name, SCRIPT) for name in TOP}, **dict.fromkeys(CORE, MACHINERY), **dict.fromkeys(tests, TEST)}
+    budgets = {**{name: LINES.get(name, SCRIPT) for name in TOP}, **dict.fromkeys(CORE, MACHINERY),
+               **dict.fromkeys(tests, TEST)}
     sizes = {name: path.read_text("utf-8").splitlines() for name, path in (TOP | CORE | tests).items()}
     for name, lines in sizes.items():
         if name not in tests:
             print(f"{name}: {len(lines)} of {budgets[name]} lines")
     print("in all, without tests:", sum(len(lines) for name, lines in sizes.items() if name not in tests))
     assert not {name: len(lines) for name, lines in sizes.items() if len(lines) > budgets[name]}
-    wide = {f"{name}:{n}" for name, lines in sizes.items() if name not in tests for n, line in enumerate(lines, 1) if len(line) > WIDTH}
-    assert not wide
+    assert not {f"{name}:{n}" for name, lines in sizes.items() for n, line in enumerate(lines, 1) if len(line) > WIDTH}
 
 
 def test_the_readme_is_short():

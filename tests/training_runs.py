@@ -11,7 +11,7 @@ import torch
 import train
 from core.dataset import Dataset, batches
 from core.evaluation import scores
-from helpers import call
+from helpers import call, in_order
 from model import load
 
 SMALL = ("--block_size=16", "--n_layer=2", "--n_head=2", "--n_embd=16", "--batch_size=4", "--warmup_iters=2",
@@ -79,7 +79,7 @@ def evaluate_again(out, data, split):
     data, total, seen, right, p, labels = Dataset(data), 0.0, 0, 0, [], []
     text_lengths = np.sort(np.diff(data.offsets(split))) if data.kind == "classify" else []
     with torch.no_grad():
-        for x, y, lengths in batches(data, split, 4, 16).in_order():
+        for x, y, lengths in in_order(batches(data, split, 4, 16)):
             logits, _ = model(x, y, lengths)
             flat = logits.flatten(0, -2), y.flatten()
             each = torch.nn.functional.cross_entropy(*flat, ignore_index=-1, reduction="sum")

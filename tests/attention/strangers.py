@@ -85,7 +85,8 @@ class Span(attention.Attention):
             r = math.ceil(4 + self.span[h].item())
             for a in range(0, T, 16):
                 b = min(a + 16, T)
-                part.append(Block(range(h, h + 1), range(a, b), range(max(0, a - r), b if self.causal else min(T, b + r))))
+                part.append(Block(range(h, h + 1), range(a, b),
+                                  range(max(0, a - r), b if self.causal else min(T, b + r))))
         return [part]
 
 
@@ -138,4 +139,5 @@ class Fading(EvenOdd):
         return self.fade(x).clamp(max=0).transpose(1, 2)
 
 
-STRANGERS = {kind.__name__: kind for kind in (AbsoluteKeys, Prefix, PerHead, Learned, Bands, FarBands, Span, EvenOdd, Squared, Fading)}
+STRANGERS = {kind.__name__: kind
+             for kind in (AbsoluteKeys, Prefix, PerHead, Learned, Bands, FarBands, Span, EvenOdd, Squared, Fading)}

@@ -14,7 +14,8 @@ from model import GPT, GPTConfig
 def layer(block_size=64, causal=True, n_head=3, dtype=torch.float64, **options):
     torch.manual_seed(0)
     kind, defaults = mechanism("adaptive_attention_span")
-    return kind(GPTConfig(n_head=n_head, n_embd=8 * n_head, block_size=block_size, n_class=0 if causal else 2, kernel="engine",
+    return kind(GPTConfig(n_head=n_head, n_embd=8 * n_head, block_size=block_size, n_class=0 if causal else 2,
+                          kernel="engine",
                           options={**defaults, **options})).to(dtype)
 
 
@@ -97,7 +98,8 @@ def test_kept_share_against_a_count():
     periods = [2.3 + math.pi / 100 * k for k in (1, 90, 170, 130, 30)]  # irrational: distances fall everywhere
     ratios = [-0.1, 0.0, -0.2, 0.13, -0.24]
     made = periodic(periods, ratios, triangle_wave_harmonics=0)
-    counted = (made.wave(torch.arange(len(periods))[:, None], torch.arange(200_000, dtype=torch.float64)) > 0).double().mean(1)
+    waves = made.wave(torch.arange(len(periods))[:, None], torch.arange(200_000, dtype=torch.float64))
+    counted = (waves > 0).double().mean(1)
     torch.testing.assert_close(made.kept_of_period(), counted, rtol=0, atol=1e-3)
     full = periodic([2.5], [0.2], triangle_wave_harmonics=0)  # nothing dropped: 1 + the least of w
     least = full.wave(0, torch.linspace(0, 10, 100_001, dtype=torch.float64)).min().item()
@@ -154,10 +156,12 @@ def test_shapes_stay_few():
     assert made.blocks(1024) != before
 
 
-@pytest.mark.parametrize("period, ratio, harmonics", [(64.0, -0.249, 0), (64.0, -0.249, 5), (32.0, -0.249, 3), (16.0, -0.249, 1)])
+@pytest.mark.parametrize("period, ratio, harmonics",
+                         [(64.0, -0.249, 0), (64.0, -0.249, 5), (32.0, -0.249, 3), (16.0, -0.249, 1)])
 def test_a_query_always_keeps_itself(period, ratio, harmonics):
     """With long periods and low ratios w(0) is below 0: the query's key stays, and nothing later is seen."""
-    made = periodic([period], [ratio], triangle_wave_harmonics=harmonics, period_max_triangle_wave_masking=64.0, span_init=[30.0])
+    made = periodic([period], [ratio], triangle_wave_harmonics=harmonics, period_max_triangle_wave_masking=64.0,
+                    span_init=[30.0])
     assert made.wave(0, torch.zeros(1, dtype=torch.float64)) >= 0
     q, k, v = torch.randn(3, 1, 1, 200, 8, dtype=torch.float64)
     before = [made.attend(q, k, v), made.weights(q, k) @ v]

@@ -1,6 +1,7 @@
 """ATRT beyond the laws of tests/test_contract.py: its zones, its statistics, its gradient.
 
-`formula` is the equation of the design, term by term; what `core/ranking.py` computes in fewer operations is held to it.
+`formula` is the equation of the design, term by term; what `core/ranking.py` computes in fewer operations is held to
+it.
 """
 
 import math
@@ -24,7 +25,8 @@ NEAR = 1e-9
 def make(causal=False, **options):
     kind, defaults = mechanism("atrt")
     options = {**defaults, **{f"atrt_{name}": value for name, value in options.items()}}
-    config = GPTConfig(n_head=3, n_embd=24, block_size=64, n_class=0 if causal else 2, kernel="engine", attention="atrt",
+    config = GPTConfig(n_head=3, n_embd=24, block_size=64, n_class=0 if causal else 2, kernel="engine",
+                       attention="atrt",
                        options=options)
     return kind(config)
 
@@ -76,8 +78,10 @@ BELL = (math.exp(-0.5) - math.exp(-3.125)) / (1 - math.exp(-3.125))  # of the Ga
 
 @pytest.mark.parametrize("task, s, factor", [
     ("classification", -1.0, 1.0), ("classification", -NEAR, 1.0), ("classification", NEAR, 1.10),
-    ("classification", 0.75, 1.15), ("classification", 0.45, 1.10 + 0.05 * BELL), ("classification", 1.05, 1.10 + 0.05 * BELL),
-    ("classification", 1.5, 1.10), ("classification", 1.5 + NEAR, 1.25), ("classification", 2.5, 1.30 - 0.05 * math.exp(-0.5)),
+    ("classification", 0.75, 1.15), ("classification", 0.45, 1.10 + 0.05 * BELL),
+    ("classification", 1.05, 1.10 + 0.05 * BELL),
+    ("classification", 1.5, 1.10), ("classification", 1.5 + NEAR, 1.25),
+    ("classification", 2.5, 1.30 - 0.05 * math.exp(-0.5)),
     ("classification", 4.5, 1.30 - 0.05 * math.exp(-4.5)),
     ("summarization", -NEAR, 1.0), ("summarization", NEAR, 1.08), ("summarization", 0.5, 1.12),
     ("summarization", 0.3, 1.08 + 0.04 * BELL), ("summarization", 1.0, 1.08), ("summarization", 1.0 + NEAR, 1.15),
@@ -138,7 +142,8 @@ def test_two_keys(dtype, m):
     p[:, :2] = torch.cat([rows(100, 2, spread=spread, dtype=dtype)[0] for spread in (0.1, 0.3, 1, 3, 9)])
     y = make(renormalize=False, task="summarization").reweigh(p, torch.full((500, 1), 2))
     large, small = p[:, :2].double().amax(1), p[:, :2].double().amin(1)
-    r = (large + small) / (large - small)  # mu / sigma: s is known to some eps (1 + r^2), and below the border f rises by 0.11 s
+    # mu / sigma: s is known to some eps (1 + r^2), and below the border f rises by 0.11 s
+    r = (large + small) / (large - small)
     clear, eps = r < 50, torch.finfo(dtype).eps
     assert clear.sum() > 400
     error = y.double().amax(1) / large - 1.08
@@ -219,14 +224,18 @@ def test_constant_matrix(dtype, T, n):
 
 
 def test_scopes_differ():
-    """Two sharp queries and two nearly flat ones: among all weights, the flat rows' are below the mean or barely above."""
-    p = torch.tensor([[0.9, 0.04, 0.03, 0.03], [0.26, 0.26, 0.24, 0.24], [0.3, 0.3, 0.2, 0.2], [0.97, 0.01, 0.01, 0.01]])
+    """Two sharp queries and two nearly flat ones: among all weights, the flat rows' are below the mean or barely
+    above."""
+    p = torch.tensor([[0.9, 0.04, 0.03, 0.03], [0.26, 0.26, 0.24, 0.24], [0.3, 0.3, 0.2, 0.2],
+                      [0.97, 0.01, 0.01, 0.01]])
     p, keys = p.double()[None, None], torch.full((1, 1, 4, 1), 4)
-    row, matrix = (reweighed(make(scope=scope, renormalize=False), p, keys)[0, 0] / p[0, 0] for scope in ("row", "matrix"))
+    row, matrix = (reweighed(make(scope=scope, renormalize=False), p, keys)[0, 0] / p[0, 0]
+                   for scope in ("row", "matrix"))
     # in their rows the larger weights of the flat queries stand at s = 1, and among all at (0.26 - 1/4) / sigma
     sigma = p.std(correction=0).item()
     for found, s in ((row[1, 0], 1.0), (matrix[1, 0], 0.01 / sigma), (matrix[2, 0], 0.05 / sigma)):
-        assert found.item() == pytest.approx(formula(torch.tensor(s, dtype=torch.float64), *TASKS["classification"]).item())
+        expected = formula(torch.tensor(s, dtype=torch.float64), *TASKS["classification"]).item()
+        assert found.item() == pytest.approx(expected)
     assert matrix[0, 0] > 1.25 and matrix[3, 0] > 1.25
 
 
@@ -294,7 +303,8 @@ def test_exact_in_low_precision(dtype, renormalize, task):
         p, keys = rows(4000, n, spread=spread, dtype=dtype)
         s, exact = ranks(p.double(), keys), p.double()
         r = 1 / (keys * exact.square().sum(-1, keepdim=True) - 1).clamp(min=1e-9).sqrt()
-        clear = torch.stack([(s - border).abs() > 8 * eps * (1 + r + r * r) for border in TASKS[task][0]]).all(0).all(-1)
+        clear = torch.stack([(s - border).abs() > 8 * eps * (1 + r + r * r)
+                             for border in TASKS[task][0]]).all(0).all(-1)
         if clear.sum() < 20:
             continue
         compared += 1
@@ -309,7 +319,8 @@ def test_exact_in_low_precision(dtype, renormalize, task):
         for ours, theirs, true in zip(*results):
             assert (ours - true).norm() <= 2 * (theirs - true).norm(), (n, spread)
         with torch.no_grad():
-            assert (layer.reweigh(p, keys).double() - results[2][0]).norm() <= 2 * (results[1][0] - results[2][0]).norm()
+            error = (layer.reweigh(p, keys).double() - results[2][0]).norm()
+            assert error <= 2 * (results[1][0] - results[2][0]).norm()
     assert compared >= 3, compared
 
 

@@ -1,4 +1,5 @@
-"""What a mechanism says of itself is checked when a model is built: each kind of mistake is refused, with a pair of positions."""
+"""What a mechanism says of itself is checked when a model is built: each kind of mistake is refused, with a pair of
+positions."""
 
 import math
 
@@ -62,7 +63,8 @@ class HoldsTwice(Window):
 
 class RowTwice(Window):
     def blocks(self, T):
-        half = [[block._replace(keys=block.keys[::2]), block._replace(keys=block.keys[1::2])] for block in super().blocks(T)[0]]
+        half = [[block._replace(keys=block.keys[::2]), block._replace(keys=block.keys[1::2])]
+                for block in super().blocks(T)[0]]
         return [[block for pair in half for block in pair if block.keys]]
 
 
@@ -119,7 +121,9 @@ class Unguarded(Attention):
 
 
 @pytest.mark.parametrize("kind, says", [
-    (RelativeKeys, r"relative = True, but bias depends on more than i - j: at head \d, query \d+, key \d+ it is (0|-inf), and (0|-inf)"),
+    (RelativeKeys,
+     r"relative = True, but bias depends on more than i - j: at head \d, query \d+, key \d+ it is (0|-inf), "
+     r"and (0|-inf)"),
     (RelativePrefix, "leave relative out"),
     (RareKeys, "relative = True, but bias depends on more"),
     (MissesPairs, r"blocks\(600\) misses the kept pair head 0, query (\d+), key \d+; leave blocks out, or mend them"),
@@ -178,7 +182,8 @@ def test_mask_parameters():
     assert gain.mask_parameters() == [] and gain.blocks_of.keys() == set()
     assert blocks.find(gain, 64) is blocks.find(gain, 64)  # constant, so they are found once
     assert type("GainOnly", (Gain,), {"bias": Attention.bias, "blocks": Attention.blocks})(config).dense
-    assert [id(p) for p in threshold.mask_parameters()] == [id(p) for p in (threshold.length, *threshold.net.parameters())]
+    assert [id(p) for p in threshold.mask_parameters()] == [id(p)
+                                                            for p in (threshold.length, *threshold.net.parameters())]
     for length in (9.0, 20.0):  # blocks follow a parameter that only the penalty could train
         threshold.double().length.data.fill_(length)
         assert threshold.max_distance() == length - 1
@@ -189,7 +194,8 @@ def test_a_gain_is_converted_for_inference_and_trains(monkeypatch):
     """It is no part of the mask, whose parameters keep their precision: the model computes in one dtype."""
     for module in (mechanisms, model_file):
         monkeypatch.setattr(module, "mechanism", lambda name: (Gain, {}))
-    model, idx = GPT(GPTConfig(n_layer=1, n_head=3, n_embd=24, block_size=64, attention="mine")), torch.zeros(1, 5).long()
+    model, idx = GPT(GPTConfig(n_layer=1, n_head=3, n_embd=24, block_size=64,
+                               attention="mine")), torch.zeros(1, 5).long()
     model(idx, idx)[1].backward()
     assert model.layers[0].attention.gain.grad != 0
     assert dist.unsharded_parameters(model) == [model.layers[0].attention.gain]  # FSDP refuses to shard a scalar
@@ -211,6 +217,7 @@ def test_accepted(kind, causal):
 def test_what_was_silently_wrong(kind):
     """Absolute key positions, and a prefix that all may see, from a formula alone: once 1.4 and 2.3 off."""
     for causal in (True, False):
-        layer = kind(GPTConfig(n_head=3, n_embd=24, block_size=600, n_class=0 if causal else 2, kernel="engine")).double()
+        layer = kind(GPTConfig(n_head=3, n_embd=24, block_size=600, n_class=0 if causal else 2,
+                               kernel="engine")).double()
         for kernel in ("engine", "flex"):
             assert contract.error(layer, kernel, 200) < 1e-10

@@ -43,7 +43,8 @@ def test_no_two_weights_are_dropped_together(case, kernel, tile, monkeypatch):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_tiles_that_hold_some_of_the_heads_of_a_block(causal, monkeypatch):
-    """Heads of nearly equal spans are multiplied together, a tile at a time; each keeps its own bias and its own gradient."""
+    """Heads of nearly equal spans are multiplied together, a tile at a time; each keeps its own bias and its own
+    gradient."""
     options = {"span_init": [3.0, 8.0, 15.0], "softness_span_mask": 6, "max_span": 64}
     layer = make("adaptive_attention_span", options, block_size=64, n_class=0 if causal else 2, kernel="engine")
     q, k, v, upstream = torch.randn(4, B, H, 200, 8, dtype=torch.float64)

@@ -21,7 +21,8 @@ CAUSAL = [name for name in CASES if CASES[name].causal]
 
 def make(kind=Attention, causal=True, block_size=64, kernel="engine", **config):
     torch.manual_seed(0)
-    return kind(GPTConfig(n_head=3, n_embd=24, block_size=block_size, n_class=0 if causal else 2, kernel=kernel, **config)).double()
+    return kind(GPTConfig(n_head=3, n_embd=24, block_size=block_size, n_class=0 if causal else 2, kernel=kernel,
+                          **config)).double()
 
 
 def test_dropout_mask():
@@ -55,7 +56,8 @@ def test_kernels():
         lengths = None if causal else torch.tensor([T, T // 2])
         inputs = random_qkv(T)
         found = contract.outputs_and_gradients(layer, lambda *x: layer.attend(*x, Texts(lengths)), inputs, lengths)
-        expected = contract.outputs_and_gradients(layer, contract.kernels(layer, Texts(lengths))["reference"], inputs, lengths)
+        expected = contract.outputs_and_gradients(layer, contract.kernels(layer, Texts(lengths))["reference"], inputs,
+                                                  lengths)
         assert max((a - b).abs().max() for a, b in zip(found, expected)) < 1e-10
     with pytest.raises(UserError, match="dense attention only"):
         make(Span, kernel="sdpa").attend(*random_qkv(8))
@@ -76,7 +78,8 @@ def test_what_is_dense(kind, dense):
         def bias(self, h, i, j):
             return 0.0 * (i - j)
 
-    assert make(kind).dense is dense and make(Zero).dense and not make(type("Undeclared", (Zero,), {"relative": False})).dense
+    assert make(kind).dense is dense and make(Zero).dense
+    assert not make(type("Undeclared", (Zero,), {"relative": False})).dense
 
 
 def test_sums_over_many_blocks():
@@ -114,7 +117,8 @@ def test_stacks():
     assert sizes(*(block(a, step=3) for a in range(5))) == [(3, 1), (2, 1)]  # residues 0 and 3 meet
     assert sizes(block(0), block(4, n=3), block(8, n=3)) == [(1, 0), (2, 4)]
     assert sizes(block(4), block(0)) == [(1, 0), (1, 0)]
-    assert sizes(*map(block, range(0, 12, 4)), kind=STRANGERS["Learned"]) == 3 * [(1, 0)]  # a parameter may tell them apart
+    # a parameter may tell them apart
+    assert sizes(*map(block, range(0, 12, 4)), kind=STRANGERS["Learned"]) == 3 * [(1, 0)]
     assert sizes(*map(block, range(0, 12, 4)), kind=Every8) == 3 * [(1, 0)]
     assert sizes(*map(block, range(0, 24, 8)), kind=Every8) == [(3, 8)]
 

@@ -26,12 +26,14 @@ class NoWaiting(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("case", [ADAPTIVE, Case(Learned, {}, True), Case(Squared, {}, False)], ids=["spans", "learned", "factor"])
+@pytest.mark.parametrize("case", [ADAPTIVE, Case(Learned, {}, True), Case(Squared, {}, False)],
+                         ids=["spans", "learned", "factor"])
 def test_a_gpu_is_not_waited_for(case):
     """Nothing that a training step builds before the kernel asks the device for a value."""
     layer = case.layer(block_size=512)
     layer.train()
-    flex.block_mask(layer, 500, flex.score_and_mask(layer, 500, NO_TEXTS)[1], "cpu")  # what no parameter changes is found once
+    flex.block_mask(layer, 500, flex.score_and_mask(layer, 500, NO_TEXTS)[1],
+                    "cpu")  # what no parameter changes is found once
     with NoWaiting():
         texts = Texts(torch.tensor([500, 20]), torch.zeros(2, 500, dtype=torch.long))
         score, mask = flex.score_and_mask(layer, 500, texts)
@@ -98,8 +100,8 @@ def test_dropout_of_heads_and_texts_is_independent():
 
 
 def test_compiled_on_a_cpu(monkeypatch):
-    """The compiled forward pass agrees with the reference, reads the block mask, and serves many layers and moving spans
-    without compiling again; past PyTorch's limit it is refused instead of going dense."""
+    """The compiled forward pass agrees with the reference, reads the block mask, and serves many layers and moving
+    spans without compiling again; past PyTorch's limit it is refused instead of going dense."""
     torch._dynamo.reset()
 
     def outputs_only(*inputs, return_aux, **more):  # a CPU has no compiled log-sum-exp

@@ -34,7 +34,8 @@ def test_formula(causal):
     scores = q @ k.mT / math.sqrt(8)
     for i in range(9):
         for j in range(9):
-            scores[0, :, i, j] += f[0, min(i, j) + 1 : max(i, j) + 1].log().sum(0) if j <= i or not causal else -math.inf
+            between = f[0, min(i, j) + 1 : max(i, j) + 1].log().sum(0)
+            scores[0, :, i, j] += between if j <= i or not causal else -math.inf
     torch.testing.assert_close(layer.map(x), torch.softmax(scores, -1), rtol=1e-9, atol=1e-12)
 
 
@@ -43,7 +44,8 @@ def test_first_spans():
     layer = make(block_size=512)
     assert layer.stats()["spans"] == pytest.approx([8, 64, 512], rel=1e-5)
     gate = layer.gate(torch.zeros(1, 512, 24, dtype=torch.float64))[0]
-    assert [gate[h, : round(span)].sum().item() for h, span in enumerate((8, 64, 512))] == pytest.approx([-1] * 3, abs=0.07)
+    assert [gate[h, : round(span)].sum().item()
+            for h, span in enumerate((8, 64, 512))] == pytest.approx([-1] * 3, abs=0.07)
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=512, n_head=3, n_embd=24, n_layer=2, attention="forgetting"))
     assert model.attentions()[1].stats()["spans"] == pytest.approx([8, 64, 512], rel=1e-5)  # `init_weights` leaves them
@@ -144,11 +146,13 @@ def test_what_pruning_saves(quick, refused, tmp_path, capsys):
     capsys.readouterr()
     call(bench_pruning, f"--out_dir={tmp_path / 'run'}", "--longest=1024")
     line = capsys.readouterr().out
-    share, difference = re.fullmatch(r"T = 1,024: (\d+)% of .* left out, .* with pruning; logits differ by (.*)\n", line).groups()
+    share, difference = re.fullmatch(r"T = 1,024: (\d+)% of .* left out, .* with pruning; logits differ by (.*)\n",
+                                     line).groups()
     assert 50 < int(share) < 100 and float(difference) < 1e-4
     assert "expected more than 2,048 tokens in the val" in refused(bench_pruning, f"--out_dir={tmp_path / 'run'}")
     fit(tmp_path / "dense", data, "--max_iters=1")
-    assert "expected a run with --attention=forgetting, got dense" in refused(bench_pruning, f"--out_dir={tmp_path / 'dense'}")
+    said = refused(bench_pruning, f"--out_dir={tmp_path / 'dense'}")
+    assert "expected a run with --attention=forgetting, got dense" in said
 
 
 def test_dense_has_no_gates():

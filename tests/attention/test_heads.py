@@ -31,7 +31,9 @@ def widened(layer, **changes):
 
 
 @pytest.mark.parametrize("K", [1, 2, 3])
-@pytest.mark.parametrize("name, options", [("dense", {}), ("adaptive_attention_span", SPANS), ("sparse", {"window": 9, "global_tokens": 2})])
+@pytest.mark.parametrize("name, options",
+                         [("dense", {}), ("adaptive_attention_span", SPANS),
+                          ("sparse", {"window": 9, "global_tokens": 2})])
 @pytest.mark.parametrize("kernel", ["engine", "reference"])
 def test_heads_of_a_group_share_their_keys(kernel, name, options, K):
     """Neighbouring heads: it equals a layer with a copy of the keys for each head, in whole texts and in decoding."""
@@ -45,7 +47,8 @@ def test_heads_of_a_group_share_their_keys(kernel, name, options, K):
         decoded = [layer(x[:, :50], rotation[:, :50], cache=cache)]
         decoded += [layer(x[:, t : t + 1], rotation[:, t : t + 1], cache=cache) for t in range(50, 70)]
         assert (torch.cat(decoded, 1) - expected).abs().max() < 1e-12
-    assert cache.k.shape == cache.v.shape == (2, K, cache.first + layer.max_distance() + 1, 8)  # K heads are cached, none is copied
+    assert cache.k.shape == cache.v.shape == (2, K, cache.first + layer.max_distance() + 1,
+                                              8)  # K heads are cached, none is copied
 
 
 def test_the_fused_call():
@@ -80,7 +83,8 @@ def test_qk_norm_by_hand():
     x, rotation = torch.randn(2, 30, 48, dtype=torch.float64), rotations(torch.arange(30), 8)
     with torch.no_grad():
         q, k, v = plain.project(x)
-        q, k = (y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * gain for y, gain in ((q, layer.q_gain), (k, layer.k_gain)))
+        q, k = (y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * gain
+                for y, gain in ((q, layer.q_gain), (k, layer.k_gain)))
         found = layer.project(x, rotation)
     for y, expected in zip(found[:2], (q, k)):
         turned = torch.complex(*expected.chunk(2, -1)) * torch.complex(*rotation)

@@ -58,7 +58,8 @@ pattern-dense.png
 
 def test_both_directions(in_folder, capsys, without_matplotlib):
     alone("dense", "--causal=False", T=2)
-    assert "layer 0, heads 0-3: dense, keeps 100.0 % of the pairs of dense attention\n# #\n# #\n\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "layer 0, heads 0-3: dense, keeps 100.0 % of the pairs of dense attention\n# #\n# #\n\n" in said
 
 
 def test_pattern_of_a_file(in_folder, capsys, without_matplotlib):
@@ -167,7 +168,8 @@ def test_without_matplotlib(in_folder, capsys, monkeypatch, without_matplotlib):
 
 @pytest.mark.parametrize("name", mechanisms())
 def test_each_mechanism_is_shown(name, in_folder, capsys, monkeypatch, drawn):
-    """attention.py NAME prints the mechanism's pattern, in ASCII, draws it, in both directions, and says that its kernels agree."""
+    """attention.py NAME prints the mechanism's pattern, in ASCII, draws it, in both directions, and says that its
+    kernels agree."""
     for more in ([], ["--causal=False", "--out=both.png"]):
         monkeypatch.setattr(sys, "argv", ["attention.py", *[name] * (name != "dense"), "--T=20", *more])
         with pytest.raises(SystemExit) as left:
@@ -199,7 +201,8 @@ def test_pattern_refused(in_folder, name, arguments, defaults, says):
 def test_what_is_wrong_is_said(in_folder, monkeypatch):
     """A kernel that does not agree is named, with the difference."""
     monkeypatch.setattr(contract, "decoding_error", lambda *how: 0.25)
-    with pytest.raises(UserError, match=r"not as the formula says: decoding \(differences in float64: engine .*, decoding 2e-01\)"):
+    said = r"not as the formula says: decoding \(differences in float64: engine .*, decoding 2e-01\)"
+    with pytest.raises(UserError, match=said):
         alone("dense", "--T=3")
 
 

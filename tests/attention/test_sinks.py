@@ -22,14 +22,16 @@ def make(name="dense", options=None, sinks=(-1.0, 0.5, 3.0), **changes):
 
 
 def with_a_key(layer, q, k):
-    """The weights (B, H, T, T) by the definition: a softmax over the scores and the sink's logit, which is then left out."""
+    """The weights (B, H, T, T) by the definition: a softmax over the scores and the sink's logit, which is then left
+    out."""
     T = q.size(2)
     scores = q @ k.mT / q.size(3) ** 0.5 + layer.bias_at(torch.arange(T), torch.arange(T))
     sink = layer.sinks[None, :, None, None].expand(len(q), -1, T, 1)
     return torch.softmax(torch.cat([sink, scores], -1), -1)[..., 1:]
 
 
-@pytest.mark.parametrize("name, options", [("dense", {}), ("sparse", {"sparse_pattern": "strided", "stride": 5}), ("alibi", {})])
+@pytest.mark.parametrize("name, options",
+                         [("dense", {}), ("sparse", {"sparse_pattern": "strided", "stride": 5}), ("alibi", {})])
 def test_sink_by_hand(name, options):
     """Every kernel equals a softmax over one more key with value 0, with all gradients, the logit's too."""
     layer = make(name, options)
@@ -97,5 +99,6 @@ class Wrong(Attention):
 def test_refused(logit):
     layer = Wrong(GPTConfig(n_head=3, n_embd=24, block_size=32))
     layer.logit = logit
-    with pytest.raises(UserError, match=r"wrong: sink\(\) must be None or a finite logit for each head, of shape \(3,\)"):
+    said = r"wrong: sink\(\) must be None or a finite logit for each head, of shape \(3,\)"
+    with pytest.raises(UserError, match=said):
         contract.check(layer, "wrong")

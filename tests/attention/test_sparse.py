@@ -97,7 +97,8 @@ xx..xx
 
 def layer(n=16, causal=True, pos="rope", **options):
     kind, defaults = mechanism("sparse")
-    return kind(GPTConfig(n_head=2, n_embd=8, block_size=n, pos=pos, n_class=0 if causal else 2, options={**defaults, **options}))
+    return kind(GPTConfig(n_head=2, n_embd=8, block_size=n, pos=pos, n_class=0 if causal else 2,
+                          options={**defaults, **options}))
 
 
 @pytest.mark.parametrize("pattern, window, causal, drawn", [
@@ -105,9 +106,11 @@ def layer(n=16, causal=True, pos="rope", **options):
     ("fixed", 1, False, FIXED_BOTH),
 ])
 def test_patterns_by_hand(pattern, window, causal, drawn):
-    kept = layer(causal=causal, sparse_pattern=pattern, window=window, fixed_columns=1).bias_at(*2 * [torch.arange(16)])[0] == 0
+    kept = layer(causal=causal, sparse_pattern=pattern, window=window,
+                 fixed_columns=1).bias_at(*2 * [torch.arange(16)])[0] == 0
     if drawn is None:  # log with the smallest window: 0, 1, 2, 4, 8
-        assert [[d for d in range(16) if i >= d and kept[i, i - d]] for i in (0, 3, 15)] == [[0], [0, 1, 2], [0, 1, 2, 4, 8]]
+        distances = [[d for d in range(16) if i >= d and kept[i, i - d]] for i in (0, 3, 15)]
+        assert distances == [[0], [0, 1, 2], [0, 1, 2, 4, 8]]
         return
     assert ["".join(".x"[there] for there in row) for row in kept.int().tolist()] == drawn.split()
 
@@ -132,7 +135,8 @@ def test_both_directions_and_globals():
     ("SFG", ["strided", "fixed", "log", "strided", "fixed"]),
 ])
 def test_a_pattern_for_each_layer(said, patterns):
-    model = GPT(GPTConfig(n_layer=5, n_head=2, n_embd=8, block_size=16, attention="sparse", options={"sparse_pattern": said}))
+    model = GPT(GPTConfig(n_layer=5, n_head=2, n_embd=8, block_size=16, attention="sparse",
+                          options={"sparse_pattern": said}))
     assert [layer.attention.pattern for layer in model.layers] == patterns
 
 
@@ -194,8 +198,8 @@ def test_letters_are_explained():
 
 @pytest.mark.parametrize("pattern", ["local", "dense", "strided", "fixed", "LS"])
 def test_first_tokens_stay_visible(pattern):
-    """In a causal model the global tokens are seen at any distance, by the formula, in whole texts, and in decoding, whose
-    cache holds them beside the positions that slide."""
+    """In a causal model the global tokens are seen at any distance, by the formula, in whole texts, and in decoding,
+    whose cache holds them beside the positions that slide."""
     attn = layer(16, sparse_pattern=pattern, pattern_by="head", window=5, stride=4, global_tokens=3).double()
     kept = attn.weights(*torch.randn(2, 1, 2, 100, 4, dtype=torch.float64)) > 0
     assert kept[..., 3:, :3].all() and not kept[..., 40:, 3:20].any()
@@ -211,13 +215,15 @@ def test_first_tokens_stay_visible(pattern):
 
 @pytest.mark.parametrize("rotary", [True, False])
 def test_distances_of_first_tokens_are_capped(rotary):
-    """A rotation counts the distance of a first token up to block_size - 1: scores by complex numbers, of each distance."""
+    """A rotation counts the distance of a first token up to block_size - 1: scores by complex numbers, of each
+    distance."""
     attn = layer(16, window=5, global_tokens=3, pos="rope" if rotary else "none").double()
     x, i = torch.randn(1, 50, 8, dtype=torch.float64), torch.arange(50)
     q, k, _ = attn.project(x)
     distance = i[:, None] - i
     capped = torch.where(i < 3, distance.clamp(max=15), distance) if rotary else 0 * distance
-    turn = torch.polar(torch.ones(1, dtype=torch.float64), capped[..., None] * torch.tensor([1.0, 0.01], dtype=torch.float64))
+    turn = torch.polar(torch.ones(1, dtype=torch.float64),
+                       capped[..., None] * torch.tensor([1.0, 0.01], dtype=torch.float64))
     q, k = (torch.complex(*y.chunk(2, -1)) for y in (q, k))
     scores = (q[..., :, None, :] * turn * k.conj()[..., None, :, :]).sum(-1).real / 2
     scores = scores.masked_fill((distance < 0) | (i >= 3) & (distance >= 5), -math.inf)
@@ -226,7 +232,8 @@ def test_distances_of_first_tokens_are_capped(rotary):
 
 
 def test_a_window_that_drops_its_first_tokens_differs():
-    """Without global tokens the same text is another one far past the block; with them the first tokens still matter."""
+    """Without global tokens the same text is another one far past the block; with them the first tokens still
+    matter."""
     x = torch.randn(1, 100, 8, dtype=torch.float64)
     changed = x.clone()
     changed[:, :2] += 1

@@ -66,7 +66,8 @@ def tables(out):
     """The Markdown tables in what was printed: of each its rows, {column: cell}."""
     found = []
     for text in out.split("\n\n"):
-        lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+        lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()
+                 if line.startswith("|")]
         if lines:
             assert all(len(line) == len(lines[0]) for line in lines)
             found.append([dict(zip(lines[0], line)) for line in lines[2:]])
@@ -99,13 +100,16 @@ def test_attention(capsys, tmp_path, settings):
         assert row["GFLOP/s"] == pytest.approx(12 * 8 * row["pairs kept"] * 100**2 * 2 / row["ms"] / 1e6)
     options = saved["mechanisms"]
     assert options["sparse window=10"]["window"] == 10 and options["sparse local"]["window"] == 256
-    assert options["sparse local"]["attention"] == "sparse" and options["dense"] == {"attention": "dense", "kernel": "auto"}
+    assert options["sparse local"]["attention"] == "sparse"
+    assert options["dense"] == {"attention": "dense", "kernel": "auto"}
 
 
 def test_one_mechanism(capsys, tmp_path, monkeypatch, quick):
-    """--attention=NAME with its options is that one alone, in both directions where it is not causal, as is the fused call."""
+    """--attention=NAME with its options is that one alone, in both directions where it is not causal, as is the fused
+    call."""
     fused, causal = bench.F.scaled_dot_product_attention, []
-    monkeypatch.setattr(bench.F, "scaled_dot_product_attention", lambda *x, is_causal: causal.append(is_causal) or fused(*x))
+    monkeypatch.setattr(bench.F,
+                        "scaled_dot_product_attention", lambda *x, is_causal: causal.append(is_causal) or fused(*x))
     (table,), saved = measured(capsys, tmp_path, "attention", "--attention=sparse", "--window=9", "--causal=False",
                                '--shapes=["1x1x50"]', "--head_size=8", *TINY)
     assert [row["attention"] for row in table] == ["sparse"] and set(causal) == {False}
@@ -132,14 +136,15 @@ def test_growth():
         return {"attention": "a", "batch x heads x time": f"{shape}x{T}", "ms": 3 * T**1.5, "fused call, ms": T**2.0,
                 "pairs kept": 7 * T**1.25 / T**2, "pairs multiplied": 0.5, "MiB more": 2.0 * T, "fused, MiB more": None}
 
-    found = bench.growth([row("1x8", T) for T in (64, 128, 512)] + [row("2x1", T) for T in (64, 128)])
+    found = timing.growth([row("1x8", T) for T in (64, 128, 512)] + [row("2x1", T) for T in (64, 128)])
     assert [(line["growth"], line["batch x heads"]) for line in found] == [("a", "1x8"), ("fused call", "1x8")]
     assert list(found[0].values())[2:] == pytest.approx([1.5, 1.25, 2, 1])
     assert list(found[1].values())[2:] == [pytest.approx(2), None, None, None]
 
 
 def test_growth_is_printed(capsys, tmp_path, quick):
-    printed, saved = measured(capsys, tmp_path, "attention", '--shapes=["1x1x32", "1x1x64", "1x1x128"]', "--head_size=8", *TINY,
+    printed, saved = measured(capsys, tmp_path, "attention", '--shapes=["1x1x32", "1x1x64", "1x1x128"]',
+                              "--head_size=8", *TINY,
                               '--mechanisms=["sparse window=8", "dense"]')
     assert [row["growth"] for row in printed[1]] == ["sparse window=8", "dense", "fused call"]
     window, dense, fused = saved["growth"]
@@ -209,7 +214,8 @@ def test_layer_measures_both_passes(settings, quick):
 def test_step(capsys, tmp_path, peer):
     (table,), saved = measured(capsys, tmp_path, "step", "--batch_size=2", "--block_size=32", f"--peer={peer}", *SMALL)
     dense, other = table
-    assert dense["step"] == "dense" and other["step"] == "nanoGPT, float32" and float(other["times nanoGPT, float32"]) == 1.0
+    assert dense["step"] == "dense" and other["step"] == "nanoGPT, float32"
+    assert float(other["times nanoGPT, float32"]) == 1.0
     here, there = saved["rows"]
     assert here["times nanoGPT, float32"] == pytest.approx(there["ms"] / here["ms"])
     assert here["GFLOP/s"] * here["ms"] == pytest.approx(there["GFLOP/s"] * there["ms"])  # the same work
@@ -228,7 +234,8 @@ def test_step_of_mechanisms(capsys, tmp_path, monkeypatch, quick):
 
 
 def test_sample(capsys, tmp_path, peer, quick):
-    (table,), saved = measured(capsys, tmp_path, "sample", "--contexts=[16, 24]", "--tokens=16", f"--peer={peer}", *SMALL,
+    (table,), saved = measured(capsys, tmp_path, "sample", "--contexts=[16, 24]", "--tokens=16", f"--peer={peer}",
+                               *SMALL,
                                '--mechanisms=["dense", "sparse window=5"]')
     assert [(row["sample"], row["context"]) for row in table] == [
         (name, context) for context in ("16", "24") for name in ("dense", "sparse window=5", "nanoGPT")]
@@ -236,7 +243,8 @@ def test_sample(capsys, tmp_path, peer, quick):
     keys = 2 * 2 * 16 * 4 / 2**20  # MiB of a position: layers, keys and values, width, bytes
     assert 24 * keys <= dense["cache, MiB"] <= 1.2 * 24 * keys and 5 * keys <= window["cache, MiB"] <= 1.2 * 5 * keys
     assert (dense["keys read"], window["keys read"], other["keys read"], other["cache, MiB"]) == (24, 5, None, None)
-    assert window["times dense"] == pytest.approx(window["tokens/s"] / dense["tokens/s"]) and other["times nanoGPT"] == 1
+    assert window["times dense"] == pytest.approx(window["tokens/s"] / dense["tokens/s"])
+    assert other["times nanoGPT"] == 1
 
 
 def test_sample_counts_its_tokens(settings, peer, quick):
@@ -260,8 +268,10 @@ def test_sample_counts_its_tokens(settings, peer, quick):
     (["attention", '--mechanisms=["dense", "spars window=3"]'], "unknown attention 'spars'; did you mean sparse"),
     (["step", '--mechanisms=["sparse locl"]'], "unknown mechanism 'sparse locl'; did you mean sparse local"),
     (["step", '--mechanisms=["sparse windo=3"]'], "unknown option of sparse 'windo'; did you mean window"),
-    (["step", '--mechanisms=["sparse window=three"]'], "mechanisms, sparse: window expects int (like 128), got str 'three'"),
-    (["attention", '--mechanisms=["sparse sparse_pattern=round"]', '--shapes=["1x1x16"]'], "unknown sparse_pattern 'round'"),
+    (["step", '--mechanisms=["sparse window=three"]'],
+     "mechanisms, sparse: window expects int (like 128), got str 'three'"),
+    (["attention", '--mechanisms=["sparse sparse_pattern=round"]', '--shapes=["1x1x16"]'],
+     "unknown sparse_pattern 'round'"),
     (["attention", '--mechanisms=["dense", "dense"]', '--shapes=["1x1x16"]'], "expected each once"),
     (["attention", "--mechanisms=[7]", '--shapes=["1x1x16"]'], "unknown attention '7'"),
     (["attention", "--attention=sparse", '--mechanisms=["dense"]', '--shapes=["1x1x16"]'], "not both"),
@@ -271,7 +281,8 @@ def test_sample_counts_its_tokens(settings, peer, quick):
     (["step", "--repeat=0"], "repeat must be at least 1"),
     (["step", "--kernel=flash"], "unknown kernel 'flash'"),
     (["step", '--mechanisms=["dense kernel=flash"]'], "unknown kernel 'flash'"),
-    (["attention", "--kernel=sdpa", '--mechanisms=["sparse window=3"]', '--shapes=["1x1x16"]'], "kernel=sdpa computes dense"),
+    (["attention", "--kernel=sdpa", '--mechanisms=["sparse window=3"]', '--shapes=["1x1x16"]'],
+     "kernel=sdpa computes dense"),
 ])
 def test_refused(refused, quick, arguments, says):
     assert says in refused(bench, *arguments)
@@ -305,7 +316,8 @@ def test_memory_is_of_a_call_alone():
     """What an earlier call took, and what is kept, is not the call's."""
     kept = []
     big, small, keeps = timing.side_by_side([
-        lambda: torch.ones(2**25).sum(), lambda: torch.ones(2**23).sum(), lambda: kept or kept.append(torch.ones(2**24))])
+        lambda: torch.ones(2**25).sum(), lambda: torch.ones(2**23).sum(), lambda: kept
+        or kept.append(torch.ones(2**24))])
     if not math.isnan(big.memory):
         assert 120 < big.memory / 2**20 < 140 and 30 < small.memory / 2**20 < 45 and keeps.memory / 2**20 < 8
 

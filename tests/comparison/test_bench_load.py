@@ -10,7 +10,8 @@ import bench
 import bench_load
 from helpers import call
 
-SMALL = ("--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=16", "--batch_size=2", "--seconds=0.05", "--rounds=2",
+SMALL = ("--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=16", "--batch_size=2", "--seconds=0.05",
+         "--rounds=2",
          "--processes=1", "--dtype=float32")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it measures libgomp, which PyTorch has on Linux")
 
@@ -41,7 +42,8 @@ def test_load(tmp_path, settings, capsys):
     saved = json.loads(file.read_text("utf-8"))
     assert len(lines) == 1 + 4 * 2 == 1 + len(saved["rows"]) and saved["dtype"] == "float32"
     assert [row["spin count"] for row in saved["rows"]] == 4 * ["unset", "passive"]
-    assert len(saved["rounds"]) == 4 * 2 * 3 and all(len(each["tokens/s"]) == 2 and min(each["tokens/s"]) > 0 for each in saved["rounds"])
+    assert len(saved["rounds"]) == 4 * 2 * 3 and all(len(each["tokens/s"]) == 2 and min(each["tokens/s"]) > 0
+                                                     for each in saved["rounds"])
 
 
 def test_shares(settings):
@@ -51,7 +53,8 @@ def test_shares(settings):
     measured = {(spin, load, what): [1.0, speed / (1 + (spin == "9")) / (1 if load == "idle" else 4), 10.0**9]
                 for spin in ("", "9") for load in ("idle", "python") for what, speed in speeds.items()}
     rows = {(row["what"], row["spin count"]): row for row in bench_load.table(measured)}
-    assert rows["training", "unset"]["of first, idle"] == 1 and rows["training", "9"]["of first, beside python"] == 0.125
+    assert rows["training", "unset"]["of first, idle"] == 1
+    assert rows["training", "9"]["of first, beside python"] == 0.125
     assert rows["sampling, 1 thread", "unset"]["of first, idle"] == 0.5
     assert rows["sampling, faster of both", "9"]["beside python, tokens/s"] == pytest.approx(98 / 8)
     assert rows["sampling, faster of both", "9"]["of first, idle"] == pytest.approx(0.49)

@@ -32,7 +32,8 @@ def timed(monkeypatch, quick):
 def settings(folder, data, *variants, **more):
     """The arguments of a small comparison."""
     base = [f"--dataset={data}", "--block_size=16", "--batch_size=4", "--eval_iters=1", *SMALL]
-    chosen = {"out_dir": folder, "base": base, "variants": list(variants or ["dense:", "local: --attention=sparse --window=3"]),
+    chosen = {"out_dir": folder, "base": base,
+              "variants": list(variants or ["dense:", "local: --attention=sparse --window=3"]),
               "seeds": [1, 2], "amount": 4, "evaluations": 2, "resamples": 100, **more}
     return [f"--{key}={value}" for key, value in chosen.items()]
 
@@ -49,21 +50,26 @@ def test_text(text, tmp_path, timed, monkeypatch):
     call(compare, *settings(tmp_path, text, prompts=["import "]))
     summary = read(tmp_path)
     assert len(trained) == 4 and [row["variant"] for row in summary["variants"]] == ["dense", "local"]
-    assert [(r["variant"], r["seed"]) for r in summary["runs"]] == [("dense", 1), ("local", 1), ("dense", 2), ("local", 2)]
+    assert [(r["variant"], r["seed"])
+            for r in summary["runs"]] == [("dense", 1), ("local", 1), ("dense", 2), ("local", 2)]
     for run in summary["runs"]:
         assert [step for step, _ in run["curve"]] == [0, 2, 4]
         assert run["scores"]["bits_per_byte"] == pytest.approx(run["scores"]["loss"] / math.log(2))
         model, _ = load(tmp_path / f"{run['variant']}-{run['seed']}" / "best.pt")
         assert run["work"] == pytest.approx(4 * 4 * 16 * model.estimate_flops(16))
     dense, local = summary["variants"]
-    assert dense["difference"] is None and dense["minutes"] == pytest.approx(4 / 60) and local["minutes"] == pytest.approx(8 / 60)
+    assert dense["difference"] is None and dense["minutes"] == pytest.approx(4 / 60)
+    assert local["minutes"] == pytest.approx(8 / 60)
     assert dense["kept_share"] == 1 and local["kept_share"] == pytest.approx(45 / 136)
-    a, b = (np.array([r["scores"]["bits_per_byte"] for r in summary["runs"] if r["variant"] == name]) for name in ("dense", "local"))
+    a, b = (np.array([r["scores"]["bits_per_byte"] for r in summary["runs"] if r["variant"] == name])
+            for name in ("dense", "local"))
     t = (b - a).mean() / ((b - a).std(ddof=1) / 2**0.5)  # one degree of freedom: Cauchy's distribution
     assert local["difference"]["p"] == pytest.approx(1 - 2 / math.pi * math.atan(abs(t)))
-    assert local["difference"]["high"] - (b - a).mean() == pytest.approx(math.tan(0.475 * math.pi) * (b - a).std(ddof=1) / 2**0.5)
+    half = math.tan(0.475 * math.pi) * (b - a).std(ddof=1) / 2**0.5
+    assert local["difference"]["high"] - (b - a).mean() == pytest.approx(half)
     told = (tmp_path / "comparison.md").read_text()
-    for said in ("2 seeds", "the same steps, 4", "val split", "products in float32", "| dense |", "| local |", "33%", "import "):
+    for said in ("2 seeds", "the same steps, 4", "val split", "products in float32", "| dense |", "| local |", "33%",
+                 "import "):
         assert said in told
     lines = (tmp_path / "results.jsonl").read_text().splitlines()
     assert [json.loads(line)["seed"] for line in lines] == [1, 1, 2, 2]
@@ -108,7 +114,8 @@ def test_one_precision_for_all(text, tmp_path, timed, monkeypatch):
     assert len(configs) == 6 and {config["dtype"] for config in configs} == {read(tmp_path)["dtype"]} == {"float32"}
 
 
-@pytest.mark.parametrize("budget, amount, steps", [("steps", 6, (6, 6)), ("seconds", 6, (6, 3)), ("work", None, (8, 16))])
+@pytest.mark.parametrize("budget, amount, steps",
+                         [("steps", 6, (6, 6)), ("seconds", 6, (6, 3)), ("work", None, (8, 16))])
 def test_budgets(budget, amount, steps, monkeypatch):
     """Equal seconds are fewer steps of a slower variant; equal work more of one that does less."""
     costs = [{"seconds_per_step": 1.0, "work_per_step": 3e12}, {"seconds_per_step": 2.0, "work_per_step": 1.5e12}]
@@ -120,8 +127,8 @@ def test_budgets(budget, amount, steps, monkeypatch):
 def test_what_a_step_costs(reviews, tmp_path, monkeypatch, quick):
     """Timed are five batches from short to long, the weights stay as they are, and work is the mean over fifty."""
     monkeypatch.setattr(compare, "base", [f"--dataset={reviews}", "--block_size=96", "--batch_size=2", *SMALL])
-    variant, machine = compare.parse("dense:"), compare.Machine("cpu", "float32")
-    call_five, work, count = compare.typical_steps(variant, machine)
+    variant = compare.parse("dense:")
+    call_five, work, count = compare.typical_steps(variant, "cpu", "float32")
     model, source = compare.set_up(variant, "cpu")
     seen, training_step = [], timing.training_step
 
@@ -144,15 +151,18 @@ def test_reviews(reviews, tmp_path, timed):
     """Classifiers: scores of the test split, McNemar by hand, training accuracy, hard reviews."""
     hard = tmp_path / "hard.jsonl"
     hard.write_text("".join(json.dumps(row) + "\n" for row in HARD))
-    variants = ["bag: --model=bilstm --attention=none --hidden=4", "additive: --model=bilstm --attention=additive --hidden=4", "dense:"]
+    variants = ["bag: --model=bilstm --attention=none --hidden=4",
+                "additive: --model=bilstm --attention=additive --hidden=4", "dense:"]
     arguments = settings(tmp_path / "out", reviews, *variants, amount=10, hard=str(hard))
-    base = [f"--dataset={reviews}", "--block_size=24", "--batch_size=8", "--eval_iters=0", "--eval_test=True", "--eval_train=True",
+    base = [f"--dataset={reviews}", "--block_size=24", "--batch_size=8", "--eval_iters=0", "--eval_test=True",
+            "--eval_train=True",
             "--learning_rate=0.02", *SMALL]
     call(compare, *arguments, f"--base={base}")
     summary = read(tmp_path / "out")
     assert summary["kind"] == "classify" and summary["score"] == "accuracy" and summary["split"] == "test"
     for row in summary["variants"]:
-        assert set(row["scores"]) == {"accuracy", "f1", "precision", "recall", "auc", "loss"} and set(row["hard"]) == {"plain", "negation"}
+        assert set(row["scores"]) == {"accuracy", "f1", "precision", "recall", "auc",
+                                      "loss"} and set(row["hard"]) == {"plain", "negation"}
         assert 0 <= row["train_first"] <= 1 and 0 <= row["train_last"] <= 1 and row["spread"] >= 0
     loaded = {}
     for name in ("bag", "additive", "dense"):
@@ -161,7 +171,8 @@ def test_reviews(reviews, tmp_path, timed):
                 loaded[name, seed] = (found["p"] > 0.5) == found["label"]
     for name in ("additive", "dense"):
         difference = next(row for row in summary["variants"] if row["variant"] == name)["difference"]
-        assert difference["verdict"] in ("better", "worse", "no difference shown") and difference["p_holm"] >= difference["p"]
+        assert difference["verdict"] in ("better", "worse",
+                                         "no difference shown") and difference["p_holm"] >= difference["p"]
         for seed, test in zip((1, 2), difference["mcnemar"]):
             a = sum(x and not y for x, y in zip(loaded["bag", seed], loaded[name, seed]))
             b = sum(y and not x for x, y in zip(loaded["bag", seed], loaded[name, seed]))
@@ -182,7 +193,8 @@ def test_bootstrap_against_formulas():
     assert compare_error(texts) == pytest.approx(texts[0].std() / 4000**0.5 * (6 / 5) ** 0.5, rel=0.05)
     seeds = np.tile(random.normal(size=(6, 1)), (1, 4000))  # texts agree
     assert compare_error(seeds) == pytest.approx(seeds[:, 0].std(ddof=1) / 6**0.5, rel=0.05)
-    assert compare_error(seeds + texts) == pytest.approx(math.hypot(compare_error(seeds), compare_error(texts)), rel=0.05)
+    assert compare_error(seeds + texts) == pytest.approx(math.hypot(compare_error(seeds), compare_error(texts)),
+                                                         rel=0.05)
     one = np.array([0.1, 0.3, -0.2, 0.4])
     assert stats.standard_error(one) == pytest.approx(statistics.stdev(one) / 2)
 
@@ -215,23 +227,29 @@ def test_intervals_hold_the_truth():
     assert 0.92 < held / 400 < 0.98
 
 
-@pytest.mark.parametrize("a, b, verdict", [((3, 3.1, 3.2), (2, 2.1, 2.2), "better"), ((2, 2.1, 2.2), (3, 3.1, 3.2), "worse"),
-                                           ((2, 3, 4), (3, 2, 4.1), "no difference shown"), ((2, 2, 2), (2, 2, 2), "no difference shown")])
+@pytest.mark.parametrize("a, b, verdict",
+                         [((3, 3.1, 3.2), (2, 2.1, 2.2), "better"), ((2, 2.1, 2.2), (3, 3.1, 3.2), "worse"),
+                          ((2, 3, 4), (3, 2, 4.1), "no difference shown"),
+                          ((2, 2, 2), (2, 2, 2), "no difference shown")])
 def test_verdicts(a, b, verdict):
     """Fewer bits are better, and what the seeds do not show is not claimed."""
-    runs = {name: [{"variant": name, "seed": n, "steps": 4, "work": 1.0, "kept_share": 1.0, "split": "val", "curve": [[0, 9.0]],
+    runs = {name: [{"variant": name, "seed": n, "steps": 4, "work": 1.0, "kept_share": 1.0, "split": "val",
+                    "curve": [[0, 9.0]],
                     "scores": {"bits_per_byte": x + n / 1000, "loss": x}} for n, x in enumerate(values)]
             for name, values in (("first", a), ("second", b))}
     cost = {"parameters": 1, "seconds_per_step": 1.0, "work_per_step": 1.0}
-    assert summarize(runs, {"first": cost, "second": cost}, None, 100)["variants"][1]["difference"]["verdict"] == verdict
+    assert summarize(runs, {"first": cost,
+                            "second": cost}, None, 100)["variants"][1]["difference"]["verdict"] == verdict
 
 
 @pytest.mark.parametrize("change, said", [
     ({"budget": "hours"}, "unknown budget 'hours'"), ({"amount": 0}, "amount must be above 0"),
     ({"seeds": [1]}, "at least two different whole numbers"), ({"seeds": [1, 1]}, "at least two different"),
-    ({"variants": ["dense:"]}, "at least two of different names"), ({"variants": ["dense", "b:"]}, "expected texts like 'local: "),
+    ({"variants": ["dense:"]}, "at least two of different names"),
+    ({"variants": ["dense", "b:"]}, "expected texts like 'local: "),
     ({"variants": ["a:", "b: --attention=spars"]}, "did you mean sparse?"),
-    ({"variants": ["a:", "b: --windo=3"]}, "unknown key 'windo'"), ({"variants": ["a b:", "a-b:"]}, "of different names"),
+    ({"variants": ["a:", "b: --windo=3"]}, "unknown key 'windo'"),
+    ({"variants": ["a b:", "a-b:"]}, "of different names"),
     ({"evaluations": 0}, "evaluations >= 1"), ({"base": ["config/none.py"]}, "cannot read config file"),
 ])
 def test_refused(text, tmp_path, refused, change, said):
@@ -247,6 +265,7 @@ def test_configs(file, monkeypatch):
     try:
         compare.configure(vars(compare), [str(file)])
         compare.check()
-        assert len({tuple(variant.arguments) for variant in map(compare.parse, compare.variants)}) == len(compare.variants)
+        assert len({tuple(variant.arguments)
+                    for variant in map(compare.parse, compare.variants)}) == len(compare.variants)
     finally:
         vars(compare).update(before)

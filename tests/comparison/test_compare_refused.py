@@ -9,7 +9,8 @@ import compare
 from helpers import call, write_bytes, write_reviews
 
 pytestmark = pytest.mark.usefixtures("timed")
-SET_BY_COMPARE = [("seed=3", "seeds"), ("max_iters=9", "amount"), ("warmup_iters=3", "warmup"), ("eval_interval=2", "evaluations"),
+SET_BY_COMPARE = [("seed=3", "seeds"), ("max_iters=9", "amount"), ("warmup_iters=3", "warmup"),
+                  ("eval_interval=2", "evaluations"),
                   ("out_dir=elsewhere", "out_dir"), ("init_from=resume", "goes on"), ("eval_only=True", "trains")]
 
 
@@ -32,7 +33,8 @@ def told(refused, never_trained, tmp_path):
 
 @pytest.fixture(scope="module")
 def other_text(tmp_path_factory):
-    return write_bytes(tmp_path_factory.mktemp("data") / "other", train="other " * 500, val="words " * 80, test="here " * 80)
+    return write_bytes(tmp_path_factory.mktemp("data") / "other", train="other " * 500, val="words " * 80,
+                       test="here " * 80)
 
 
 def test_other_data(told, text, reviews, other_text):
@@ -74,9 +76,12 @@ def test_a_recipe_keeps_its_own_length(text, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change, said", [
-    ({"prompts": [5]}, "prompts: expected texts"), ({"prompts": [""]}, "prompts: expected"), ({"base": [5]}, "base: expected"),
-    ({"variants": ["a:", 5]}, "variants: expected texts"), ({"variants": ["a:", "b: --attention='sparse"]}, "No closing quotation"),
-    ({"amount": "1e400"}, "amount expects float"), ({"amount": 1e300}, "steps"), ({"seeds": [1, 2**63]}, "seeds: expected"),
+    ({"prompts": [5]}, "prompts: expected texts"), ({"prompts": [""]}, "prompts: expected"),
+    ({"base": [5]}, "base: expected"),
+    ({"variants": ["a:", 5]}, "variants: expected texts"),
+    ({"variants": ["a:", "b: --attention='sparse"]}, "No closing quotation"),
+    ({"amount": "1e400"}, "amount expects float"), ({"amount": 1e300}, "steps"),
+    ({"seeds": [1, 2**63]}, "seeds: expected"),
     ({"variants": ["a:", "b: --help"]}, "--help"), ({"base": ["-h"]}, "-h"), ({"results": "/"}, "results: expected"),
     ({"hard": "no.jsonl"}, "hard"), ({"variants": ["a:", "b: --batch_size=0"]}, "batch_size must be at least 1"),
     ({"variants": ["a:", "b: --n_head=3"]}, "n_embd must be a multiple"),
@@ -88,7 +93,8 @@ def test_values(told, refused, text, tmp_path, never_trained, change, said):
         assert said in told(text, **change)
 
 
-@pytest.mark.parametrize("prompt, pos, said", [("zebra", "rope", "not in the vocabulary"), ("i love " * 9, "learned", "16 positions")])
+@pytest.mark.parametrize("prompt, pos, said",
+                         [("zebra", "rope", "not in the vocabulary"), ("i love " * 9, "learned", "16 positions")])
 def test_prompts(told, toy, prompt, pos, said):
     """They are read with the tokenizer of the data."""
     line = told(toy, f"a: --pos={pos}", f"b: --attention=sparse --pos={pos}", prompts=["i love", prompt])

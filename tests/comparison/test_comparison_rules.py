@@ -1,4 +1,5 @@
-"""What a comparison says, piece by piece, of figures that are given: verdicts, hard texts, prompts, and what a run is told."""
+"""What a comparison says, piece by piece, of figures that are given: verdicts, hard texts, prompts, and what a run is
+told."""
 
 import json
 
@@ -8,6 +9,7 @@ import torch
 
 import compare
 from core import report
+from core.results import continue_prompts, judge_hard
 from core.tokenizer import Tokenizer
 
 COST = {"parameters": 1, "seconds_per_step": 1.0, "work_per_step": 1.0}
@@ -22,7 +24,8 @@ def settings_as_they_were():
 
 def results(name, scores, **more):
     """A variant's results, a seed each: as `compare.train_one` gives them."""
-    return [{"variant": name, "seed": n, "steps": 4, "work": 1.0, "kept_share": 1.0, "split": "val", "curve": [[0, 9.0], [4, s]],
+    return [{"variant": name, "seed": n, "steps": 4, "work": 1.0, "kept_share": 1.0, "split": "val",
+             "curve": [[0, 9.0], [4, s]],
              "scores": {"bits_per_byte": s}, **more} for n, s in enumerate(scores)]
 
 
@@ -57,7 +60,8 @@ def test_a_difference_is_seed_by_seed():
 def test_what_is_judged(scores, kind, score):
     """A language model by its loss, not by the accuracy beside it, which earlier runs of a comparison lack."""
     new = [{**result, "scores": scores} for result in results("a", (2.0, 2.1))]
-    summary = report.summarize({"a": new, "b": list(new)}, {"a": COST, "b": COST}, lambda result: np.array([True, False]), 100)
+    summary = report.summarize({"a": new, "b": list(new)},
+                               {"a": COST, "b": COST}, lambda result: np.array([True, False]), 100)
     assert (summary["kind"], summary["score"]) == (kind, score)
     assert summary["variants"][0]["scores"]["accuracy"]["mean"] == 0.5
     if kind == "lm":
@@ -67,7 +71,8 @@ def test_what_is_judged(scores, kind, score):
 
 
 def test_recall_is_compared_by_accuracy(tmp_path):
-    """Higher is better; no test of texts, which only classifiers have; the distances in ranges between powers of two."""
+    """Higher is better; no test of texts, which only classifiers have; the distances in ranges between powers of
+    two."""
     runs = {}
     for name, shift in (("a", 0.0), ("b", -0.2)):
         runs[name] = results(name, (2.0, 2.1, 2.2))
@@ -84,20 +89,23 @@ def test_recall_is_compared_by_accuracy(tmp_path):
     for row in (a, b):
         row["block_size"] = 64
     machine = {"gpu": None, "processor": "A", "threads": 2, "torch": "2"}
-    lines = report.table({**compared, "title": "x", "seeds": [1, 2, 3], "budget": "steps", "amount": 4, "dataset": "recall",
+    lines = report.table({**compared, "title": "x", "seeds": [1, 2, 3], "budget": "steps", "amount": 4,
+                          "dataset": "recall",
                           "machine": machine, "dtype": "float32", "command": "python compare.py"})
     assert "| right (%) at distance | 1-1 | 2-3 | 4-7 |" in lines and "| b | 91.0 | 91.0 | 71.0 |" in lines
     assert "McNemar" not in lines and "-10.0 [-10.0, -10.0]" in lines
 
 
 def test_hard_texts_that_are_told_right(tmp_path, monkeypatch):
-    rows = [("so good", 1, "plain"), ("so bad", 0, "plain"), ("not good", 0, "negation"), ("not so good", 0, "negation"),
+    rows = [("so good", 1, "plain"), ("so bad", 0, "plain"), ("not good", 0, "negation"),
+            ("not so good", 0, "negation"),
             ("not bad", 1, "negation"), ("never bad, good", 1, "negation")]
-    (tmp_path / "hard").write_text("".join(json.dumps(dict(zip(("text", "label", "kind"), row))) + "\n" for row in rows))
-    monkeypatch.setattr(compare, "hard", str(tmp_path / "hard"))
-    monkeypatch.setattr(compare, "predict", lambda model, tokenizer, texts, *_:
+    (tmp_path / "hard").write_text("".join(json.dumps(dict(zip(("text", "label", "kind"), row))) + "\n"
+                                           for row in rows))
+    monkeypatch.setattr("core.results.predict", lambda model, tokenizer, texts, *_:
                         torch.tensor([0.9 if "good" in text else 0.2 for text in texts]))
-    assert compare.judge_hard(None, None, "cpu", "float32") == {"hard": {"plain": 1.0, "negation": 0.25}}
+    shares = judge_hard(None, None, tmp_path / "hard", "cpu", "float32")
+    assert shares == {"plain": 1.0, "negation": 0.25}
 
 
 def test_the_likeliest_token_after_a_prompt(monkeypatch):
@@ -107,12 +115,13 @@ def test_the_likeliest_token_after_a_prompt(monkeypatch):
     def model(idx):
         return torch.tensor(p[tokenizer.decode(idx[0].tolist())]).log()[None, None], None
 
-    monkeypatch.setattr(compare, "prompts", list(p))
-    assert compare.continue_prompts(model, tokenizer, "cpu") == {"next": {"ab": ["b", pytest.approx(0.5)], "c": ["a", pytest.approx(0.7)]}}
+    likeliest = continue_prompts(model, tokenizer, list(p), "cpu")
+    assert likeliest == {"ab": ["b", pytest.approx(0.5)], "c": ["a", pytest.approx(0.7)]}
 
 
 def test_what_a_run_is_told(text, tmp_path, monkeypatch):
-    for key, value in {"out_dir": str(tmp_path), "base": [f"--dataset={text}"], "warmup": 0.1, "evaluations": 4}.items():
+    for key, value in {"out_dir": str(tmp_path), "base": [f"--dataset={text}"], "warmup": 0.1,
+                       "evaluations": 4}.items():
         monkeypatch.setattr(compare, key, value)
     folder, _, settings = compare.plan(compare.parse("Local, 3: --attention=sparse --window=3"), 7, 60)
     assert folder == tmp_path / "local-3-7"
@@ -126,5 +135,6 @@ def test_answers_are_of_the_test_split_where_it_was_opened(tmp_path, monkeypatch
     (tmp_path / "dense-1").mkdir()
     np.savez(tmp_path / "dense-1" / "predictions-val.npz", p=np.array([0.9, 0.9, 0.2]), label=np.array([1, 0, 1]))
     assert compare.right_answers({"variant": "dense", "seed": 1}).tolist() == [True, False, False]
-    np.savez(tmp_path / "dense-1" / "predictions-test.npz", p=np.array([0.4, 0.51, 0.1, 0.8]), label=np.array([0, 1, 1, 0]))
+    np.savez(tmp_path / "dense-1" / "predictions-test.npz", p=np.array([0.4, 0.51, 0.1, 0.8]),
+             label=np.array([0, 1, 1, 0]))
     assert compare.right_answers({"variant": "dense", "seed": 1}).tolist() == [True, True, False, False]

@@ -13,7 +13,7 @@ from core.batches import spread
 from core.dataset import DataChanged, Dataset, ReviewBatches, TextBatches, batches
 from core.evaluation import scores
 from core.meta import difference
-from helpers import review, tokens_of, write_bytes, write_reviews
+from helpers import in_order, review, tokens_of, write_bytes, write_reviews
 
 
 class Given:
@@ -81,7 +81,7 @@ def test_in_order_predicts_every_token_once(lengths, block):
     arrays = [np.arange(n) + 1000 * k for k, n in enumerate(lengths)]
     source = TextBatches(Given(*arrays), "val", 3, block)
     pairs = []
-    for x, y, _ in source.in_order():
+    for x, y, _ in in_order(source):
         assert x.shape == y.shape and x.size(0) <= 3 and (y != -1).any(1).all()
         pairs += [(a, b) for a, b in zip(x.flatten().tolist(), y.flatten().tolist()) if b != -1]
     assert pairs == [(a, a + 1) for array in arrays for a in array[:-1].tolist()]
@@ -90,9 +90,9 @@ def test_in_order_predicts_every_token_once(lengths, block):
 
 def test_some_batches_in_order():
     source = TextBatches(Given(range(161)), "val", 2, 8)
-    whole, some = list(source.in_order()), list(source.in_order(3))
+    whole, some = list(in_order(source)), list(in_order(source, 3))
     assert len(whole) == 10 and [next(n for n, b in enumerate(whole) if same(a, b)) for a in some] == [1, 5, 8]
-    assert len(list(source.in_order(99))) == 10
+    assert len(list(in_order(source, 99))) == 10
 
 
 def test_spread():
@@ -177,19 +177,19 @@ def test_neighbours_change_between_epochs(tmp_path):
 @pytest.mark.parametrize("block", [1, 7, 32, 50])
 def test_reviews_are_cut_to_the_block(reviews, block):
     source = batches(Dataset(reviews), "val", 4, block)
-    for x, _, lengths in source.in_order():
+    for x, _, lengths in in_order(source):
         assert x.size(1) <= block and lengths.max() <= block and lengths.max() <= x.size(1)
-    whole = sum((texts_of(batch) for batch in source.in_order()), [])
+    whole = sum((texts_of(batch) for batch in in_order(source)), [])
     assert sorted(whole) == sorted((review(n)[0][: block - 1], review(n)[1]) for n in range(30, 39))
 
 
 def test_reviews_in_order_are_each_seen_once_shortest_first(reviews):
     source = batches(Dataset(reviews), "val", 4, 200)
-    whole = [texts_of(batch) for batch in source.in_order()]
+    whole = [texts_of(batch) for batch in in_order(source)]
     flat = sum(whole, [])
     assert sorted(flat) == sorted(review(n) for n in range(30, 39)) and [len(batch) for batch in whole] == [4, 4, 1]
     assert [len(text) for text, _ in flat] == sorted(len(text) for text, _ in flat)
-    assert [texts_of(batch) for batch in source.in_order(1)] == [whole[1]]
+    assert [texts_of(batch) for batch in in_order(source, 1)] == [whole[1]]
 
 
 # ---- folders -----------------------------------------------------------------------------------
@@ -379,7 +379,7 @@ def test_tokens_beyond_the_vocabulary(kind, tmp_path, request):
     folder = damaged(request.getfixturevalue(kind), tmp_path, lambda meta: meta.update(few))
     data = Dataset(folder)
     source = batches(data, "train", 50, 200)
-    for read in (data.check_files, lambda: source.batch(0), lambda: next(iter(source.in_order()))):
+    for read in (data.check_files, lambda: source.batch(0), lambda: next(iter(in_order(source)))):
         with pytest.raises(UserError, match=r"holds the token \d+, expected ids below 99, .* run its prepare.py again"):
             read()
 

@@ -62,7 +62,8 @@ def check_sequence(words, distances, options):
 def test_answers_are_right(tmp_path, options):
     data = make(tmp_path / "recall", *options)
     chosen = data.meta["options"]
-    assert data.vocab_size == 2 + chosen["keys"] + chosen["values"] + chosen["joined"] * chosen["keys"] * chosen["values"]
+    keys, values = chosen["keys"], chosen["values"]
+    assert data.vocab_size == 2 + keys + values + chosen["joined"] * keys * values
     for split, count in (("train", 1100), ("val", 40), ("test", 30)):
         sequences = words_of(data, split)
         assert len(sequences) == count == data.splits[split]["documents"]
@@ -92,13 +93,15 @@ def test_distances_are_as_promised():
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path, capsys):
-    one, other, third = (make(tmp_path / name, *options) for name, options in (("a", ()), ("b", ()), ("c", ("--seed=2",))))
+    one, other, third = (make(tmp_path / name, *options)
+                         for name, options in (("a", ()), ("b", ()), ("c", ("--seed=2",))))
     assert one.digests == other.digests and one.source == other.source != third.source
     assert len(set(one.digests.values()) & set(third.digests.values())) == 3  # offsets alone
-    pinned = make(tmp_path / "d", "--pairs=3", "--queries=3", "--length=16", "--keys=4", "--values=9", "--seed=1", "--joined=0",
-                  "--near=1.0")
+    pinned = make(tmp_path / "d", "--pairs=3", "--queries=3", "--length=16", "--keys=4", "--values=9", "--seed=1",
+                  "--joined=0", "--near=1.0")
     words, distances = words_of(pinned, "val")[0]
-    assert " ".join(words) == "k3 v6 k0 v3 k2 v0 . . k2 v0 . . k2 v0 k3 v6" and [d for d in distances if d] == [3, 7, 13]
+    assert " ".join(words) == "k3 v6 k0 v3 k2 v0 . . k2 v0 . . k2 v0 k3 v6"
+    assert [d for d in distances if d] == [3, 7, 13]
     before = (tmp_path / "a" / "train.bin").stat().st_mtime_ns
     make(tmp_path / "a")
     assert "nothing to do" in capsys.readouterr().out and (tmp_path / "a" / "train.bin").stat().st_mtime_ns == before
@@ -109,7 +112,8 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path, capsys):
     (("--length=19",), "--length must be at least 20 for --pairs=4 and two tokens for each of --queries=8; got 19"),
     (("--length=23", "--joined=0"), "--length must be at least 24"), (("--joined=2",), "--joined must be from 0 to 1"),
     (("--pairs=0",), "--pairs must be from 1 to"), (("--near=0",), "--near must be from 0.001 to 10.0, got 0.0"),
-    (("--near=nan",), "--near must be"), (("--train=0",), "--train must be from 1"), (("--seed=-1",), "--seed must be from 0"),
+    (("--near=nan",), "--near must be"), (("--train=0",), "--train must be from 1"),
+    (("--seed=-1",), "--seed must be from 0"),
     (("--length=70000",), "--length must be from 3 to 65,534, got 70,000"), (("--source=.",), "takes no --source"),
 ])
 def test_what_is_refused(tmp_path, options, message):
@@ -213,8 +217,10 @@ def write(folder, documents, distances=None, **more):
              "offsets": np.cumsum([0] + [len(text) for text in documents])}
     if distances:
         split["distances"] = np.concatenate(distances)
-    meta = {"name": "documents", "kind": "lm", "whole_documents": True, "tokenizer": "bytes", "vocab_size": 256, "mark": None,
-            "lossless": True, "partial": False, "options": {}, "source": {"file": "documents"}, "split_rule": "as given"}
+    meta = {"name": "documents", "kind": "lm", "whole_documents": True, "tokenizer": "bytes", "vocab_size": 256,
+            "mark": None,
+            "lossless": True, "partial": False, "options": {}, "source": {"file": "documents"},
+            "split_rule": "as given"}
     prepare.write(folder, {**meta, **more}, {"train": split, "val": split})
     return Dataset(folder)
 
@@ -247,14 +253,16 @@ def test_meta_of_whole_documents(tmp_path):
     assert files_of(meta)["val.distances.bin"] == (12, meta["splits"]["val"]["distances_sha256"])
     lacking = {key: value for key, value in meta["splits"]["val"].items() if key != "offsets_sha256"}
     for forged, message in (({**meta, "whole_documents": 1}, "bool as whole_documents"),
-                            ({**meta, "kind": "classify", "classes": ["a", "b"]}, "whole_documents for kind 'lm' alone"),
+                            ({**meta, "kind": "classify", "classes": ["a", "b"]},
+                             "whole_documents for kind 'lm' alone"),
                             ({**meta, "splits": {"val": lacking}}, "offsets_sha256 of val, whose documents are whole")):
         with pytest.raises(UserError, match=message):
             check_meta(forged, "x")
 
 
-@pytest.mark.parametrize("value, is_valid", [([[1, 0.5], [9, 1]], True), ([], True), ([[1, 1.5]], False), ([[1]], False),
-                                             ([[0.5, 1.0]], False), ("x", False), (None, False)])
+@pytest.mark.parametrize("value, is_valid",
+                         [([[1, 0.5], [9, 1]], True), ([], True), ([[1, 1.5]], False), ([[1]], False),
+                          ([[0.5, 1.0]], False), ("x", False), (None, False)])
 def test_records_hold_valid_accuracies(value, is_valid):
     line = json.dumps({"step": 1, "split": "val", "loss": 1.0, "accuracy_by_distance": value})
     assert ("accuracy_by_distance" in readers.parse_record(line)) == is_valid

@@ -11,19 +11,20 @@ import numpy as np
 import pytest
 import tiktoken
 from edited import edited_copy, execute
-from sources import load, pack, prepare, untouched, wrap
+from sources import load, pack, prepare, wrap
 from training_runs import fit
 
 from core.config import UserError
 from core.dataset import Dataset, batches
 from core.tokenizer import Tokenizer
 from core.vocabulary import PATTERN
-from helpers import ROOT
+from helpers import ROOT, in_order
 
 text = importlib.import_module("data.text.prepare")
 
 # 40 documents of different sizes, with characters of 1 to 4 bytes.
-NOTES = {f"{'deep/er/' * (n % 2)}note {n}.md": f"Note {n}. Café, “{'word ' * (n % 9)}” 𝄞\nend of {n}\n" for n in range(40)}
+NOTES = {f"{'deep/er/' * (n % 2)}note {n}.md": f"Note {n}. Café, “{'word ' * (n % 9)}” 𝄞\nend of {n}\n"
+         for n in range(40)}
 
 
 def encoded(texts):
@@ -32,7 +33,8 @@ def encoded(texts):
 
 def rows(count=40):
     """Rows of JSONL with labels: a third of them ham."""
-    return [{"text": f"Message {n}: {'win ' * (n % 5)}", "label": "ham" if n % 3 == 1 else "spam"} for n in range(count)]
+    return [{"text": f"Message {n}: {'win ' * (n % 5)}", "label": "ham" if n % 3 == 1 else "spam"}
+            for n in range(count)]
 
 
 def jsonl(path, rows):
@@ -119,7 +121,8 @@ def test_val_keeps_its_documents_when_others_are_added(notes, tmp_path):
 @pytest.mark.parametrize("name", ["folder", "a.zip", "a.tar.gz"])
 def test_files_that_are_no_text(tmp_path, name):
     files = encoded(NOTES) | {"photo.png": b"\x89PNG\r\n\x1a\n\0\0", "old.txt": b"caf\xe9", "utf16.txt": b"h\0e\0y\0",
-                              "late.txt": b"a" * 3_000_000 + b"\xff", ".hidden/config": b"secret", "a/.DS_Store": b"store",
+                              "late.txt": b"a" * 3_000_000 + b"\xff", ".hidden/config": b"secret",
+                              "a/.DS_Store": b"store",
                               "empty.txt": b"", "blank.txt": b" \n\t\n", "bom.txt": b"\xef\xbb\xbfbom\r\nnext\rlast"}
     done = make(pack(files, tmp_path / name), tmp_path / "out")
     splits, meta = documents(tmp_path / "out")
@@ -234,7 +237,7 @@ def test_jsonl_with_labels(tmp_path, name):
     assert labels != sorted(labels) and labels != sorted(labels, reverse=True)  # mixed
     data = Dataset(tmp_path / "out")
     data.check_files()
-    assert next(iter(batches(data, "val", 2, 16).in_order()))[0].shape[1] <= 16
+    assert next(iter(in_order(batches(data, "val", 2, 16))))[0].shape[1] <= 16
     running = Dataset(tmp_path / "out", "lm")
     assert running.kind == "lm" and batches(running, "train", 2, 16).count == meta["splits"]["train"]["tokens"] - 1
 
@@ -260,7 +263,8 @@ def test_names_that_are_not_utf8(tmp_path):
 def test_small_classes_are_in_every_split(tmp_path):
     made = [{"text": f"{n}", "label": "rare" if n < 3 else "usual"} for n in range(60)]
     make(jsonl(tmp_path / "a.jsonl", made), tmp_path / "out")
-    assert [count["documents"] - count["positive"] for count in load(tmp_path / "out")[0]["splits"].values()] == [1, 1, 1]
+    assert [count["documents"] - count["positive"]
+            for count in load(tmp_path / "out")[0]["splits"].values()] == [1, 1, 1]
 
 
 # ---- tokenizers --------------------------------------------------------------------------------
@@ -340,11 +344,11 @@ def test_the_commands_of_the_readme(notes, tmp_path):
     line = (scripts / "data" / "text" / "prepare.py", "--source=~/notes", "--name=notes")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(tmp_path / "home"))
-        done = execute(*line, cwd=tmp_path)
+        done = execute(scripts, *line, cwd=tmp_path)
     assert done.returncode == 0 and (scripts / "data" / "notes" / "meta.json").exists(), done.stderr
     small = ("--max_iters=2", "--eval_iters=1", "--batch_size=2", "--n_layer=1", "--n_embd=16", "--n_head=2",
              "--block_size=16", "--device=cpu", "--dtype=float32")
-    done = execute(scripts / "train.py", "--dataset=notes", *small, cwd=tmp_path)
+    done = execute(scripts, scripts / "train.py", "--dataset=notes", *small, cwd=tmp_path)
     assert done.returncode == 0 and (tmp_path / "out" / "best.pt").exists(), done.stderr
 
 
@@ -375,81 +379,6 @@ def test_a_text_inside_its_set(tmp_path, monkeypatch):
         assert ("nothing to do" in make(folder, folder).stdout) == said
     assert {path.name for path in folder.iterdir()} == {"input.txt", "train.bin", "val.bin", "test.bin", "meta.json"}
     assert json.loads((folder / "meta.json").read_text())["source"]["documents"] == 1
-
-
-# ---- refused -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["text", "imdb", "imdb_bytes", "toy_2", "..", "a/b", "/tmp/x", "a b", "", "é", "-a", "x" * 41])
-def test_names_that_are_refused(notes, name):
-    message = "is for a set of data/(text|imdb|toy)/prepare.py: choose another name" if name[:1] in ("t", "i") else "expect"
-    with pytest.raises(UserError, match=message):
-        text.main([f"--source={notes}", f"--name={name}"])
-
-
-def test_names_that_are_accepted():
-    for name in ("notes", "text_2", "my-notes", "2024", "shakespeare"):
-        assert text.parse([f"--source={ROOT}", f"--name={name}"]).out_dir == ROOT / "data" / name
-
-
-@pytest.mark.parametrize("options, message", [
-    (["--name=a"], "expected --source=FILE_OR_FOLDER, the text, and --name=NAME"),
-    (["--source=x"], "expected --source=FILE_OR_FOLDER, the text, and --name=NAME"),
-    (["--source=no/such", "--name=a"], "--source no/such: there is no such file or folder$"),
-    (["--source=x", "--name=a", "--vocab_size=300"], "bytes has a vocabulary of its own"),
-    *((["--source=x", "--name=a", *shares.split()], "expected --val_share above 0") for shares in
-      ("--val_share=0", "--val_share=nan", "--test_share=-1", "--val_share=0.5 --test_share=0.5")),
-])
-def test_options_that_are_refused(options, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "x").write_text("text " * 100)
-    with pytest.raises(UserError, match=message):
-        text.main(options)
-
-
-GOOD = json.dumps({"text": "some text", "label": "a"}) + "\n"
-LABELLED = "".join(json.dumps({"text": f"text {n}", "label": "ab"[n % 2]}) + "\n" for n in range(8))
-
-
-@pytest.mark.parametrize("files, message", [
-    ({}, "expected UTF-8 text, found none (0 files, 0 of them not UTF-8 text, 0 blank documents)"),
-    ({"a": b"\xff", "b.png": b"\0"}, "expected UTF-8 text, found none (2 files, 2 of them not UTF-8 text, 0 blank"),
-    ({"a": b"", "b": b" \n"}, "expected UTF-8 text, found none (2 files, 0 of them not UTF-8 text, 2 blank documents)"),
-    ({"a": b"ab"}, "too small to split: train would have 1 tokens; give more text"),
-    ({"a": b"abcdefgh"}, "too small to split: val would have 1 tokens; give more text"),
-    ({"a.jsonl": GOOD + "\n" + '{"label": "a"}'}, 'a.jsonl, line 3: expected an object with a text, like {"text": "...'),
-    ({"a.jsonl": '{"text": 3}'}, "a.jsonl, line 1: expected an object with a text"),
-    ({"a.jsonl": GOOD + "[1]\n"}, "a.jsonl, line 2: expected an object with a text"),
-    ({"a.jsonl": GOOD + '{"text": "cut'}, "a.jsonl, line 2: expected an object with a text"),
-    ({"a.jsonl": GOOD.encode() + b'{"text": "caf\xe9"}'}, "a.jsonl, line 2: expected an object with a text"),
-    ({"a.jsonl": GOOD + "[" * 100_000}, "a.jsonl, line 2: expected an object with a text"),
-    ({"a.jsonl": GOOD + '{"text": "x", "label": 0.5}'}, "a.jsonl, line 2: expected a text or a whole number as label, got 0.5"),
-    ({"a.jsonl": GOOD + '{"text": "x", "label": ""}'}, "line 2: expected a text or a whole number as label, got ''"),
-    ({"a.jsonl": GOOD + '{"text": "x", "label": true}'}, "line 2: expected a text or a whole number as label, got True"),
-    ({"a.jsonl": GOOD + '{"text": "x", "label": ["a"]}'}, "line 2: expected a text or a whole number as label, got ['a']"),
-    ({"a.jsonl": GOOD + '{"text": "x"}'}, "a.jsonl, line 2 has no label, those before it have one: give every document"),
-    ({"a.jsonl": '{"text": "x"}\n' + GOOD}, "a.jsonl, line 2 has a label, those before it have none: give every document"),
-    ({"a.jsonl": GOOD, "readme.md": "hello"}, "readme.md has no label, those before it have one"),
-    ({"a.jsonl": GOOD * 9}, "expected labels of two classes, found 'a' alone; leave the labels out for a language model"),
-    ({"a.jsonl": LABELLED + '{"text": "x", "label": "c"}'}, "line 9 has a third label: expected two classes, found 'a', 'b', 'c'"),
-    ({"a.jsonl": LABELLED[: len(LABELLED) // 2]}, "expected 3 texts or more of each label, one for each split, found 2 of 'a'"),
-])
-def test_sources_that_are_refused(tmp_path, files, message):
-    (tmp_path / "folder").mkdir()
-    for name, content in files.items():
-        (tmp_path / "folder" / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    done = make(tmp_path / "folder", tmp_path / "out", code=2)
-    assert message in done.stderr and untouched(tmp_path / "out"), done.stderr
-
-
-def test_a_damaged_archive_and_a_long_line(tmp_path, monkeypatch):
-    source = pack(encoded(NOTES), tmp_path / "a.tar.gz")
-    source.write_bytes(source.read_bytes()[:-100])
-    assert "a.tar.gz cannot be read to its end" in make(source, tmp_path / "out", code=2).stderr
-    monkeypatch.setattr("core.documents.LINE", 1000)
-    source = wrap(GOOD.encode() + b"x" * 2000, tmp_path / "a.jsonl")
-    assert "'a.jsonl, line 2' holds at least 2,000 bytes" in make(source, tmp_path / "out", code=2).stderr
-    assert untouched(tmp_path / "out")
 
 
 # ---- interrupted -------------------------------------------------------------------------------

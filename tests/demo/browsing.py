@@ -49,7 +49,8 @@ def served(folder):
 
 @contextlib.contextmanager
 def opened(browser, address, width=1280, height=900):
-    """A page that is open at `address`. At its end: no error on the console, nothing asked of any other machine, no traceback."""
+    """A page that is open at `address`. At its end: no error on the console, nothing asked of any other machine, no
+    traceback."""
     errors, elsewhere = [], []
     page = browser.new_page()
     page.set_viewport_size({"width": width, "height": height})
@@ -123,7 +124,8 @@ def shaded(page):
     """[(word, how dark)] of the first review."""
     found = page.locator(".shaded").first.locator("span").evaluate_all(
         "all => all.map(e => [e.textContent, getComputedStyle(e).backgroundColor])")
-    return [(word, float((re.findall(r"[\d.]+", colour)[3:] or [1])[0])) for word, colour in found]  # rgba(r, g, b, alpha)
+    return [(word, float((re.findall(r"[\d.]+", colour)[3:] or [1])[0]))
+            for word, colour in found]  # rgba(r, g, b, alpha)
 
 
 def is_blue(page):

@@ -50,7 +50,8 @@ def work(tmp_path_factory):
          "--use_triangle_wave_masking=True")
     made("deep/additive", "sentences", "--model=bilstm", "--hidden=16", "--max_iters=5", "--attention=additive")
     made("none", "sentences", "--model=bilstm", "--hidden=16", "--max_iters=5", "--attention=none", "--pool=max")
-    made("sentences", "sentences", "--block_size=32", "--max_iters=200", "--n_layer=2", "--batch_size=32", "--learning_rate=3e-3")
+    made("sentences", "sentences", "--block_size=32", "--max_iters=200", "--n_layer=2", "--batch_size=32",
+         "--learning_rate=3e-3")
     for name in ("damaged", "foreign"):
         (folder / name).mkdir()
     (folder / "damaged" / "best.pt").write_bytes((folder / "toy" / "best.pt").read_bytes()[:3000])
@@ -111,7 +112,8 @@ def test_review(page, work):
     idle(page)
     words = shaded(page)
     assert [word for word, _ in words] == names
-    assert int(np.argmax([dark for _, dark in words])) == int(np.argmax(weights)) and max(dark for _, dark in words) == 1
+    assert int(np.argmax([dark
+                          for _, dark in words])) == int(np.argmax(weights)) and max(dark for _, dark in words) == 1
     assert colours(page.screenshot()) > 30
     assert colours(page.get_by_test_id("stVegaLiteChart").screenshot()) > 10  # the heat map
 
@@ -123,7 +125,8 @@ def test_another_layer_and_head(page, work):
     for layer, head in ((0, 1), (1, 0)):
         check_choice(page, "Layer", str(layer))
         check_choice(page, "Head", str(head))
-        until(page, lambda: int(np.argmax([dark for _, dark in shaded(page)])), int(maps[layer][0, head].mean(0).argmax()))
+        until(page, lambda: int(np.argmax([dark for _, dark in shaded(page)])),
+              int(maps[layer][0, head].mean(0).argmax()))
     assert page.get_by_test_id("stVegaLiteChart").screenshot() != before
 
 
@@ -133,7 +136,8 @@ def test_another_review(page, work):
         metric(page, "Prediction", said_of(work / "sentences", text)[0])
     words = shaded(page)
     assert [word for word, _ in words] == ["<s>", "zebras", "dislike", "unheard", "of", "things"]  # as typed
-    assert page.locator('.shaded span[title*="not in the vocabulary"]').all_inner_texts() == ["zebras", "unheard", "of", "things"]
+    unknown = page.locator('.shaded span[title*="not in the vocabulary"]').all_inner_texts()
+    assert unknown == ["zebras", "unheard", "of", "things"]
 
 
 def test_models_side_by_side(page, work):
@@ -161,7 +165,8 @@ def test_second_review_in_a_second(page, work):
 ODD = {
     "long": " ".join(f"the film was {word}," for word in ("good", "bad", "great", "dull") * 500),
     "emoji": "😀 the film was 👍🏽 great \u202e evil \u200b \0 end",
-    "html": "<img src=x onerror='window.hacked=1'><b id=bold>the film</b><script>window.hacked=1</script> &amp; was <br> great",
+    "html": "<img src=x onerror='window.hacked=1'><b id=bold>the film</b><script>window.hacked=1</script> &amp; "
+            "was <br> great",
     "markdown": "# great ![x](http://example.org/x.png) [y](http://example.org) :smile: $x^2$ **bold** ``` `",
     "one word": "a" * 1_000_000,
 }
@@ -188,7 +193,8 @@ def test_empty_review(page):
         told(page, "Type a review above")
 
 
-@pytest.mark.parametrize("name, said", [("damaged", "damaged/best.pt is damaged"), ("foreign", "not a checkpoint of train.py")])
+@pytest.mark.parametrize("name, said",
+                         [("damaged", "damaged/best.pt is damaged"), ("foreign", "not a checkpoint of train.py")])
 def test_what_is_no_checkpoint(page, name, said):
     for tab in ("Reviews", "Text"):
         part(page, tab)
@@ -323,7 +329,8 @@ def test_word_that_the_model_cannot_read(page):
 def test_pattern(page, name, attention, options):
     part(page, "Patterns")
     check_choice(page, "Mechanism", name)
-    config = GPTConfig(block_size=256, vocab_size=1, n_layer=1, n_head=4, n_embd=64, attention=attention, options=options)
+    config = GPTConfig(block_size=256, vocab_size=1, n_layer=1, n_head=4, n_embd=64, attention=attention,
+                       options=options)
     layer, dense = GPT(config).layers[0].attention, 256 * 257 / 2
     kept, pairs = layer.kept_pairs(256), layer.multiplied_pairs(256)
     metric(page, "Pairs kept", f"{kept:,.0f}")

@@ -13,7 +13,8 @@ from test_sample import MARKED, REVIEWS, write_checkpoint
 from helpers import ROOT
 
 LOGS = {"first": '{"step": 1, "split": "train", "loss": 2, "stats": [{"spans": 5}, 3]}',
-        "second": '{"step": 1, "split": "train", "loss": 2, "tokens_per_second": "x"}\n{"step": 2, "split": "val", "loss": 1}',
+        "second": '{"step": 1, "split": "train", "loss": 2, "tokens_per_second": "x"}\n'
+                  '{"step": 2, "split": "val", "loss": 1}',
         "third": "[1]"}
 
 

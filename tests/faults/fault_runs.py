@@ -8,8 +8,10 @@ import torch
 from fault_injection import count, end, program
 
 MAX, INTERVAL = 20, 5
-SHAPE = ("--block_size=16", "--n_layer=1", "--n_head=2", "--n_embd=16", "--batch_size=4", "--warmup_iters=2", "--dropout=0.2",
-         "--gradient_accumulation_steps=2", f"--eval_interval={INTERVAL}", "--eval_iters=2", "--log_interval=1", "--device=cpu",
+SHAPE = ("--block_size=16", "--n_layer=1", "--n_head=2", "--n_embd=16", "--batch_size=4", "--warmup_iters=2",
+         "--dropout=0.2",
+         "--gradient_accumulation_steps=2", f"--eval_interval={INTERVAL}", "--eval_iters=2", "--log_interval=1",
+         "--device=cpu",
          "--dtype=float32", f"--max_iters={MAX}")
 
 
@@ -63,7 +65,8 @@ def log_of(out):
 
 
 def lost(whole, out):
-    """Bytes of weights, optimiser, random stream, best weights and log in which a run that ended is not as the unbroken one."""
+    """Bytes of weights, optimiser, random stream, best weights and log in which a run that ended is not as the unbroken
+    one."""
     total = 0
     for name in ("ckpt.pt", "best.pt"):
         total += unlike(*(content(torch.load(folder / name, weights_only=True)) for folder in (whole, out)))

@@ -60,7 +60,8 @@ def test_what_is_offered(whole, text, tmp_path):
 
 
 def test_without_best(whole, text, tmp_path):
-    """best.pt taken away: the best is counted from there on, which is said, and the weights of the run are not touched."""
+    """best.pt taken away: the best is counted from there on, which is said, and the weights of the run are not
+    touched."""
     out = half_done(whole, text, tmp_path / "out")
     (out / "best.pt").unlink()
     code, said = end(begin(out, text))
@@ -135,7 +136,8 @@ def test_not_finite(whole, text, tmp_path, where, said):
     for step in several((12,), (11, 13, 15, 17, 19)):
         out = half_done(whole, text, tmp_path / str(step))
         code, words = fit(out, text, faults=[("remember_models", ()), ("at_batch", (2 * step, "poison", where))])
-        assert code == 2 and re.search(f"{said} at step {step}: stopped; what is saved in {out} is from before", words), words
+        assert code == 2 and re.search(f"{said} at step {step}: stopped; what is saved in {out} is from before",
+                                       words), words
         for name in ("ckpt.pt", "best.pt"):
             assert all(tensor.isfinite().all() for tensor in load(out / name)[1]["model"].values())
         count("NaN or infinity in loss or gradients", refused=1)
@@ -147,10 +149,12 @@ def test_not_finite(whole, text, tmp_path, where, said):
 
 def test_resume_in_other_circumstances(whole, text, tmp_path):
     """Another precision, a longer run, and (where there is one) a GPU and back; each says what is not as it was."""
-    cases = [(["--dtype=bfloat16"], "dtype was 'float32', is now 'bfloat16': the losses from here on differ by rounding"),
+    cases = [(["--dtype=bfloat16"],
+              "dtype was 'float32', is now 'bfloat16': the losses from here on differ by rounding"),
              (["--max_iters=30"], f"max_iters was {MAX}, is now 30")]
     if torch.cuda.is_available():
-        cases += [(["--device=cuda"], "device was 'cpu', is now 'cuda'"), (["--device=cuda", "--dtype=bfloat16"], "'bfloat16'")]
+        cases += [(["--device=cuda"], "device was 'cpu', is now 'cuda'"),
+                  (["--device=cuda", "--dtype=bfloat16"], "'bfloat16'")]
     for n, (arguments, said) in enumerate(cases):
         out = half_done(whole, text, tmp_path / str(n))
         code, words = end(begin(out, text, *arguments))

@@ -18,7 +18,7 @@ from fault_runs import assert_nothing_lost, begin, fit, half_done, lost
 import plot
 from core import readers
 from core.checkpoint import PREVIOUS
-from core.runs import digest
+from core.meta import digest_of
 from helpers import call
 from model import load
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes
 
 def assert_as_before(out, before):
     """The last good checkpoint is what it was, to the bit."""
-    assert {name: digest(open(out / name, "rb")) for name in before} == before and load(out / "ckpt.pt")
+    assert {name: digest_of(out / name) for name in before} == before and load(out / "ckpt.pt")
     assert not list(out.glob("*.part"))
 
 
@@ -38,7 +38,7 @@ def test_full_disk_stops(whole, text, small_disk):
     out, draw = half_done(whole, text, small_disk / "out"), random.Random(2)
     size = (out / "ckpt.pt").stat().st_size
     for n in range(several(3, 12)):
-        before = {name: digest(open(out / name, "rb")) for name in ("ckpt.pt", PREVIOUS)}
+        before = {name: digest_of(out / name) for name in ("ckpt.pt", PREVIOUS)}
         fault_injection.fill(small_disk / "ballast", draw.randint(0, int(1.1 * size)) if n else 0)
         code, said = fit(out, text, "--max_iters=11")  # an evaluation at 10, before the first step, and at the end
         (small_disk / "ballast").unlink()
@@ -46,7 +46,8 @@ def test_full_disk_stops(whole, text, small_disk):
             shutil.rmtree(out)
             half_done(whole, text, out)
             continue
-        assert code == 2 and re.search("train.py: could not write .*: No space left on device; the previous file", said), said
+        assert code == 2 and re.search("train.py: could not write .*: No space left on device; the previous file",
+                                       said), said
         assert_as_before(out, before)
         count("disk full while saving", refused=1)
     assert_nothing_lost("disk full while saving", whole, out, text)
@@ -55,7 +56,8 @@ def test_full_disk_stops(whole, text, small_disk):
 def test_full_disk_goes_on(whole, text, small_disk):
     """With on_save_error=warn: what could not be saved is saved when there is room again, the log too."""
     row, out = "disk full while saving, on_save_error=warn", small_disk / "out"
-    for first, last in ((2, 2), (1, 3), (3, 6), (2, 6))[: several(2, 4)]:  # a disk full for longer stops the run: only the last step could save
+    # a disk full for longer stops the run: only the last step could save
+    for first, last in ((2, 2), (1, 3), (3, 6), (2, 6))[: several(2, 4)]:
         said = small_disk / "said"  # on the same disk
         faults = [("full_for", (str(small_disk), first, last))]
         code, words = end(begin(out, text, "--on_save_error=warn", faults=faults, said=said))
@@ -76,10 +78,11 @@ def test_file_limit(whole, text, tmp_path):
     out, draw = half_done(whole, text, tmp_path / "out"), random.Random(3)
     size, least = (out / "ckpt.pt").stat().st_size, (out / "log.jsonl").stat().st_size + 1000
     for n in range(several(3, 12)):
-        before = {name: digest(open(out / name, "rb")) for name in ("ckpt.pt", PREVIOUS)}
+        before = {name: digest_of(out / name) for name in ("ckpt.pt", PREVIOUS)}
         code, said = fit(out, text, faults=[("file_limit", (draw.randint(least, size - 1),))])
         assert code == 2 and re.search("could not write .*: File too large; the previous file is intact", said), said
-        assert '"step": 15, "split": "train"' not in (out / "log.jsonl").read_text()  # stopped at the first save, of step 15
+        # stopped at the first save, of step 15
+        assert '"step": 15, "split": "train"' not in (out / "log.jsonl").read_text()
         assert_as_before(out, before)
         count("disk full while saving", refused=1)
     assert_nothing_lost("disk full while saving", whole, out, text)
@@ -87,11 +90,13 @@ def test_file_limit(whole, text, tmp_path):
 
 def test_read_only_folder(whole, text, small_disk):
     out = half_done(whole, text, small_disk / "out")
-    before = {name: digest(open(out / name, "rb")) for name in ("ckpt.pt", PREVIOUS, "best.pt", "log.jsonl", "config.json")}
+    before = {name: digest_of(out / name)
+              for name in ("ckpt.pt", PREVIOUS, "best.pt", "log.jsonl", "config.json")}
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     for folder in (out, small_disk / "new"):
         code, words = fit(folder, text)
-        assert code == 2 and words.startswith(f"train.py: cannot write into {folder}: Read-only file system; give another"), words
+        line = f"train.py: cannot write into {folder}: Read-only file system; give another"
+        assert code == 2 and words.startswith(line), words
         count("read-only folder", refused=1)
     assert fit(out, text, "--eval_only=True")[0] == 0  # reading is allowed
     subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
@@ -207,7 +212,8 @@ def test_downloads(server, tmp_path):
             assert code == 2 and "broke off after" in words and "run again to go on" in words
             drops += 1
             count(row, resumed=1)
-    assert drops >= 5 and path.read_bytes() == BODY and Server.sent - before <= 1.1 * len(BODY)  # nothing was fetched twice
+    assert drops >= 5 and path.read_bytes() == BODY
+    assert Server.sent - before <= 1.1 * len(BODY)  # nothing was fetched twice
     path.unlink()
 
     for where, expected in (("error", "the server answered 503"), ("other", "expected sha256 .*, got")):

@@ -1,4 +1,5 @@
-"""A run in many processes of which one dies, is asked to stop, or finds a fault; and torchrun, which starts them again."""
+"""A run in many processes of which one dies, is asked to stop, or finds a fault; and torchrun, which starts them
+again."""
 
 import os
 import random
@@ -38,7 +39,8 @@ def test_data_changed_for_one_rank(alone, text, tmp_path):
     processes = begin(2, tmp_path / "out", data, faults=[("at_batch", (5, "truncate", str(data / "train.bin"), 1000))])
     ends = [end(process) for process in processes]
     assert [code for code, _ in ends] == [2, 2], ends
-    assert all("train.bin was changed while in use" in said and "stopped at step 5, saved" in said for _, said in ends), ends
+    assert all("train.bin was changed while in use" in said and "stopped at step 5, saved" in said
+               for _, said in ends), ends
     (data / "train.bin").write_bytes(whole)
     fit(2, tmp_path / "out", data, "--init_from=resume")
     assert_close(alone("text"), tmp_path / "out")
@@ -65,7 +67,8 @@ def test_a_rank_dies(alone, text, tmp_path):
     """Without torchrun nobody starts it again; the other one says so, and the run goes on from what is saved."""
     for batch in several((6,), (1, 4, 6)):
         out = tmp_path / str(batch)
-        (code, said), (killed, _) = [end(process) for process in begin(2, out, text, faults=[("at_batch", (batch, "die"))])]
+        processes = begin(2, out, text, faults=[("at_batch", (batch, "die"))])
+        (code, said), (killed, _) = [end(process) for process in processes]
         assert killed == -signal.SIGKILL and code == 2 and "another rank has ended, and with it the run" in said, said
         fit(2, out, text, "--init_from=resume")
         assert_close(alone("text"), out)
@@ -123,21 +126,24 @@ def test_torchrun_is_asked_to_stop(alone, text, tmp_path, number):
 
 
 def test_torchrun(alone, text, tmp_path):
-    code, said = ended(torchrun("--standalone", "--nproc_per_node=2", out=tmp_path / "out", data=text, more=["--init_from=auto"]))
+    code, said = ended(torchrun("--standalone", "--nproc_per_node=2", out=tmp_path / "out", data=text,
+                                more=["--init_from=auto"]))
     assert code == 0 and "2 ranks" in said, said
     assert_close(alone("text"), tmp_path / "out")
 
 
 @pytest.mark.parametrize("shard", ["False", "True"])
 def test_a_rank_dies_and_comes_back(alone, text, tmp_path, monkeypatch, shard):
-    """SIGKILL to one rank: torchrun starts all again, they go on from the checkpoint, and the end is the unbroken run's."""
+    """SIGKILL to one rank: torchrun starts all again, they go on from the checkpoint, and the end is the unbroken
+    run's."""
     draw = random.Random(shard)
     for n in range(several(1, 2)):
         rank, batch, out = draw.randrange(2), draw.randrange(1, MAX), tmp_path / str(n)
         monkeypatch.setenv("DIES", f"{tmp_path}/died{n} {rank} {batch}")
         code, said = ended(torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=2", out=out, data=text,
                                     more=[f"--shard={shard}"]))
-        assert code == 0 and (tmp_path / f"died{n}").exists() and f"resume: from step {batch // 4 * 4} of 8" in said, said
+        assert code == 0 and (tmp_path / f"died{n}").exists(), said
+        assert f"resume: from step {batch // 4 * 4} of 8" in said, said
         assert not out.with_name(f"{n}.1").exists()
         assert_close(alone("text"), out)
         count(ROW, resumed=1)

@@ -13,7 +13,7 @@ import torch
 from fault_injection import count, end, several
 from fault_runs import MAX, assert_nothing_lost, begin, fit, half_done, line, lost
 
-from core.runs import digest
+from core.meta import digest_of
 from helpers import ROOT
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork, and their signals")
@@ -38,8 +38,8 @@ def kill(process, out, draw, kind, duration):
 
 
 def test_sigkill(whole, text, tmp_path):
-    """At moments drawn at random: any, within the writing of a checkpoint, and around the system calls of that. Runs are
-    killed and resumed until they end, one after the other, until there were enough kills."""
+    """At moments drawn at random: any, within the writing of a checkpoint, and around the system calls of that. Runs
+    are killed and resumed until they end, one after the other, until there were enough kills."""
     draw, wanted, killed, inside, ended = random.Random(1), several(6, 50), 0, 0, 0
     began = time.monotonic()
     assert fit(tmp_path / "timed", text)[0] == 0 and lost(whole, tmp_path / "timed") == 0
@@ -63,7 +63,8 @@ def test_sigkill(whole, text, tmp_path):
         count("SIGKILL at random moments", 0, lost=gone)
         assert gone == 0
     count("of these inside the writing of a checkpoint", inside)
-    print(f"{killed} kills, {inside} inside the writing of a checkpoint; {ended} runs to their end, each as the unbroken one")
+    print(f"{killed} kills, {inside} inside the writing of a checkpoint; {ended} runs to their end, each as the "
+          "unbroken one")
     assert inside >= wanted / 10
 
 
@@ -73,7 +74,8 @@ def test_signals_that_ask(whole, text, tmp_path, number):
     for n in range(several(1, 6)):
         out, steps = tmp_path / str(n), draw.randint(1, MAX - 1)
         process = begin(out, text, faults=[("slow_steps", (0.02,))])
-        while not (out / "log.jsonl").exists() or f'"step": {steps}, "split": "train"' not in (out / "log.jsonl").read_text():
+        log, line = out / "log.jsonl", f'"step": {steps}, "split": "train"'
+        while not log.exists() or line not in log.read_text():
             time.sleep(0.005)
         os.kill(process.pid, number)
         asked = time.monotonic()
@@ -94,7 +96,8 @@ def test_stopped_within_a_step(whole, text, tmp_path):
 
 def test_signals_as_a_user_sends_them(text, tmp_path):
     """Without any help of these tests: python train.py, and Ctrl-C."""
-    command = [sys.executable, ROOT / "train.py", *line(tmp_path / "out", text, "--max_iters=100000", "--eval_interval=1000")]
+    command = [sys.executable, ROOT / "train.py",
+               *line(tmp_path / "out", text, "--max_iters=100000", "--eval_interval=1000")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     said = [process.stdout.readline()]
     while "step 20/" not in said[-1]:
@@ -132,13 +135,15 @@ def test_runs_begun_at_once(whole, text, tmp_path):
     """One of several goes on, whichever; the earlier run in the folder is moved aside once and whole."""
     for n in range(several(1, 5)):
         out = half_done(whole, text, tmp_path / str(n) / "out")
-        kept = digest(open(out / "ckpt.pt", "rb"))
+        kept = digest_of(out / "ckpt.pt")
         started = [begin(out, text, "--init_from=scratch", faults=[("slow_steps", (0.1,))]) for _ in range(3)]
         ends = [end(process) for process in started]
         done = [code for code, _ in ends].count(0)
-        assert sorted({code for code, _ in ends}) in ([0, 2], [0]) and done >= 1  # a slow one may begin when another is done
+        assert sorted({code for code, _ in ends}) in ([0,
+                                                       2],
+                                                      [0]) and done >= 1  # a slow one may begin when another is done
         assert all("is in use by another run" in words for code, words in ends if code)
-        assert lost(whole, out) == 0 and digest(open(tmp_path / str(n) / "out.1" / "ckpt.pt", "rb")) == kept
+        assert lost(whole, out) == 0 and digest_of(tmp_path / str(n) / "out.1" / "ckpt.pt") == kept
         assert len(list(out.parent.iterdir())) == 1 + done
         count("runs begun at once in one folder", len(ends), refused=len(ends) - done)
 

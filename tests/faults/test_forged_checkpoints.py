@@ -27,7 +27,8 @@ ROW = "forged checkpoints: types, sizes, ranges, numbers that are not finite"
 
 @pytest.fixture
 def forge(tmp_path):
-    """A function that saves a checkpoint with something replaced, {"a.b": value}, and loads it; gives the one sentence."""
+    """A function that saves a checkpoint with something replaced, {"a.b": value}, and loads it; gives the one
+    sentence."""
     whole = torch.load(write_checkpoint(tmp_path / "whole", MARKED) / "best.pt", weights_only=True)
 
     def forged(changes):
@@ -57,13 +58,16 @@ W = "model/layers.0.attention.proj.weight"
     ({"model_config/n_layer": 10**6}, "n_layer"), ({"model_config/n_layer": 10**30}, "n_layer"),
     ({"model_config/n_embd": 2 * 10**6}, "embedding.weight"), ({"model_config/vocab_size": 10**9}, "embedding.weight"),
     ({"model_config/n_class": 10**9}, "head.weight"), ({"model_config/block_size": 10**12}, "block_size"),
-    ({"model_config/n_layer": True}, "n_layer"), ({"model_config/n_layer": 2.0}, "n_layer"), ({"model_config/bias": 1}, "bias"),
+    ({"model_config/n_layer": True}, "n_layer"), ({"model_config/n_layer": 2.0}, "n_layer"),
+    ({"model_config/bias": 1}, "bias"),
     ({"model_config/dropout": float("nan")}, "dropout"), ({"model_config/dropout": "0"}, "dropout"),
     ({"model_config/attention": 3}, "attention"), ({"model_config/attention": ["dense"]}, "attention"),
     ({"model_config/options": [1]}, "options"), ({"model_config/options": {"window": "x"}}, "window"),
-    ({"model_config/model": None}, "model"), ({"model_config": None}, "model_config"), ({"model_config": [1]}, "model_config"),
+    ({"model_config/model": None}, "model"), ({"model_config": None}, "model_config"),
+    ({"model_config": [1]}, "model_config"),
     ({"model": None}, "model"), ({"model": [1]}, "model"), ({W: 3}, "proj.weight"), ({W: [1.0]}, "proj.weight"),
-    ({W: torch.zeros(16, 16, dtype=torch.int8)}, "int8"), ({W: torch.zeros(16, 16, dtype=torch.complex64)}, "complex64"),
+    ({W: torch.zeros(16, 16, dtype=torch.int8)}, "int8"),
+    ({W: torch.zeros(16, 16, dtype=torch.complex64)}, "complex64"),
     ({W: torch.zeros(16, 16).to_sparse()}, "sparse"), ({W: torch.zeros(3, 16)}, "the shape"),
     ({W: torch.full((16, 16), torch.nan)}, "not finite"), ({W: torch.full((16, 16), -torch.inf)}, "not finite"),
     ({W: torch.zeros(1).expand(16, 16)}, "proj.weight"), ({"model/more": torch.zeros(1)}, "more"),
@@ -76,7 +80,8 @@ def test_model(forge, changes, said):
 def test_a_large_model_that_the_tensors_do_not_hold(forge):
     """Weights of 10^10 numbers that take no room in the file: the model is not built."""
     wide = torch.zeros(1).expand(256, 10**6)
-    assert "embedding.weight" in forge({"model/embedding.weight": wide, "model/head.weight": wide, "model_config/n_embd": 10**6})
+    assert "embedding.weight" in forge({"model/embedding.weight": wide, "model/head.weight": wide,
+                                        "model_config/n_embd": 10**6})
     narrow = torch.zeros(1, 200_000)
     changes = {"model/embedding.weight": narrow, "model/head.weight": narrow, "model_config/n_embd": 200_000}
     assert "n_embd" in forge({**changes, "model_config/vocab_size": 1})
@@ -90,7 +95,8 @@ def test_a_large_model_that_the_tensors_do_not_hold(forge):
     {**CHARS, "vocab_size": 256, "vocab": "a" * 256},
     {**CHARS, "vocab_size": 256, "vocab": None}, {"tokenizer": ["bytes"], "vocab_size": 256, "mark": None},
     {**MARKED, "tokenizer": "bpe", "pattern": "(", "ranks": ["YQ=="] * 255},
-    {**MARKED, "tokenizer": "bpe", "pattern": 3, "ranks": [3] * 255}, {**MARKED, "tokenizer": "bpe", "pattern": "a", "ranks": None},
+    {**MARKED, "tokenizer": "bpe", "pattern": 3, "ranks": [3] * 255},
+    {**MARKED, "tokenizer": "bpe", "pattern": "a", "ranks": None},
     {**MARKED, "tokenizer": "bpe", "pattern": "a", "ranks": ["%"] * 255},
 ])
 def test_meta(forge, meta):
@@ -110,7 +116,8 @@ def test_classes(tmp_path, classes):
 def test_vocabularies_that_are_right_are_read(tmp_path):
     meta = {"tokenizer": "words", "vocab_size": 4, "mark": 0, "vocab": ["<s>", UNKNOWN, "a", "film"]}
     for n, each in enumerate((meta, MARKED, REVIEWS, CHARS)):
-        assert sample.read_run(write_checkpoint(tmp_path / str(n), each) / "best.pt")[1].vocab_size == each["vocab_size"]
+        assert sample.read_run(write_checkpoint(tmp_path / str(n),
+                                                each) / "best.pt")[1].vocab_size == each["vocab_size"]
 
 
 # ---- what is no regular file -------------------------------------------------------------------
@@ -181,12 +188,14 @@ def entry(part, key, value):
     *(entry("state", "step", bad) for bad in (-5, 2.5, "x", None, True, 10**30, float("nan"))),
     *(entry("state", key, bad) for key in ("evaluated", "best_step", "worse") for bad in ("x", 2.5, -5, None)),
     *(entry("state", key, bad) for key in ("best", "seconds", "work") for bad in ("x", None, float("nan"), [1])),
-    entry("state", "seconds", -1.0), entry("state", "work", float("inf")), lambda c: {"state": [1]}, lambda c: {"state": {}},
+    entry("state", "seconds", -1.0),
+    entry("state", "work", float("inf")), lambda c: {"state": [1]}, lambda c: {"state": {}},
     moments(exp_avg=torch.zeros(16, 16, dtype=torch.int8)), moments(exp_avg=torch.zeros(16, 16, dtype=torch.float16)),
     moments(exp_avg_sq=torch.full((16, 16), -1.0)), moments(exp_avg_sq=torch.full((16, 16), torch.nan)),
     moments(exp_avg=torch.zeros(16)), moments(exp_avg=None), moments(exp_avg=3), moments(more=torch.zeros(16, 16)),
     moments(step=torch.tensor(-1.0)), moments(step=torch.tensor(torch.nan)), moments(step=torch.zeros(16, 16)),
-    moments(step=torch.tensor(1, dtype=torch.int8)), moments(step=3), lambda c: {"optimizer": [1]}, lambda c: {"optimizer": None},
+    moments(step=torch.tensor(1, dtype=torch.int8)),
+    moments(step=3), lambda c: {"optimizer": [1]}, lambda c: {"optimizer": None},
     lambda c: {"optimizer": {**c["optimizer"], NAME: None}}, lambda c: {"scaler": [1]}, lambda c: {"scaler": "x"},
     lambda c: {"random": []}, lambda c: {"random": [3]}, lambda c: {"random": None}, lambda c: {"random": [{}]},
     lambda c: {"random": [{"random": torch.zeros(3)}]}, lambda c: {"random": [{"random": "x"}]},

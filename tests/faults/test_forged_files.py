@@ -1,4 +1,5 @@
-"""Forged files of a run: logs, predictions, comparisons, benchmarks. Each ends in a picture or in one sentence, soon."""
+"""Forged files of a run: logs, predictions, comparisons, benchmarks. Each ends in a picture or in one sentence,
+soon."""
 
 import contextlib
 import json
@@ -77,7 +78,12 @@ def pictures(monkeypatch):
     """{file name: the figure that was written there}, of any size; skips where matplotlib is not installed."""
     pytest.importorskip("matplotlib")
     made, write = {}, figures.write
-    monkeypatch.setattr(figures, "write", lambda fig, path, *colours: (write(fig, path, *colours), made.update({path.name: fig})))
+
+    def remembered(fig, path, *colours):
+        write(fig, path, *colours)
+        made[path.name] = fig
+
+    monkeypatch.setattr(figures, "write", remembered)
     return made
 
 
@@ -146,7 +152,8 @@ def test_no_regular_file(tmp_path, refused, drawn, kind, name):
 
 @pytest.mark.parametrize("p, label, said", [
     ([0.5, np.nan], [1, 0], "from 0 to 1"), ([0.5, 1.5], [1, 0], "from 0 to 1"), ([0.5, -1e30], [1, 0], "from 0 to 1"),
-    ([0.5 + 1j, 0.5], [1, 0], "complex128"), ([[0.5, 0.5]], [[1, 0]], "shape"), (0.5, 1, "shape"), ([0.5], [7], "0 and 1"),
+    ([0.5 + 1j, 0.5], [1, 0], "complex128"), ([[0.5, 0.5]], [[1, 0]], "shape"), (0.5, 1, "shape"),
+    ([0.5], [7], "0 and 1"),
     ([0.5], [1.5], "float64"), ([True], [1], "bool"), (np.array(["2020-01-01"], "M8[D]"), [1], "datetime64"),
     ([0.5], ["1"], "<U1"), (np.array([None]), [1], "allow_pickle"), ([0.5, 0.5], [1], "shape"), ([], [], "shape"),
 ])
@@ -183,7 +190,8 @@ NEEDED = {"compare", "budget", "amount", "seeds", "dtype", "score", "split", "va
 
 
 def test_forged_comparisons(tmp_path, monkeypatch):
-    """Whatever stands at any place: a picture where nothing drawn depends on it, else one sentence. Nothing half-drawn."""
+    """Whatever stands at any place: a picture where nothing drawn depends on it, else one sentence. Nothing
+    half-drawn."""
     pytest.importorskip("matplotlib")
     from core import charts
 
@@ -198,13 +206,16 @@ def test_forged_comparisons(tmp_path, monkeypatch):
                 saved, found = charts.read_comparison(path)
                 assert set(saved) >= NEEDED and found
             except UserError as error:
-                assert re.search("is not what compare.py writes|holds no variants", str(error)) and len(str(error)) < 500, error
+                assert re.search("is not what compare.py writes|holds no variants",
+                                 str(error)) and len(str(error)) < 500, error
                 refusals += 1
             tried += 1
     assert refusals > 150
     count("forged logs, predictions, comparisons and benchmarks", tried, refused=refusals)
-    for change in ({"score": 1e400}, {"amount": "x"}, {"seeds": 3}, {"machine": {"gpu": ["x"]}}, {"machine": "x"}, {"score": "f1"},
-                   {"variants": good["variants"] * 100}, {"title": "x" * 10**6}, {"split": ["test"]}, {"dtype": {"a": 1}}):
+    for change in ({"score": 1e400}, {"amount": "x"}, {"seeds": 3}, {"machine": {"gpu": ["x"]}}, {"machine": "x"},
+                   {"score": "f1"},
+                   {"variants": good["variants"] * 100}, {"title": "x" * 10**6}, {"split": ["test"]},
+                   {"dtype": {"a": 1}}):
         path.write_text(json.dumps({**good, **change}))
         with pytest.raises(UserError, match="is not what compare.py writes"):
             charts.read_comparison(path)
@@ -272,11 +283,13 @@ def test_runs_that_cannot_be_read_are_skipped(tmp_path, monkeypatch, name):
 
 
 def test_kind_of_a_forged_run(tmp_path):
-    for content in ("[1]", '{"stats": [3], "step": 0, "split": "val", "loss": 1}', "\udcff", "[" * 3000, '{"stats": 5}', "3"):
+    for content in ("[1]", '{"stats": [3], "step": 0, "split": "val", "loss": 1}', "\udcff", "[" * 3000, '{"stats": 5}',
+                    "3"):
         write_log(tmp_path / "out", end="")
         (tmp_path / "out" / "log.jsonl").write_bytes(content.encode("utf-8", "surrogateescape") + b"\n")
         record = demo.first_record(tmp_path / "out")
-        assert all(isinstance(layer, dict) for layer in record.get("stats", [])) and demo.kind_of(tmp_path / "out") in ("", "lm")
+        assert all(isinstance(layer, dict) for layer in record.get("stats", []))
+        assert demo.kind_of(tmp_path / "out") in ("", "lm")
     (tmp_path / "out" / "log.jsonl").unlink()
     os.mkfifo(tmp_path / "out" / "log.jsonl")
     with within(5):

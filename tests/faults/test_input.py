@@ -17,7 +17,7 @@ from core.config import UserError, plain_values, run_main
 from core.dataset import Dataset, batches
 from core.mechanisms import mechanisms
 from core.tokenizer import UNKNOWN
-from helpers import call
+from helpers import call, in_order
 from model import options_of
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -190,7 +190,7 @@ def test_meta(text, reviews, tmp_path):
             for split in ("train", "val", "test"):
                 source = batches(read, split, 2, 8)
                 source.batch(0)
-                next(iter(source.in_order(1)))
+                next(iter(in_order(source, 1)))
                 read.kind == "lm" and read.bytes_per_token(split)
             read.check_files()
         except UserError as error:

@@ -13,7 +13,8 @@ from helpers import call, write_bytes
 from model import load
 
 pytestmark = pytest.mark.usefixtures("quick")
-SMALL = ("--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--max_iters=2", "--eval_interval=2", "--eval_iters=1",
+SMALL = ("--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--max_iters=2", "--eval_interval=2",
+         "--eval_iters=1",
          "--batch_size=2", "--dtype=float32", "--warmup_iters=1", "--device=cpu")
 ROW = "train.py into a folder of something else"
 
@@ -24,7 +25,8 @@ def content(folder):
 
 @pytest.fixture
 def assert_refused(refused, text):
-    """A function of an out_dir, and of the folder that must be as it was, every byte of it, when the run was refused."""
+    """A function of an out_dir, and of the folder that must be as it was, every byte of it, when the run was
+    refused."""
 
     def check(out, folder, said, *arguments):
         before = content(folder)
@@ -39,7 +41,8 @@ def assert_refused(refused, text):
 @pytest.mark.parametrize("files", [
     {"train.py": b"# script", "data/toy/prepare.py": b"# script"}, {"meta.json": b"{}", "train.bin": b"tokens"},
     {"config.json": b"{}", "pytorch_model.bin": b"weights"}, {"log.jsonl": b"{}\n", "notes.txt": b"mine"},
-    {"earlier.part/train.py": b"mine", "other": b"mine"}, {".profile": b"mine"}, {"best.pt.txt": b"mine"}, {"mybest.pt": b"mine"},
+    {"earlier.part/train.py": b"mine", "other": b"mine"}, {".profile": b"mine"}, {"best.pt.txt": b"mine"},
+    {"mybest.pt": b"mine"},
     {"Log.jsonl.d/a": b"mine"},
 ], ids=lambda files: " ".join(files))
 def test_a_folder_of_something_else(assert_refused, tmp_path, files):
@@ -54,7 +57,8 @@ def test_the_working_folder_and_an_empty_value(assert_refused, tmp_path, monkeyp
     (tmp_path / "repository").mkdir()
     (tmp_path / "repository" / "train.py").write_text("# script")
     monkeypatch.chdir(tmp_path / "repository")
-    for out, said in ((".", "holds 'train.py', which is no file of a run"), ("..", "holds 'repository', which is no file"),
+    for out, said in ((".", "holds 'train.py', which is no file of a run"),
+                      ("..", "holds 'repository', which is no file"),
                       ("", "out_dir expects the path of a folder, got nothing")):
         for arguments in ((), ("--init_from=resume",) * (out == ""), ("--eval_only=True",) * (out == "")):
             assert_refused(out, tmp_path, said, *arguments)
@@ -129,16 +133,19 @@ def test_ended_while_a_run_is_moved_aside(tmp_path, monkeypatch, after):
             runs.prepare_folder(out)
         monkeypatch.setattr(os, "rename", rename)
         runs.prepare_folder(out)
-        assert content(out.parent) == {"out/lock": b"", "out/mine": b"mine", **{f"out.1/{name}": made[name] for name in made}}
+        assert content(out.parent) == {"out/lock": b"", "out/mine": b"mine",
+                                       **{f"out.1/{name}": made[name] for name in made}}
 
 
 def test_compare_removes_no_other_folder(text, tmp_path, refused, monkeypatch):
     """Where a run's folder was begun by something else."""
-    monkeypatch.setattr(compare, "measure", lambda variants, machine: {v.name: {"seconds_per_step": 1, "work_per_step": 1, "parameters": 1}
-                                                              for v in variants})
+    cost = {"seconds_per_step": 1, "work_per_step": 1, "parameters": 1}
+    monkeypatch.setattr(compare, "measure", lambda variants, device, dtype: {v.name: cost for v in variants})
     folder = tmp_path / "out" / "dense-1"
     folder.mkdir(parents=True)
     (folder / "thesis.txt").write_text("mine")
-    line = refused(compare, f"--out_dir={tmp_path / 'out'}", f"--base={[f'--dataset={text}', *[each for each in SMALL if 'iters' not in each and 'interval' not in each]]}", "--amount=1.0",
+    small = [each for each in SMALL if "iters" not in each and "interval" not in each]
+    line = refused(compare, f"--out_dir={tmp_path / 'out'}",
+                   f"--base={[f'--dataset={text}', *small]}", "--amount=1.0",
                    "--variants=['dense:', 'local: --attention=sparse']", "--seeds=[1, 2]")
     assert "holds 'thesis.txt', which is no file of a run" in line and (folder / "thesis.txt").read_text() == "mine"

@@ -16,7 +16,8 @@ KINDS = ("none", "additive", "multihead", "sparse", "atrt")
 
 def make(attention, **more):
     torch.manual_seed(0)
-    config = GPTConfig(**{"model": "bilstm", "attention": attention, "vocab_size": 20, "n_embd": 6, "n_head": 2, "n_layer": 1,
+    config = GPTConfig(**{"model": "bilstm", "attention": attention, "vocab_size": 20, "n_embd": 6, "n_head": 2,
+                          "n_layer": 1,
                           "n_class": 2, "pool": "max", "options": {"hidden": 4}, "block_size": 16, **more})
     return new_model(config).double().eval()
 
@@ -114,14 +115,18 @@ def test_work_is_what_the_products_cost():
         with FlopCounterMode(display=False) as counter:
             model(torch.ones(3, 7, dtype=torch.long))
         head, vector = 2 * 3 * 2 * 8, 21 * 2 * 8 * (kind == "additive")  # products with a vector are not in the counter
-        assert 3 * (counter.get_total_flops() - head + vector) == pytest.approx(model.estimate_flops(7) * 21, rel=1e-6), kind
+        assert 3 * (counter.get_total_flops() - head
+                    + vector) == pytest.approx(model.estimate_flops(7) * 21, rel=1e-6), kind
 
 
 @pytest.mark.parametrize("attention", ["none", "additive", "multihead", "sparse"])
 def test_trains_resumes_and_samples(attention, reviews, tmp_path, quick, capsys):
-    arguments = ["--model=bilstm", f"--attention={attention}", f"--dataset={reviews}", f"--out_dir={tmp_path / 'out'}", "--hidden=8",
-                 "--n_embd=8", "--n_layer=1", "--n_head=2", "--block_size=40", "--batch_size=8", "--eval_iters=0", "--pool=max",
-                 "--eval_interval=20", "--learning_rate=0.03", "--warmup_iters=2", "--eval_test=True", "--dtype=float32"]
+    arguments = ["--model=bilstm", f"--attention={attention}", f"--dataset={reviews}", f"--out_dir={tmp_path / 'out'}",
+                 "--hidden=8",
+                 "--n_embd=8", "--n_layer=1", "--n_head=2", "--block_size=40", "--batch_size=8", "--eval_iters=0",
+                 "--pool=max",
+                 "--eval_interval=20", "--learning_rate=0.03", "--warmup_iters=2", "--eval_test=True",
+                 "--dtype=float32"]
     call(train, *arguments, "--max_iters=20")
     call(train, *arguments, "--max_iters=40", "--init_from=resume")
     model, checkpoint = load(tmp_path / "out" / "best.pt")

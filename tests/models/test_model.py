@@ -139,9 +139,9 @@ def test_rms_norm():
     assert torch.autograd.gradcheck(rms_norm, x)
 
 
-@pytest.mark.parametrize("changes", [{}, {"n_class": 2}, {"tie": False, "bias": True, "norm": "layernorm", "pos": "learned"},
-                                     {"n_head": 4, "n_kv_head": 1, "qk_norm": True},
-                                     {"ngram": 3, "ngram_rows": 11, "ngram_dim": 5}])
+@pytest.mark.parametrize("changes",
+                         [{}, {"n_class": 2}, {"tie": False, "bias": True, "norm": "layernorm", "pos": "learned"},
+                          {"n_head": 4, "n_kv_head": 1, "qk_norm": True}, {"ngram": 3, "ngram_rows": 11, "ngram_dim": 5}])
 def test_counts(changes):
     """Parameters and work as counted are what is there. PyTorch counts the reference's full matrix."""
     model = GPT(GPTConfig(**{**SMALL, "kernel": "reference", **changes}))
@@ -179,7 +179,8 @@ def test_activation_bytes():
 
 @pytest.mark.parametrize("supported", [PackedLinear.is_supported(), False])
 def test_convert_for_inference(monkeypatch, supported):
-    """bfloat16, with weights packed if the processor supports it, draws from the same distribution within that precision."""
+    """bfloat16, with weights packed if the processor supports it, draws from the same distribution within that
+    precision."""
     monkeypatch.setattr(PackedLinear, "is_supported", lambda: supported)
     model = GPT(GPTConfig(**{**SMALL, "n_embd": 64})).eval()
     idx = torch.randint(50, (1, 12))
@@ -279,7 +280,8 @@ def test_checkpoints_are_whole_or_refused(tmp_path):
         with pytest.raises(UserError, match="damaged or not a checkpoint"):
             load(path)
     save(path, {"model": GPT(GPTConfig(**{**SMALL, "n_layer": 3})).state_dict(), "model_config": vars(model.config)})
-    with pytest.raises(UserError, match="not those of the model as it is built now .only the file has layers.2.*the model was edited"):
+    said = "not those of the model as it is built now .only the file has layers.2.*the model was edited"
+    with pytest.raises(UserError, match=said):
         load(path)
     with pytest.raises(UserError, match="no checkpoint"):
         load(tmp_path / "none.pt")

@@ -13,7 +13,8 @@ from model import GPT, GPTConfig
 def turned(x, base=10000.0):
     """Rotary positions 0, 1, ... of x (H, T, D): dimensions d and d + D / 2 turn by position * base^(-2 d / D)."""
     half = x.size(-1) // 2
-    turn = torch.tensor([[position * base ** (-d / half) for d in range(half)] for position in range(x.size(1))], dtype=x.dtype)
+    turn = torch.tensor([[position * base ** (-d / half) for d in range(half)] for position in range(x.size(1))],
+                        dtype=x.dtype)
     pairs = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(turn), turn)
     return torch.cat([pairs.real, pairs.imag], -1)
 
@@ -111,7 +112,8 @@ def test_forward_by_hand(changes, n_class):
 def test_weights_begin_as_said():
     """A standard deviation of 0.02; what adds to the residual stream, 2 n_layer times, less by the root of that."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=64, vocab_size=200, n_layer=8, n_head=2, n_embd=64, bias=True, pos="learned", tie=False))
+    model = GPT(GPTConfig(block_size=64, vocab_size=200, n_layer=8, n_head=2, n_embd=64, bias=True, pos="learned",
+                          tie=False))
     for name, p in model.named_parameters():
         if name.endswith("bias"):
             assert not p.any(), name

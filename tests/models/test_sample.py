@@ -117,10 +117,13 @@ def test_logits_that_are_not_finite(out, judge, refused):
                 weight.uniform_(-1e38, 1e38)
         save(folder / "best.pt", checkpoint)
         for more in ((), ("--temperature=0",)):
-            assert "scores are not finite" in refused(sample, f"--out_dir={folder}", f"--start={start}", "--num_samples=1", *more)
+            assert "scores are not finite" in refused(sample, f"--out_dir={folder}", f"--start={start}",
+                                                      "--num_samples=1", *more)
 
 
-@pytest.mark.parametrize("meta", [MARKED, BYTES, CHARS, {**BYTES, "tokenizer": "words", "vocab": [f"a{n}" for n in range(256)]}])
+@pytest.mark.parametrize("meta",
+                         [MARKED, BYTES, CHARS,
+                          {**BYTES, "tokenizer": "words", "vocab": [f"a{n}" for n in range(256)]}])
 @pytest.mark.parametrize("start", ["", " "])
 def test_an_empty_prompt(tmp_path, shown, refused, meta, start):
     out = write_checkpoint(tmp_path / "out", meta)
@@ -148,7 +151,8 @@ def test_in_bfloat16_every_mechanism_keeps_its_mask(tmp_path, shown, attention, 
     inference.convert_for_inference(model, torch.bfloat16)
     for layer, bias in zip(model.layers, before):
         torch.testing.assert_close(layer.attention.bias_at(j[-1:], j), bias, rtol=0, atol=0)
-    common = (f"--out_dir={out}", "--start=" + "abc" * 340, "--num_samples=1", "--max_new_tokens=20", "--dtype=bfloat16")
+    common = (f"--out_dir={out}", "--start=" + "abc" * 340, "--num_samples=1", "--max_new_tokens=20",
+              "--dtype=bfloat16")
     assert re.fullmatch("(abc){340}[abc]{20}", *samples(shown(*common)))
 
 
@@ -288,7 +292,8 @@ def test_checkpoints_that_are_none(tmp_path, out, refused):
     torch.save({"model": {}, "settings": {}}, other)
     zipped = io.BytesIO()
     torch.save({"model": Trap(trap), "model_config": {}}, zipped)
-    for content in (whole[: len(whole) // 2], whole[:100], b"", b"just text\n", b"PK\3\4" + b"x" * 200, other.getvalue(),
+    for content in (whole[: len(whole) // 2], whole[:100], b"", b"just text\n", b"PK\3\4" + b"x" * 200,
+                    other.getvalue(),
                     pickle.dumps(Trap(trap)), pickle.dumps({"model": Trap(trap)}), zipped.getvalue(),
                     codecs.encode(whole[:99], "hex")):
         file.write_bytes(content)
@@ -315,8 +320,10 @@ def test_weights_of_another_shape(out, refused):
 @pytest.mark.parametrize("argument, said", [
     ("--num_samples=0", "num_samples must be at least 1, got 0"),
     ("--max_new_tokens=-5", "max_new_tokens must be at least 1, got -5"),
-    ("--temperature=-1", "temperature must be at least 0, got -1.0"), ("--top_k=-1", "top_k must be at least 0, got -1"),
-    ("--top_p=0", "top_p must be above 0 and at most 1, got 0.0"), ("--top_p=1.5", "top_p must be above 0 and at most 1"),
+    ("--temperature=-1", "temperature must be at least 0, got -1.0"),
+    ("--top_k=-1", "top_k must be at least 0, got -1"),
+    ("--top_p=0", "top_p must be above 0 and at most 1, got 0.0"),
+    ("--top_p=1.5", "top_p must be above 0 and at most 1"),
     ("--temperature=1e999", "temperature expects float (like 0.8), finite, got float inf"),
     ("--temperature=nan", "temperature expects float"),
     ("--seed=-1", "seed must be at least 0, got -1"), (f"--seed={2**64}", f"below 2**63 in size, got int {2**64}"),
@@ -337,12 +344,14 @@ def test_without_a_folder_the_newest_run_is_read(tmp_path, monkeypatch, capsys, 
     more = ("--num_samples=1", "--max_new_tokens=2")
     assert "no checkpoint at out/ckpt.pt; train one first: python train.py --out_dir=out" in refused(sample, *more)
     for age, name in enumerate(("out-newest", "out-older", "out-oldest")):
-        path = write_checkpoint(tmp_path / name, MARKED, name="ckpt.pt" if age else "best.pt") / ("ckpt.pt" if age else "best.pt")
+        path = write_checkpoint(tmp_path / name, MARKED,
+                                name="ckpt.pt" if age else "best.pt") / ("ckpt.pt" if age else "best.pt")
         os.utime(path, (10**9 - age, 10**9 - age))
     capsys.readouterr()
     assert not call(sample, *more)
-    assert capsys.readouterr().err.startswith("out does not exist: using the newest run, out-newest; choose another with "
-                                              "--out_dir (out-older, out-oldest)\n")
+    said = capsys.readouterr().err
+    assert said.startswith("out does not exist: using the newest run, out-newest; choose another with --out_dir "
+                           "(out-older, out-oldest)\n")
     assert "no checkpoint at out/ckpt.pt" in refused(sample, *more, "--out_dir=out")
     write_checkpoint(tmp_path / "out", MARKED)
     assert not call(sample, *more) and "does not exist" not in capsys.readouterr().err
@@ -380,7 +389,8 @@ def test_threads(tmp_path, shown, refused, monkeypatch):
     monkeypatch.setattr(sample.hardware, "THREADS", 2)
     monkeypatch.setattr(sample.os, "cpu_count", lambda: 2)
     monkeypatch.setattr(sample.hardware, "adapt_threads", lambda *how: seen.append(how[1]) or forward(*how))
-    before, common = torch.get_num_threads(), (f"--out_dir={out}", "--start=abc", "--max_new_tokens=30", "--dtype=float32")
+    before, common = torch.get_num_threads(), (f"--out_dir={out}", "--start=abc", "--max_new_tokens=30",
+                                               "--dtype=float32")
     try:
         texts = [samples(shown(*common, *more)) for more in ((), ("--threads=1",), ("--threads=2",))]
     finally:

@@ -29,8 +29,8 @@ def shares(monkeypatch):
 
 
 def allowed(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """Shares (V,) of one text's logits (no two alike), token by token: the temperature first, then the k likeliest, then
-    of these the fewest that hold the share p."""
+    """Shares (V,) of one text's logits (no two alike), token by token: the temperature first, then the k likeliest,
+    then of these the fewest that hold the share p."""
     weights = [math.exp(x / temperature) for x in logits]
     order = sorted(range(len(logits)), key=lambda n: -weights[n])[: top_k or None]
     total, held, kept = sum(weights[n] for n in order), 0.0, []

@@ -105,7 +105,8 @@ def shown(capsys):
 
 def test_each_sample_ends_by_itself(tmp_path, shown):
     """Samples with a stop text are the samples without it, cut; no token is drawn beyond."""
-    common = (f"--out_dir={write_checkpoint(tmp_path / 'out', CHARS)}", "--start=ab", "--num_samples=6", "--max_new_tokens=40")
+    common = (f"--out_dir={write_checkpoint(tmp_path / 'out', CHARS)}", "--start=ab", "--num_samples=6",
+              "--max_new_tokens=40")
     whole, counts = shown(*common)
     assert counts == [40] * 6
     for argument, stops in (("cc", ["cc"]), ("['abc', 'cb']", ["abc", "cb"]), ("", []), ("zz", ["zz"])):
@@ -118,7 +119,8 @@ def test_each_sample_ends_by_itself(tmp_path, shown):
 def test_each_sample_ends_at_its_document(tmp_path, shown):
     """The checkpoint knows the mark: it holds the description of its data's tokens."""
     common = ("--num_samples=6", "--max_new_tokens=40")
-    whole, _ = shown(f"--out_dir={write_checkpoint(tmp_path / 'out', CHARS)}", "--start=cab", *common)  # the mark, then ab
+    whole, _ = shown(f"--out_dir={write_checkpoint(tmp_path / 'out', CHARS)}", "--start=cab",
+                     *common)  # the mark, then ab
     whole = [text[1:] for text in whole]
     file = tmp_path / "out" / "best.pt"
     save(file, {**torch.load(file), "meta": {**CHARS, "mark": 2}})  # the character c
@@ -134,7 +136,8 @@ def test_prepared_data_name_their_mark(toy, reviews, text):
 
 def test_the_page_ends_likewise():
     """`demo.stream`, which the page shows: the same text, and a note."""
-    for ids, stops, expected in ((b"one END", ["END"], "one "), (b"one EN", ["END"], "one EN"), (b"one\0END", [], "one")):
+    for ids, stops, expected in ((b"one END", ["END"], "one "), (b"one EN", ["END"], "one EN"),
+                                 (b"one\0END", [], "one")):
         model, tokenizer = Fixed(ids), Tokenizer(MARKED)
         model.config = type("Config", (), {"block_size": 8})
         state, tokens = demo.stream(model, tokenizer, "cpu", "> ", stops, 1, len(ids), 1.0, 0, 1.0)

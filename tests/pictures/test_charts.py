@@ -15,7 +15,8 @@ from helpers import call
 
 
 def row(label, shape, ms, fused, more=1.0, fused_more=1.0):
-    return {"attention": label, "batch x heads x time": shape, "ms": ms, "fused call, ms": fused, "times as fast": fused / ms,
+    return {"attention": label, "batch x heads x time": shape, "ms": ms, "fused call, ms": fused,
+            "times as fast": fused / ms,
             "MiB more": more, "fused, MiB more": fused_more}
 
 
@@ -27,13 +28,15 @@ def write_rows(path, *rows, **more):
 
 def test_bench(tmp_path, drawn, capsys):
     """A line a mechanism with its exponent, and the fused call's median; what was not measured is left out."""
-    rows = [row(label, f"1x8x{T}", (T / 256) ** b, fused * (T / 256) ** 2, None if label == "strided" else T / 512, T / 1024)
+    rows = [row(label, f"1x8x{T}", (T / 256) ** b, fused * (T / 256) ** 2, None if label == "strided" else T / 512,
+                T / 1024)
             for T in (256, 512, 1024) for label, b, fused in (("dense", 2, 3), ("strided", 1.5, 5), ("local", 1, 4))]
     file = write_rows(tmp_path / "bench.json", *rows, growth=[{"growth": "dense", "time ~ T^": 2.0}])
     call(plot, file)
     assert capsys.readouterr().out == f"{tmp_path / 'bench.png'}\n"
     time, memory = drawn["bench.png"].axes
-    assert list(lines(time)) == ["dense: $T^{2.00}$", "strided: $T^{1.50}$", "local: $T^{1.00}$", "fused call: $T^{2.00}$"]
+    assert list(lines(time)) == ["dense: $T^{2.00}$", "strided: $T^{1.50}$", "local: $T^{1.00}$",
+                                 "fused call: $T^{2.00}$"]
     assert list(lines(memory)) == ["dense: $T^{1.00}$", "local: $T^{1.00}$", "fused call: $T^{1.00}$"]
     assert lines(time)["fused call: $T^{2.00}$"] == ([256, 512, 1024], [4, 16, 64])
     assert lines(memory)["local: $T^{1.00}$"] == ([256, 512, 1024], [0.5, 1, 2])
@@ -66,7 +69,8 @@ def test_reads_what_bench_writes(tmp_path, quick):
     ('{"rows": [{"attention": "dense", "batch x heads x time": "1x8"}]}', "is not what `python bench.py attention"),
     ('{"rows": [{"step": "here", "ms": 3}]}', "holds no rows of `python bench.py attention"),
     ('{"variants": [{"variant": "a"}]}', "is not what compare.py writes (KeyError"),
-    ('{"variants": []}', "is not what compare.py writes (KeyError"), ('["variants"]', "is not what compare.py writes ("),
+    ('{"variants": []}', "is not what compare.py writes (KeyError"),
+    ('["variants"]', "is not what compare.py writes ("),
 ])
 def test_other_files_are_refused(tmp_path, refused, saved, says):
     (tmp_path / "x.json").write_text(saved)
@@ -81,10 +85,12 @@ def comparison(path, names=("dense", "local", "log"), score="accuracy", hard=Tru
     runs = [{"variant": name, "seed": seed, "scores": {},
              "curve": [[0, 0.5], [10, 0.7 + n / 100 + seed / 1000], [20, 0.8 + n / 100]]}
             for n, name in enumerate(names) for seed in seeds]
-    variants = [{"variant": name, "parameters": 1000, "steps": 20, "seconds_per_step": 60.0 * (n + 1), "minutes": 20.0 * (n + 1),
+    variants = [{"variant": name, "parameters": 1000, "steps": 20, "seconds_per_step": 60.0 * (n + 1),
+                 "minutes": 20.0 * (n + 1),
                  "work": 4e15 - n * 1e15, "kept_share": None,
                  "scores": {score: {"mean": 0.8 + n / 100, "low": 0.79 + n / 100, "high": 0.82 + n / 100}, "f1": {}},
-                 "difference": {"mean": 0.1, "low": 0, "high": 0.2, "p": 0.5, "p_holm": 0.5, "verdict": "better"} if n else None,
+                 "difference": {"mean": 0.1, "low": 0, "high": 0.2, "p": 0.5, "p_holm": 0.5, "verdict": "better"} if n
+                 else None,
                  **({"hard": {"negation": 0.25 * n, "contrast": 0.5}} if hard else {})}
                 for n, name in enumerate(names)]
     saved = {"compare": "compare_x", "title": "Three for $5", "kind": "classify", "score": score, "split": "test",
@@ -103,7 +109,8 @@ def test_comparison(tmp_path, drawn, capsys):
     edges = [y for x, y in bands[1] if x == 10]
     assert len(bands) == 3 and (min(edges), max(edges)) == pytest.approx((0.711, 0.713))
     assert [tick.get_text() for tick in finals.get_yticklabels()] == ["dense", "local", "log"]
-    ends = [line.get_segments()[0] for line in finals.collections]  # the intervals, from left to right, the first on top
+    ends = [line.get_segments()[0]
+            for line in finals.collections]  # the intervals, from left to right, the first on top
     assert np.allclose(ends, [[[0.79 + n / 100, n], [0.82 + n / 100, n]] for n in range(3)]) and finals.yaxis_inverted()
     assert [text.get_text() for text in finals.texts] == ["0.8000", "0.8100, better", "0.8200, better"]
     assert [ax.get_xlabel() for ax in drawn["x.png"].axes] == ["step", "test accuracy", "measured time (minutes)",
@@ -120,7 +127,8 @@ def test_comparison(tmp_path, drawn, capsys):
 
 def test_equal_ones_stand_side_by_side():
     places, (low, high) = charts.spread([100.0, 50.0, 100.5, 20.0])
-    assert places == pytest.approx([99.05, 50, 101.45, 20], abs=0.01) and (low, high) == pytest.approx((11.95, 108.55), abs=0.01)
+    assert places == pytest.approx([99.05, 50, 101.45, 20], abs=0.01)
+    assert (low, high) == pytest.approx((11.95, 108.55), abs=0.01)
     places, (low, high) = charts.spread([8.0, 8.0, 8.0])  # a quarter of 8: 2
     assert places == pytest.approx([7.94, 8, 8.06]) and (low, high) == pytest.approx((6.8, 9.2))
 
@@ -173,10 +181,12 @@ def test_recall_by_distance(tmp_path, drawn, capsys):
     assert [tick.get_text() for tick in strips.get_yticklabels()] == ["dense", "local", "log"]
     shades = strips.collections[0]
     expected = [[1, 1, 1, np.nan, 1], [1, 1, 1, np.nan, 0], [0.5, 0.5, 0.5, np.nan, 0.5]]
-    assert np.allclose(np.ma.filled(shades.get_array(), np.nan), expected, equal_nan=True) and shades.get_clim() == (0, 1)
+    assert np.allclose(np.ma.filled(shades.get_array(), np.nan), expected, equal_nan=True)
+    assert shades.get_clim() == (0, 1)
     assert [text.get_text() for text in strips.texts] == ["100 %", "75 %", "50 %"]
     places = {text.get_text(): text.xy for text in points.texts}
-    assert {name: (pytest.approx(x), y) for name, (x, y) in places.items()} == {"dense": (100, 100), "local": (25, 75), "log": (12.5, 50)}
+    assert {name: (pytest.approx(x), y)
+            for name, (x, y) in places.items()} == {"dense": (100, 100), "local": (25, 75), "log": (12.5, 50)}
     assert points.get_xlabel() == "kept pairs (% of dense attention)" and points.get_xscale() == "log"
 
 
@@ -200,7 +210,8 @@ def test_many_distances_share_columns():
 
 def test_comparison_of_text_by_work(tmp_path, drawn):
     """Bits per byte are better when lower, and the axis says so; unequal steps are drawn where all seeds have them."""
-    file = comparison(tmp_path / "x.json", ["a", "b"], "bits_per_byte", hard=False, seeds=[1, 2], budget="work", split="val")
+    file = comparison(tmp_path / "x.json", ["a", "b"], "bits_per_byte", hard=False, seeds=[1, 2], budget="work",
+                      split="val")
     saved = json.loads(file.read_text())
     saved["runs"][0]["curve"] = [[0, 8.0], [7, 3.0], [20, 2.5]]
     saved["variants"][1]["scores"]["bits_per_byte"] |= {"low": None, "high": None}  # what one seed has

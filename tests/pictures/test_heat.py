@@ -16,7 +16,8 @@ from core.tokenizer import Tokenizer
 from helpers import call
 from model import load
 
-TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=128", "--batch_size=4", "--max_iters=2", "--eval_interval=2",
+TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=128", "--batch_size=4", "--max_iters=2",
+        "--eval_interval=2",
         "--eval_iters=1", "--device=cpu", "--dtype=float32", "--warmup_iters=0"]
 
 
@@ -30,7 +31,8 @@ def tiny(tmp_path_factory, reviews, text):
         folders = {}
         for name in ("gpt", "lm", "additive", "none", "multihead"):
             folders[name] = tmp_path_factory.mktemp("runs") / name
-            kind = [] if name in ("gpt", "lm") else ["--model=bilstm", "--hidden=8", f"--attention={name}", "--pool=max"]
+            kind = [] if name in ("gpt", "lm") else ["--model=bilstm", "--hidden=8", f"--attention={name}",
+                                                     "--pool=max"]
             call(train, f"--dataset={text if name == 'lm' else reviews}", f"--out_dir={folders[name]}", *TINY, *kind)
     return folders
 
@@ -39,7 +41,8 @@ def words(ax):
     """[(word, colour of its shade or None)] of a page, in reading order, the bold lines left out."""
     from matplotlib.colors import to_hex
 
-    shades = {(round(patch.get_x() + 0.2), round(patch.get_y() - 0.05)): to_hex(patch.get_facecolor()) for patch in ax.patches}
+    shades = {(round(patch.get_x() + 0.2), round(patch.get_y() - 0.05)): to_hex(patch.get_facecolor())
+              for patch in ax.patches}
     places = [(text.get_text(), *text.get_position()) for text in ax.texts if text.get_weight() == "normal"]
     return [(word, shades.get((x, round(y - 0.5)))) for word, x, y in places]
 
@@ -102,7 +105,8 @@ def test_heat_of_a_bilstm(tmp_path, tiny, drawn, capsys):
     assert len(panels(drawn["heat.png"])) == 2 and drawn["heat.png"].axes[0].images[0].get_array().shape == (5, 5)
     call(plot, tiny["additive"], "--text=so good a film", f"--out={tmp_path}")
     (ax,) = drawn["heat.png"].axes
-    assert [word for word, _ in words(ax)] == ["<s>", "so", "good", "a", "film"] and "additive: attention" in headings(ax)
+    assert [word for word, _ in words(ax)] == ["<s>", "so", "good", "a",
+                                               "film"] and "additive: attention" in headings(ax)
     capsys.readouterr()
     drawn.clear()
     call(plot, tiny["none"], "--text=good", f"--out={tmp_path}")
@@ -216,7 +220,8 @@ def test_refused(tmp_path, tiny, refused):
     assert "is a language model, which does not classify reviews" in refused(plot, tiny["lm"], "--reviews=x")
     assert "cannot read the reviews" in refused(plot, tiny["gpt"], f"--reviews={tmp_path / 'none'}")
     file = tmp_path / "bad.jsonl"
-    for line in ("text", "[1]", '{"label": 1}', '{"text": "a", "label": 2}', '{"text": "a", "label": "good"}', '{"text": " "}',
+    for line in ("text", "[1]", '{"label": 1}', '{"text": "a", "label": 2}', '{"text": "a", "label": "good"}',
+                 '{"text": " "}',
                  '{"text": 3}', '{"text": "a", "label": [1]}'):
         file.write_text('{"text": "a", "label": 1}\n' + line)
         assert f'{file}, line 2: expected {{"text": "...", "label": 0, 1 or one of negative, positive' in refused(

@@ -61,10 +61,12 @@ def write_log(folder, *records, end=""):
 
 def test_curves(tmp_path, drawn, capsys):
     run = write_log(
-        tmp_path / "out-x", {"step": 0, "split": "val", "loss": 5.5, "bits_per_byte": 7.9, "stats": [{"kept_share": 1.0}]},
+        tmp_path / "out-x",
+        {"step": 0, "split": "val", "loss": 5.5, "bits_per_byte": 7.9, "stats": [{"kept_share": 1.0}]},
         {"step": 0, "split": "train", "loss": 5.4, "lr": 1e-3}, {"step": 10, "split": "train", "loss": 3.0, "lr": 1e-3},
         {"step": 20, "split": "val", "loss": 2.5, "bits_per_byte": 3.6},
-        {"step": 20, "split": "val", "whole": True, "loss": 2.6, "bits_per_byte": 3.75}, end='{"step": 30, "split": "tr')
+        {"step": 20, "split": "val", "whole": True, "loss": 2.6, "bits_per_byte": 3.75},
+        end='{"step": 30, "split": "tr')
     assert call(plot, run) is None
     assert capsys.readouterr().out == f"{run / 'curves.png'}\n" and list(drawn) == ["curves.png"]  # and no spans.png
     loss, bits = drawn["curves.png"].axes
@@ -85,14 +87,16 @@ def test_accuracy_has_a_panel(tmp_path, drawn):
     call(plot, run)
     loss, accuracy = drawn["curves.png"].axes
     assert lines(loss)["validation"] == ([0, 5], [0.7, 0.4]) and "training" not in lines(loss)
-    assert lines(accuracy) == {"validation": ([0, 5], [0.5, 0.8]), "best weights, whole val split: 0.8100": ([5], [0.81]),
+    assert lines(accuracy) == {"validation": ([0, 5], [0.5, 0.8]),
+                               "best weights, whole val split: 0.8100": ([5], [0.81]),
                                "best weights, whole test split: 0.7900": ([5], [0.79])}
 
 
 def test_accuracy_of_the_training_split(tmp_path, drawn):
     """Where --eval_train=True logged it."""
-    call(plot, write_log(tmp_path / "out", {"step": 0, "split": "val", "loss": 0.7, "accuracy": 0.5, "train_accuracy": 0.6},
-                         {"step": 9, "split": "val", "loss": 0.4, "accuracy": 0.8, "train_accuracy": 0.9}))
+    out = write_log(tmp_path / "out", {"step": 0, "split": "val", "loss": 0.7, "accuracy": 0.5, "train_accuracy": 0.6},
+                    {"step": 9, "split": "val", "loss": 0.4, "accuracy": 0.8, "train_accuracy": 0.9})
+    call(plot, out)
     assert lines(drawn["curves.png"].axes[1])["training"] == ([0, 9], [0.6, 0.9])
 
 
@@ -109,7 +113,8 @@ def test_curves_of_many_runs(tmp_path, drawn, capsys):
     assert capsys.readouterr().out == f"{tmp_path / 'a/x/curves.png'}\n"
     loss, bits = drawn["curves.png"].axes
     named = {label: xy for label, xy in lines(loss).items() if label[0] != "_"}
-    assert list(named) == ["a/x, val 1.9000", "b/x", r"b/\$y\$"] and np.allclose(named["b/x"], ([0, 10, 20], [5.0, 1.8, 1.7]))
+    assert list(named) == ["a/x, val 1.9000", "b/x", r"b/\$y\$"]
+    assert np.allclose(named["b/x"], ([0, 10, 20], [5.0, 1.8, 1.7]))
     assert [text.get_text() for text in bits.get_legend().get_texts()] == ["a/x, val 2.5000", "b/x", r"b/\$y\$"]
     colours = [[line.get_color() for line in ax.lines if line.get_label()[0] != "_"] for ax in (loss, bits)]
     assert colours[0] == colours[1] and len(set(colours[0])) == 3
@@ -146,10 +151,12 @@ def test_kept_share(tmp_path, drawn, capsys):
 def test_spans(tmp_path, drawn, capsys):
     """A panel a layer, a line a head; periods below; a layer without spans stays empty."""
     def stats(step):
-        return [{"kept_share": 0.5 - step / 100, "spans": [100.0 - step, 50.0], "periods": [2.0, 8.0], "ratios": [0.0, 0.1]},
+        return [{"kept_share": 0.5 - step / 100, "spans": [100.0 - step, 50.0], "periods": [2.0, 8.0],
+                 "ratios": [0.0, 0.1]},
                 {"kept_share": 1.0}]
 
-    run = write_log(tmp_path / "out", *({"step": n, "split": "val", "loss": 3.0, "stats": stats(n)} for n in (0, 10, 20)))
+    run = write_log(tmp_path / "out",
+                    *({"step": n, "split": "val", "loss": 3.0, "stats": stats(n)} for n in (0, 10, 20)))
     call(plot, run)
     assert capsys.readouterr().out.splitlines() == [str(run / name) for name in ("curves.png", "kept.png", "spans.png")]
     axes = panels(drawn["spans.png"])
@@ -191,7 +198,8 @@ def test_roc_of_known_predictions():
     from core.evaluation import scores
 
     false, true = curves.roc(p, labels)
-    assert (np.diff(true) * (false[1:] + false[:-1]) / 2).sum() == pytest.approx(1 - scores(p, labels)["auc"], abs=1e-12)
+    assert (np.diff(true) * (false[1:]
+                             + false[:-1]) / 2).sum() == pytest.approx(1 - scores(p, labels)["auc"], abs=1e-12)
 
 
 def test_confusion_and_roc(tmp_path, drawn, reviews, capsys):
@@ -200,7 +208,8 @@ def test_confusion_and_roc(tmp_path, drawn, reviews, capsys):
     classifier(run, "test", [0.9, 0.2, 0.6, 0.7, 0.4, 0.1, 0.8], [1, 1, 0, 1, 0, 1, 1])
     (run / "config.json").write_text(json.dumps({"settings": {"dataset": str(reviews)}}))
     call(plot, run)
-    assert [line.rsplit("/", 1)[1] for line in capsys.readouterr().out.split()] == ["curves.png", "confusion.png", "roc.png"]
+    assert [line.rsplit("/", 1)[1]
+            for line in capsys.readouterr().out.split()] == ["curves.png", "confusion.png", "roc.png"]
     (ax,) = drawn["confusion.png"].axes
     assert {(text.get_position(), text.get_text()) for text in ax.texts} == {
         ((0, 0), "1\n50.0 %"), ((1, 0), "1\n50.0 %"), ((0, 1), "2\n40.0 %"), ((1, 1), "3\n60.0 %")}
@@ -220,11 +229,13 @@ def test_confusion_and_roc(tmp_path, drawn, reviews, capsys):
 
 def test_predictions_of_many_runs(tmp_path, drawn, capsys):
     """All of one split, that of the most runs; the others are named."""
-    a, b, c = (classifier(tmp_path / name, "val", [0.9, 0.4, min(1, 0.3 + n)], [1, 1, 0]) for n, name in enumerate("abc"))
+    a, b, c = (classifier(tmp_path / name, "val", [0.9, 0.4, min(1, 0.3 + n)], [1, 1, 0])
+               for n, name in enumerate("abc"))
     classifier(a, "test", [0.9, 0.1], [1, 0])
     call(plot, a, b, c)
     assert "val split" in drawn["roc.png"].axes[0].get_title()
-    assert list(lines(drawn["roc.png"].axes[0])) == ["chance: AUC 0.5", "a: AUC 1.0000", "b: AUC 0.0000", "c: AUC 0.0000"]
+    assert list(lines(drawn["roc.png"].axes[0])) == ["chance: AUC 0.5", "a: AUC 1.0000", "b: AUC 0.0000",
+                                                     "c: AUC 0.0000"]
     assert [ax.get_title()[:2] for ax in drawn["confusion.png"].axes] == ["a:", "b:", "c:"]
     assert [t.get_text() for t in drawn["confusion.png"].axes[0].get_xticklabels()] == ["class 0", "class 1"]
     classifier(b, "test", [0.9, 0.1], [0, 1])
@@ -237,7 +248,8 @@ def test_predictions_of_many_runs(tmp_path, drawn, capsys):
 
 
 def test_accuracy_by_length(tmp_path, drawn, capsys):
-    """Of each run whose predictions hold the lengths; those of another tokenizer are below, an earlier run is left out."""
+    """Of each run whose predictions hold the lengths; those of another tokenizer are below, an earlier run is left
+    out."""
     p, labels = [0.9] * 30 + [0.1] * 10, [1] * 20 + [0] * 10 + [1] * 5 + [0] * 5
     lengths = np.repeat([5, 12, 1200, 7000], 10)
     a = classifier(tmp_path / "a", "val", p, labels, length=lengths)
@@ -258,8 +270,10 @@ def test_accuracy_by_length(tmp_path, drawn, capsys):
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", {"p": [0.5]}, {"p": [0.5], "label": [1, 0]},
                                      {"p": [], "label": []}, {"p": ["a"], "label": [1]},
-                                     {"p": [0.5], "label": [1], "length": [3, 3]}, {"p": [0.5], "label": [1], "length": [-1]},
-                                     {"p": [0.5], "label": [1], "length": [3.0]}, {"p": [0.5], "label": [1], "length": ["3"]}])
+                                     {"p": [0.5], "label": [1], "length": [3, 3]},
+                                     {"p": [0.5], "label": [1], "length": [-1]},
+                                     {"p": [0.5], "label": [1], "length": [3.0]},
+                                     {"p": [0.5], "label": [1], "length": ["3"]}])
 def test_damaged_predictions(tmp_path, refused, drawn, content):
     run = write_log(tmp_path / "out", {"step": 0, "split": "val", "loss": 3.0})
     path = run / "predictions-val.npz"
@@ -281,7 +295,8 @@ def test_as_a_script(tmp_path):
     from PIL import Image
 
     file = ROOT / "results" / "bench_attention.json"
-    done = subprocess.run([sys.executable, str(ROOT / "plot.py"), str(file), "--dpi=20", f"--out={tmp_path}"], cwd=tmp_path)
+    done = subprocess.run([sys.executable, str(ROOT / "plot.py"), str(file), "--dpi=20", f"--out={tmp_path}"],
+                          cwd=tmp_path)
     assert done.returncode == 0 and Image.open(tmp_path / "bench_attention.png").width == 220
 
 
@@ -299,13 +314,17 @@ def test_refused(tmp_path, refused):
     write_log(tmp_path / "cut", end='{"step": 0, "spl\n[1]\n3\n{"loss": 2}\n')
     (tmp_path / "text.txt").write_text("a")
     for name, says in {
-        ".": "holds no log.jsonl; give the out_dir of a run", "empty": "holds no records yet", "cut": "holds no records yet",
-        "nowhere": "which does not exist", "text.txt": "expected the folder of a run, or a JSON file of compare.py or bench.py",
+        ".": "holds no log.jsonl; give the out_dir of a run", "empty": "holds no records yet",
+        "cut": "holds no records yet",
+        "nowhere": "which does not exist",
+        "text.txt": "expected the folder of a run, or a JSON file of compare.py or bench.py",
     }.items():
         assert says in refused(plot, tmp_path / name)
     assert "got nothing" in refused(plot)
     assert "unknown key 'dip'; did you mean dpi?" in refused(plot, tmp_path, "--dip=3")
     assert "dpi must be from 20" in refused(plot, tmp_path, "--dpi=0")
-    assert 'layer and head choose among the heat maps of a text: give --text="..."' in refused(plot, tmp_path, "--layer=0")
+    said = refused(plot, tmp_path, "--layer=0")
+    assert 'layer and head choose among the heat maps of a text: give --text="..."' in said
     assert "expected the folder of a run, got" in refused(plot, ROOT / "results" / "bench_attention.json", "--text=a")
-    assert "plot.py:" in refused(plot, write_log(tmp_path / "a", {"step": 0, "loss": 1, "split": "val"}), tmp_path / "empty")
+    assert "plot.py:" in refused(plot, write_log(tmp_path / "a", {"step": 0, "loss": 1, "split": "val"}),
+                                 tmp_path / "empty")

@@ -23,7 +23,8 @@ class Layer(nn.Module):
 
     def forward(self, x):
         B, T, C = x.shape
-        q, k, v = (y.view(B, T, self.H, C // self.H).transpose(1, 2) for y in self.attn["c_attn"](self.ln_1(x)).split(C, 2))
+        q, k, v = (y.view(B, T, self.H, C // self.H).transpose(1, 2)
+                   for y in self.attn["c_attn"](self.ln_1(x)).split(C, 2))
         scores = (q @ k.mT / math.sqrt(C // self.H)).masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
         x = x + self.attn["c_proj"]((scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, C))
         return x + self.mlp["c_proj"](F.gelu(self.mlp["c_fc"](self.ln_2(x)), approximate=self.approximate))
@@ -36,7 +37,8 @@ class PlainGPT(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         layers = nn.ModuleList(Layer(n_head, n_embd, bias, approximate) for _ in range(n_layer))
-        self.transformer = nn.ModuleDict({"wte": nn.Embedding(vocab_size, n_embd), "wpe": nn.Embedding(block_size, n_embd),
+        self.transformer = nn.ModuleDict({"wte": nn.Embedding(vocab_size, n_embd),
+                                          "wpe": nn.Embedding(block_size, n_embd),
                                           "h": layers, "ln_f": nn.LayerNorm(n_embd, bias=bias)})
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
         self.lm_head.weight = self.transformer["wte"].weight
@@ -54,7 +56,8 @@ class PlainGPT(nn.Module):
 def new_optimizer(net):
     """AdamW with nanoGPT's groups: matrices, then vectors."""
     groups = [[p for p in net.parameters() if (p.dim() >= 2) == is_matrix] for is_matrix in (True, False)]
-    return torch.optim.AdamW([{"params": group, "weight_decay": decay} for group, decay in zip(groups, (0.1, 0.0))], lr=1e-2)
+    return torch.optim.AdamW([{"params": group, "weight_decay": decay} for group, decay in zip(groups, (0.1, 0.0))],
+                             lr=1e-2)
 
 
 def step(net, optimizer, idx):
@@ -70,7 +73,8 @@ def write_nanogpt(folder, net, shape=SHAPE, prefix="", optimizer=None, **changes
     folder.mkdir(exist_ok=True)
     model = {prefix + name: tensor for name, tensor in net.state_dict().items()}
     saved = {"model": model, "optimizer": optimizer.state_dict() if optimizer else {"state": {}, "param_groups": []},
-             "model_args": {**shape, "bias": "transformer.ln_f.bias" in net.state_dict(), "dropout": 0.1}, "iter_num": 7,
+             "model_args": {**shape, "bias": "transformer.ln_f.bias" in net.state_dict(), "dropout": 0.1},
+             "iter_num": 7,
              "best_val_loss": torch.tensor(2.5), "config": {"learning_rate": 1e-3, "dataset": "shakespeare_char"}}
     torch.save({**saved, **changes}, folder / "ckpt.pt")
     return folder
@@ -101,7 +105,8 @@ def hugging_face_weights(net):
 
 
 def write_hugging_face(folder, weights, shape=SHAPE, files=1, **changes):
-    """A folder with config.json and model.safetensors, or `files` shards and their index. A change to None drops a key."""
+    """A folder with config.json and model.safetensors, or `files` shards and their index. A change to None drops a
+    key."""
     from safetensors.torch import save_file
 
     folder.mkdir(exist_ok=True)
@@ -109,7 +114,8 @@ def write_hugging_face(folder, weights, shape=SHAPE, files=1, **changes):
     config = {"model_type": "gpt2", "n_positions": shape["block_size"], "activation_function": "gelu_new",
               "resid_pdrop": 0.1, "layer_norm_epsilon": 1e-5, **sizes, **changes}
     (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
-    names = {name: f"model-{n % files}.safetensors" if files > 1 else "model.safetensors" for n, name in enumerate(weights)}
+    names = {name: f"model-{n % files}.safetensors" if files > 1 else "model.safetensors"
+             for n, name in enumerate(weights)}
     for file in set(names.values()):
         save_file({name: weights[name] for name in weights if names[name] == file}, folder / file)
     if files > 1:

@@ -164,7 +164,8 @@ def test_data_in_tokens_of_gpt2(tmp_path, data, monkeypatch):
     import tiktoken
 
     ranks = {bytes([b]): b for b in range(256)} | {b"ab": 256}
-    encoding = tiktoken.Encoding("gpt2", pat_str=r"\w+|\s", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 257})
+    encoding = tiktoken.Encoding("gpt2", pat_str=r"\w+|\s", mergeable_ranks=ranks,
+                                 special_tokens={"<|endoftext|>": 257})
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
     monkeypatch.setattr(gpt2, "VOCABULARY", 258)
     (data / "meta.pkl").unlink()
@@ -222,7 +223,8 @@ def test_it_cannot_be_resumed(tmp_path, small_gpt2, data, refused):
 
 META = {"tokenizer": "chars", "vocab_size": 34, "mark": None, "vocab": CHARACTERS, "kind": "lm", "lossless": True}
 MODELS = {"default": {}, "untied": {"tie": False}, "learned": {"pos": "learned", "norm": "layernorm", "bias": True},
-          "window": {"attention": "sparse", "options": {"window": 5}}, "spans": {"attention": "adaptive_attention_span"},
+          "window": {"attention": "sparse", "options": {"window": 5}},
+          "spans": {"attention": "adaptive_attention_span"},
           "tanh": {"activation": "gelu_tanh"}, "classifier": {"n_class": 2},
           "bilstm": {"model": "bilstm", "n_class": 2, "options": {"hidden": 8}}}
 
@@ -265,7 +267,8 @@ def test_an_export_is_imported(tmp_path, name):
 def test_an_export_overwrites_nothing(tmp_path, refused, monkeypatch):
     run, _ = write_run(tmp_path / "run")
     (tmp_path / "config.json").write_text("mine")
-    assert "config.json exists already: give --to a new folder" in refused(convert, run, f"--to={tmp_path / 'x.safetensors'}")
+    said = refused(convert, run, f"--to={tmp_path / 'x.safetensors'}")
+    assert "config.json exists already: give --to a new folder" in said
     assert (tmp_path / "config.json").read_text() == "mine" and not (tmp_path / "x.safetensors").exists()
     call(convert, run, f"--to={tmp_path / 'new' / 'x.safetensors'}")
     assert "x.safetensors exists already" in refused(convert, run, f"--to={tmp_path / 'new' / 'x.safetensors'}")

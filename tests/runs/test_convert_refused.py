@@ -60,7 +60,8 @@ W = "transformer.h.0.attn.c_attn.weight"
 
 @pytest.mark.parametrize("change, said", [
     (entry("model", "transformer.h.0.moe.weight", torch.ones(2)), "GPT-2 has no weight transformer.h.0.moe.weight"),
-    (entry("model", W, torch.ones(3, 16)), "layers.0.attention.qkv.weight"), (entry("model", W, 3), "expected a tensor, got 3"),
+    (entry("model", W, torch.ones(3, 16)), "layers.0.attention.qkv.weight"),
+    (entry("model", W, 3), "expected a tensor, got 3"),
     (entry("model", W, torch.full((48, 16), torch.nan)), "not finite"),
     (entry("model", W, torch.ones(48, 16, dtype=torch.int8)), "int8"),
     (without(W), "layers.0.attention.qkv.weight"), (without("transformer.wte.weight"), "it lacks the token embedding"),
@@ -121,10 +122,12 @@ def test_a_pickle_that_asks_for_code(tmp_path, assert_refused, protocol):
 
 @pytest.mark.parametrize("content", [
     b"", b"text", b"\x80\x04", pickle.dumps({"itos": {0: "a", 1: "b"}})[:-2], pickle.dumps({"itos": {0: "a", 2: "b"}}),
-    pickle.dumps({"itos": {0: "a", 1: "a"}}), pickle.dumps({"itos": {0: "ab", 1: "a"}}), pickle.dumps({"itos": {0: 3, 1: "a"}}),
+    pickle.dumps({"itos": {0: "a", 1: "a"}}), pickle.dumps({"itos": {0: "ab", 1: "a"}}),
+    pickle.dumps({"itos": {0: 3, 1: "a"}}),
     pickle.dumps({"stoi": {}}), pickle.dumps({"itos": {}}), pickle.dumps(3), pickle.dumps({"itos": {0: "\ud800"}}),
     b"\x80\x02}r\xff\xff\xff\x7f.",  # an entry of the memo for which there is no memory
-    b"\x80\x04\x8d" + struct.pack("<Q", 2**40) + b"a.", b"\x80\x04\x8a\x02a.", b"cos\nsystem\n(S'true'\ntR.", b"(((((((((t.",
+    b"\x80\x04\x8d" + struct.pack("<Q", 2**40) + b"a.", b"\x80\x04\x8a\x02a.", b"cos\nsystem\n(S'true'\ntR.",
+    b"(((((((((t.",
 ], ids=range(17))
 def test_forged_characters(tmp_path, assert_refused, content):
     data = write_data(tmp_path / "data")
@@ -157,7 +160,8 @@ def weights():
     ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by"), ({"n_inner": 32}, "n_inner: expected 64, got 32"),
     ({"n_layer": "2"}, "n_layer"), ({"n_layer": None}, "n_layer"), ({"n_layer": 3}, "layers.2"),
     ({"n_embd": 32}, "embedding.weight"),
-    ({"n_positions": 13}, "positions.weight"), ({"vocab_size": 35}, "embedding.weight"), ({"resid_pdrop": 2}, "resid_pdrop"),
+    ({"n_positions": 13}, "positions.weight"), ({"vocab_size": 35}, "embedding.weight"),
+    ({"resid_pdrop": 2}, "resid_pdrop"),
 ], ids=lambda value: str(value)[:30])
 def test_config_of_hugging_face(tmp_path, weights, meta, monkeypatch, assert_refused, changes, said):
     vocabulary = changes.get("vocab_size", len(CHARACTERS))
@@ -172,7 +176,8 @@ def source(tmp_path, weights, monkeypatch):
 
 
 def test_weights_that_are_unknown_or_do_not_fit(tmp_path, weights, source, assert_refused):
-    for change, said in (({"h.0.crossattention.c_attn.weight": torch.ones(2)}, "no weight h.0.crossattention.c_attn.weight"),
+    for change, said in (({"h.0.crossattention.c_attn.weight": torch.ones(2)},
+                          "no weight h.0.crossattention.c_attn.weight"),
                          ({"model.layers.0.weight": torch.ones(2)}, "no weight model.layers.0.weight"),
                          ({"h.0.attn.c_attn.weight": torch.ones(48, 16)}, "layers.0.attention.qkv.weight"),
                          ({"h.0.attn.c_attn.weight": torch.ones(3)}, "layers.0.attention.qkv.weight"),
@@ -233,7 +238,8 @@ def test_forged_exports(tmp_path, assert_refused, key, value):
     assert_refused("exported", tmp_path / "exported")
 
 
-@pytest.mark.parametrize("changes", [{"state": [1]}, {"state": {"step": "x"}}, {"meta": None}, {"note": 3}], ids=range(4))
+@pytest.mark.parametrize("changes", [{"state": [1]}, {"state": {"step": "x"}}, {"meta": None}, {"note": 3}],
+                         ids=range(4))
 def test_forged_runs_are_not_exported(tmp_path, refused, changes):
     from test_convert import write_run
 
@@ -242,7 +248,8 @@ def test_forged_runs_are_not_exported(tmp_path, refused, changes):
     if "note" in changes:
         changes = {"meta": {**saved["meta"], "note": torch.ones(2)}}
     save(run / "best.pt", {**saved, **changes})
-    assert "best.pt is damaged or not a checkpoint of train.py" in refused(convert, run, f"--to={to}") and not to.parent.exists()
+    assert "best.pt is damaged or not a checkpoint of train.py" in refused(convert, run, f"--to={to}")
+    assert not to.parent.exists()
 
 
 def test_foreign_weights_beside_an_export(tmp_path, assert_refused, weights):
@@ -314,7 +321,8 @@ def test_a_config_of_nanogpt(tmp_path, refused, key):
     config.write_text(f"out_dir = 'out-shakespeare-char'\n{key} = False\ndataset = 'shakespeare_char'\n")
     for line in ([config], [f"--{key}=False"]):
         said = refused(train, *line)
-        assert f"unknown key '{key}'; it is a setting of nanoGPT: remove it" in said and "python convert.py SOURCE" in said
+        assert f"unknown key '{key}'; it is a setting of nanoGPT: remove it" in said
+        assert "python convert.py SOURCE" in said
 
 
 def test_safetensors_given_to_sample(source, refused):

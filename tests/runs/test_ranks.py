@@ -31,7 +31,8 @@ def test_two_ranks_are_one(kind, alone, request, tmp_path):
     said = fit(2, tmp_path / "out", request.getfixturevalue(KINDS[kind][0]), *KINDS[kind][1])
     assert "2 ranks" in said[0] and said[1] == ""  # one rank speaks
     assert_close(alone(kind), tmp_path / "out")
-    assert log_of(alone(kind), "val")[0] == log_of(tmp_path / "out", "val")[0]  # of the same weights an evaluation is the same
+    assert log_of(alone(kind), "val")[0] == log_of(tmp_path / "out",
+                                                   "val")[0]  # of the same weights an evaluation is the same
     a, b = (load(folder / "ckpt.pt")[1]["optimizer"] for folder in (alone(kind), tmp_path / "out"))
     for name in a:
         for key in a[name]:
@@ -49,7 +50,8 @@ def test_sharded_ranks_are_one(kind, alone, request, tmp_path):
     assert_close(alone(kind), tmp_path / "out")
     checkpoint = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
     assert "model" not in checkpoint and "optimizer" not in checkpoint
-    sizes = [(tmp_path / "out" / checkpoint["shards"]["folder"] / f"__{rank}_0.distcp").stat().st_size for rank in range(2)]
+    sizes = [(tmp_path / "out" / checkpoint["shards"]["folder"] / f"__{rank}_0.distcp").stat().st_size
+             for rank in range(2)]
     assert min(sizes) > 0.2 * sum(sizes)  # each wrote its part
 
 
@@ -92,12 +94,14 @@ def test_an_evaluation_is_shared(count, world, monkeypatch):
 
 @pytest.mark.skipif(not os.path.exists("/proc/net/dev"), reason="counts bytes as Linux does")
 def test_gradients_meet_once_a_step(text, tmp_path):
-    """Bytes that two ranks send each other: four times the forward passes, the same messages but for one small one each."""
+    """Bytes that two ranks send each other: four times the forward passes, the same messages but for one small one
+    each."""
     def sent(*arguments):
         """Bytes a step, between the 10th and the 40th, over this machine's own network."""
         out = tmp_path / "-".join(arguments)
         faults = [("count_bytes", (str(out) + ".bytes",))]
-        fit(2, out, text, "--n_embd=64", "--max_iters=40", "--eval_interval=100", "--log_interval=100", *arguments, faults=faults)
+        fit(2, out, text, "--n_embd=64", "--max_iters=40", "--eval_interval=100", "--log_interval=100", *arguments,
+            faults=faults)
         marks = json.loads((tmp_path / (out.name + ".bytes")).read_text())
         return (marks["39"] - marks["10"]) / 29
 
@@ -112,7 +116,8 @@ def test_what_ranks_send(tmp_path):
     port, results = free_port(), tmp_path / "sent.json"
     line = ("ranks", "--n_layer=2", "--n_head=2", "--n_embd=256", "--batch_size=1", "--block_size=16", "--repeat=3",
             "--device=cpu", "--dtype=float32", f"--results={results}")
-    ends = [end(process) for process in [program("bench", *line, faults=[("as_rank", (rank, 2, port))]) for rank in range(2)]]
+    ends = [end(process)
+            for process in [program("bench", *line, faults=[("as_rank", (rank, 2, port))]) for rank in range(2)]]
     assert [code for code, _ in ends] == [0, 0] and ends[1][1] == "" and "| FSDP" in ends[0][1], ends
     rows = json.loads(results.read_text())["rows"]
     assert [(row["split"], row["forward passes"]) for row in rows] == [("DDP", 1), ("DDP", 4), ("FSDP", 1), ("FSDP", 4)]
@@ -151,7 +156,8 @@ def test_resumed_with_dropout_is_unbroken(text, tmp_path):
     shutil.copytree(tmp_path / "cut", tmp_path / "fewer")
     fit(3, tmp_path / "cut", text, "--dropout=0.3", "--init_from=resume")
     fit(2, tmp_path / "fewer", text, "--dropout=0.3", "--init_from=resume", "--max_iters=5")
-    one, other, fewer = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True) for name in ("whole", "cut", "fewer"))
+    one, other, fewer = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True)
+                         for name in ("whole", "cut", "fewer"))
     for key, weight in one["model"].items():  # to rounding: DDP sorts its messages anew after the first step
         assert (weight - other["model"][key]).abs().max() < 1e-6, key
     for checkpoint, number in ((one, 3), (fewer, 2)):
@@ -160,7 +166,8 @@ def test_resumed_with_dropout_is_unbroken(text, tmp_path):
 
 def test_scripts_read_what_ranks_saved(text, tmp_path):
     fit(2, tmp_path / "out", text, "--shard=True")
-    code, said = end(program("sample", f"--out_dir={tmp_path / 'out'}", "--start=def", "--num_samples=1", "--max_new_tokens=5",
+    code, said = end(program("sample", f"--out_dir={tmp_path / 'out'}", "--start=def", "--num_samples=1",
+                             "--max_new_tokens=5",
                              "--device=cpu"))
     assert code == 0 and "def" in said, said
     code, said = end(program("train", f"--out_dir={tmp_path / 'out'}", f"--dataset={text}", *SHAPE, "--eval_only=True"))
@@ -172,7 +179,8 @@ def test_damaged_shards_are_refused(text, tmp_path):
     fit(2, tmp_path / "out", text, "--shard=True")
     folder = tmp_path / "out" / torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["shards"]["folder"]
     for name, damage, said in (("__1_0.distcp", lambda b: b[:-100], "not what was written"),
-                               ("__0_0.distcp", lambda b: b[:900] + bytes([b[900] ^ 1]) + b[901:], "not what was written"),
+                               ("__0_0.distcp", lambda b: b[:900] + bytes([b[900] ^ 1]) + b[901:],
+                                "not what was written"),
                                (".metadata", lambda b: b"", "not what was written"),
                                ("__1_0.distcp", None, "is missing")):
         whole = (folder / name).read_bytes()
@@ -193,9 +201,11 @@ def test_no_pickle_of_shards_runs_code(kind, tmp_path):
 
 
 def test_refused(text, tmp_path):
-    for arguments, said in ((("--batch_size=1",), "2 ranks cannot share gradient_accumulation_steps=1 batches of batch_size=1"),
+    for arguments, said in ((("--batch_size=1",),
+                             "2 ranks cannot share gradient_accumulation_steps=1 batches of batch_size=1"),
                             (("--device=mps",), "device mps is not there"),
-                            (("--shard=True", "--dtype=float16"), "training expects dtype 'auto', 'float32' or 'bfloat16', got 'float16'")):
+                            (("--shard=True", "--dtype=float16"),
+                             "training expects dtype 'auto', 'float32' or 'bfloat16', got 'float16'")):
         for code, words in [end(process) for process in begin(2, tmp_path / "out", text, *arguments)]:
             assert code == 2 and said in words, words
     assert not (tmp_path / "out").exists()

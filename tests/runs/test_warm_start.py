@@ -27,10 +27,12 @@ from model import GPTConfig
 
 pytestmark = pytest.mark.usefixtures("quick")
 
-TRAIN = ("--batch_size=4", "--warmup_iters=2", "--eval_interval=5", "--eval_iters=2", "--log_interval=1", "--device=cpu",
+TRAIN = ("--batch_size=4", "--warmup_iters=2", "--eval_interval=5", "--eval_iters=2", "--log_interval=1",
+         "--device=cpu",
          "--dtype=float32")
 WORDS = {"kind": "lm", "tokenizer": "words", "vocab_size": 4, "mark": 0, "vocab": ["<s>", "<unk>", "film", "good"]}
-CHARS = {"kind": "lm", "tokenizer": "chars", "vocab_size": 6, "mark": None, "vocab": ["<unk>", "e", "t", "é", "\n", "a"]}
+CHARS = {"kind": "lm", "tokenizer": "chars", "vocab_size": 6, "mark": None,
+         "vocab": ["<unk>", "e", "t", "é", "\n", "a"]}
 
 
 def warm(out, source, data, *arguments):
@@ -122,8 +124,8 @@ def test_given_settings_win(dense, spans, text, tmp_path, capsys):
     found = settings(spans, "--span_reg=0.5")
     assert (found["attention"], found["softness_span_mask"], found["span_reg"]) == ("adaptive_attention_span", 4, 0.5)
     said = capsys.readouterr().out
-    assert "its settings: block_size=16, n_layer=2, n_head=2, n_embd=16, attention=adaptive_attention_span, softness_span_mask=4, " \
-           "span_init=[5]\n" in said
+    assert ("its settings: block_size=16, n_layer=2, n_head=2, n_embd=16, attention=adaptive_attention_span, "
+            "softness_span_mask=4, span_init=[5]\n") in said
     assert settings(spans, "--use_adaptive_attention=False")["attention"] == "dense"
 
 
@@ -168,7 +170,8 @@ def test_a_mechanism_s_parameters(spans, text, tmp_path, capsys):
     start.config, start.weights, start.meta = GPTConfig(**SHAPE, attention="strange"), source, {}
     for name, count in (("layers.0.attention.span", 0), ("layers.0.attention.qkv.weight", 48 * 16)):
         assert start.copy(name, model.state_dict()[name], config, {}, None) == count
-    assert start.copy("layers.0.attention.qkv.weight", torch.zeros(24, 16), config, {}, None) == 0  # fewer keys than queries
+    fewer = torch.zeros(24, 16)  # keys than queries
+    assert start.copy("layers.0.attention.qkv.weight", fewer, config, {}, None) == 0
     padded = torch.zeros(300, 16)  # of a model that was edited to have more rows than tokens
     assert start.copy("embedding.weight", padded, config, {"vocab_size": 256}, None) == 256 * 16
     assert torch.equal(padded[:256], source["embedding.weight"]) and not padded[256:].any()
@@ -297,7 +300,8 @@ def test_refused(dense, text, tmp_path, refused):
     wide = {**known["model"], "layers.0.up.weight": torch.zeros(65, 16)}
     checkpoint_file.save(tmp_path / "wide.pt", {**known, "model": wide})
     for source, data, argument, said in (
-            (dense, text, "--n_embd=32", "has n_embd=16, and n_embd=32 is given: its weights do not fit; leave n_embd out"),
+            (dense, text, "--n_embd=32",
+             "has n_embd=16, and n_embd=32 is given: its weights do not fit; leave n_embd out"),
             (dense, text, "--n_head=4", "has n_head=2, and n_head=4 is given"),
             (dense, bare, "--seed=1", "has 256 bytes as tokens, and none of them is among the 4 words of the data"),
             (damaged, text, "--seed=1", "is damaged or not a checkpoint of train.py (it is not what was written"),
@@ -309,7 +313,8 @@ def test_refused(dense, text, tmp_path, refused):
             (tmp_path / "nan.pt", text, "--seed=1", "layers.0.up.weight holds numbers that are not finite"),
             (tmp_path / "wide.pt", text, "--seed=1", "layers.0.up.weight has the shape (65, 16) in"),
             (text / "train.bin", text, "--seed=1", "not a checkpoint of train.py")):
-        line = refused(train, f"--out_dir={tmp_path / 'out'}", f"--dataset={data}", f"--init_from={source}", *TRAIN, argument)
+        line = refused(train, f"--out_dir={tmp_path / 'out'}", f"--dataset={data}", f"--init_from={source}", *TRAIN,
+                       argument)
         assert said in line, line
         assert not (tmp_path / "out").exists()
 
@@ -361,4 +366,5 @@ def test_describe():
     weights |= {"embedding.weight": torch.zeros(5, 2), "scale": torch.zeros(())}
     counts = {f"layers.{n}.up.weight": 6 for n in (0, 1, 2, 5, 10, 11)} | {"embedding.weight": 4, "scale": 1}
     assert describe(counts, weights) == ["2 of 5 rows of embedding", "layers.0-2, 5, 10-11.up", "scale"]
-    assert describe({name: weight.numel() for name, weight in weights.items()}, weights) == ["layers", "embedding", "scale"]
+    assert describe({name: weight.numel()
+                     for name, weight in weights.items()}, weights) == ["layers", "embedding", "scale"]

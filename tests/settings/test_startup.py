@@ -14,7 +14,8 @@ from core import startup
 from core.config import missing_package
 from helpers import ROOT
 
-SCRIPTS = ("train.py", "sample.py", "compare.py", "bench.py", "bench_load.py", "bench_pruning.py", "plot.py", "app.py", "convert.py")
+SCRIPTS = ("train.py", "sample.py", "compare.py", "bench.py", "bench_load.py", "bench_pruning.py", "plot.py", "app.py",
+           "convert.py")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

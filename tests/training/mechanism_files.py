@@ -32,4 +32,5 @@ class Attention(attention.Attention):
     def stats(self):
         return {**super().stats(), "slopes": self.slope.tolist(), "name": self.options.name}
 '''
-FILES = [file.stem for file in ROOT.glob("*.py") if file.stem != "attention" and "\nclass Attention(" in file.read_text("utf-8")]
+FILES = [file.stem for file in ROOT.glob("*.py") if file.stem != "attention"
+         and "\nclass Attention(" in file.read_text("utf-8")]

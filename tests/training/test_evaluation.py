@@ -14,7 +14,7 @@ import train
 from core import evaluation, prepare
 from core.dataset import Dataset, TextBatches, batches
 from core.evaluation import evaluate
-from helpers import review, write_bytes, write_reviews
+from helpers import in_order, review, write_bytes, write_reviews
 from model import GPT, GPTConfig, load
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -50,13 +50,14 @@ def test_bits_per_byte_where_a_token_is_several_bytes(umlauts, tmp_path):
         tokens = data.tokens(split)
         size = len("".join("ab\u00e4\u2026"[t] for t in tokens).encode())
         assert size > 1.5 * len(tokens)
-        nats = mean_loss(model, batches(data, split, 4, 16).in_order())
+        nats = mean_loss(model, in_order(batches(data, split, 4, 16)))
         assert record["split"] == split and record["loss"] == pytest.approx(nats, rel=1e-6)
         assert record["bits_per_byte"] == pytest.approx(nats / math.log(2) * len(tokens) / size, rel=1e-6)
 
 
 def test_validation_is_of_the_validation_split(tmp_path):
-    """The text of validation is unlike training's: what is learnt of the one makes the other worse, and step 0 was best."""
+    """The text of validation is unlike training's: what is learnt of the one makes the other worse, and step 0 was
+    best."""
     data = write_bytes(tmp_path / "data", train="abcab" * 200, val="xyzzy" * 20)
     assert not fit(tmp_path / "out", data, "--max_iters=10", "--eval_iters=0", "--learning_rate=3e-2", "--tie=False")
     records = log_of(tmp_path / "out", "val")
@@ -64,8 +65,8 @@ def test_validation_is_of_the_validation_split(tmp_path):
     assert len(losses) == 3 and min(losses[1:]) > losses[0] + 0.1
     last, best = (load(tmp_path / "out" / name)[0] for name in ("ckpt.pt", "best.pt"))
     source = batches(Dataset(data), "val", 4, 16)
-    assert losses[-1] == pytest.approx(mean_loss(last, source.in_order()), rel=1e-6)
-    assert losses[0] == pytest.approx(mean_loss(best, source.in_order()), rel=1e-6)
+    assert losses[-1] == pytest.approx(mean_loss(last, in_order(source)), rel=1e-6)
+    assert losses[0] == pytest.approx(mean_loss(best, in_order(source)), rel=1e-6)
     assert torch.load(tmp_path / "out" / "best.pt")["state"]["best_step"] == records[-1]["step"] == 0
     assert records[-1]["whole"] and records[-1]["loss"] == losses[0]
 
@@ -102,7 +103,7 @@ def test_an_estimate_is_of_batches_spread_over_the_split(tmp_path, count):
     model = GPT(GPTConfig(block_size=16, n_layer=1, n_head=2, n_embd=16, vocab_size=256)).eval()
     with torch.no_grad():
         model.embedding.weight *= 20
-    every = list(batches(data, "val", 4, 16).in_order())
+    every = list(in_order(batches(data, "val", 4, 16)))
     assert len(every) == 25
     chosen = [every[round((n + 0.5) * 25 / count - 0.5)] for n in range(count)] if count < 25 else every
     found, first = evaluate(model, data, "val", 4, "cpu", "float32", count)[0]["loss"], mean_loss(model, every[:count])
@@ -145,7 +146,7 @@ def test_accuracy_of_the_next_token(text, dtype, monkeypatch):
         if left_out:
             monkeypatch.setattr(TextBatches, "stack", masked)
         right, count = 0, 0
-        for x, y, _ in batches(data, "val", 4, 16).in_order():
+        for x, y, _ in in_order(batches(data, "val", 4, 16)):
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
                 logits = model(x, y)[0]
             for scores, target in zip(logits.flatten(0, 1).tolist(), y.flatten().tolist()):
@@ -189,7 +190,8 @@ def test_the_last_scores_are_of_the_whole_split(folder, tmp_path):
     assert not fit(tmp_path, folder, "--max_iters=5", "--eval_test=True")
     last = [scores_of(record) for record in log_of(tmp_path) if record.pop("whole", False)]
     best = torch.load(tmp_path / "best.pt")["state"]["step"]
-    assert last == [{"step": best, "split": split, **evaluate_again(tmp_path, folder, split)} for split in ("val", "test")]
+    assert last == [{"step": best, "split": split, **evaluate_again(tmp_path, folder, split)}
+                    for split in ("val", "test")]
 
 
 def test_predictions(reviews, tmp_path):
@@ -212,8 +214,9 @@ def test_training_scores(folder, tmp_path, capsys):
     records = [r for r in log_of(tmp_path / "both", "val") if "whole" not in r]
     (model, _), data = load(tmp_path / "both" / "ckpt.pt"), Dataset(folder)
     with torch.no_grad():
-        each = [model(x, y, lengths)[1].item() * (y != -1).sum().item() for x, y, lengths in batches(data, "train", 4, 16).in_order()]
-        count = sum((y != -1).sum().item() for _, y, _ in batches(data, "train", 4, 16).in_order())
+        each = [model(x, y, lengths)[1].item() * (y != -1).sum().item()
+                for x, y, lengths in in_order(batches(data, "train", 4, 16))]
+        count = sum((y != -1).sum().item() for _, y, _ in in_order(batches(data, "train", 4, 16)))
     assert records[-1]["train_loss"] == pytest.approx(sum(each) / count, rel=1e-5)
     assert ("train_f1" in records[-1]) == (data.kind == "classify") and "train loss" in capsys.readouterr().out
     assert 0 <= records[-1]["train_accuracy"] <= 1
@@ -233,7 +236,8 @@ def test_work_is_counted(text, tmp_path):
 
 
 def test_eval_only(folder, tmp_path, capsys, refused):
-    assert "no checkpoint at" in refused(train, f"--out_dir={tmp_path / 'out'}", f"--dataset={folder}", "--eval_only=True")
+    assert "no checkpoint at" in refused(train, f"--out_dir={tmp_path / 'out'}", f"--dataset={folder}",
+                                         "--eval_only=True")
     assert not fit(tmp_path / "out", folder, "--max_iters=5")
     before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     capsys.readouterr()
@@ -242,7 +246,8 @@ def test_eval_only(folder, tmp_path, capsys, refused):
         said = re.findall(r"^(val|test): loss ([\d.]+) nats", capsys.readouterr().out, re.M)
         assert [split for split, _ in said] == splits
         for split, loss in said:
-            assert float(loss) == pytest.approx(evaluate_again(tmp_path / "out", folder, split)["loss"].expected, abs=1e-4)
+            assert float(loss) == pytest.approx(evaluate_again(tmp_path / "out", folder, split)["loss"].expected,
+                                                abs=1e-4)
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
 
 

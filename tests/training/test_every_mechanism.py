@@ -67,7 +67,8 @@ def test_every_mechanism(request, tmp_path, capsys, beside, line, kind):
     by_length = {"accuracy_by_length"} if kind == "reviews" else set()
     assert record["stats"] == [layer.attention.stats() for layer in model.layers] and record["step"] == 4
     assert all(0 < layer["kept_share"] <= 1 for layer in record["stats"])
-    assert record["work_per_token"] == model.estimate_flops(16) and whole.keys() == record.keys() | {"whole"} | by_length
+    assert record["work_per_token"] == model.estimate_flops(16)
+    assert whole.keys() == record.keys() | {"whole"} | by_length
     model = sharpen(tmp_path / "whole")
     capsys.readouterr()
     said = []
@@ -80,7 +81,8 @@ def test_every_mechanism(request, tmp_path, capsys, beside, line, kind):
 
 def test_letters_are_explained_once(text, tmp_path, capsys):
     assert not fit(tmp_path, text, "--attention=sparse", "--sparse_pattern=LD", "--max_iters=0")
-    assert capsys.readouterr().out.count("sparse_pattern LD: L local, D dense; a letter for each layer, repeated\n") == 1
+    line = "sparse_pattern LD: L local, D dense; a letter for each layer, repeated\n"
+    assert capsys.readouterr().out.count(line) == 1
 
 
 def sharpen(out):
@@ -147,7 +149,8 @@ for sys.argv in map(list, {lines!r}):
     assert config["options"] == {"width": 4, "price": 0.5, "start": [0.1, 1], "name": "a,b", "flat": True}
     slopes = [record["stats"][0]["slopes"] for record in log_of(tmp_path / "out", "val") if "whole" not in record]
     assert len(slopes) == 3 and slopes[0] == pytest.approx([0.1, 1.0])
-    assert slopes[0][0] > slopes[1][0] > slopes[2][0]  # flat: no part of the loss but the penalty moves them, across the resume
+    # flat: no part of the loss but the penalty moves them, across the resume
+    assert slopes[0][0] > slopes[1][0] > slopes[2][0]
 
 
 def test_options_follow_the_line_where_the_weights_allow(text, tmp_path, capsys):
@@ -167,7 +170,8 @@ def test_options_follow_the_line_where_the_weights_allow(text, tmp_path, capsys)
 def test_the_penalty_is_in_the_gradient_and_not_in_the_logged_loss(text, tmp_path, beside):
     """Whatever the number of forward passes of a step."""
     for price, passes in ((0.0, 1), (30.0, 1), (30.0, 3)):
-        assert not fit(tmp_path / f"{price}-{passes}", text, "--attention=my_attention", f"--price={price}", "--max_iters=1",
+        assert not fit(tmp_path / f"{price}-{passes}", text, "--attention=my_attention", f"--price={price}",
+                       "--max_iters=1",
                        f"--gradient_accumulation_steps={passes}", "--flat=True")
     free, priced, thrice = ([record for record in log_of(out, "train")][0] for out in sorted(tmp_path.iterdir()))
     assert free["loss"] == priced["loss"] and free["loss"] == pytest.approx(thrice["loss"], abs=0.1)
@@ -178,7 +182,8 @@ def test_the_penalty_is_in_the_gradient_and_not_in_the_logged_loss(text, tmp_pat
 def test_options_of_a_mechanism_in_a_config_file(text, tmp_path):
     (tmp_path / "x.py").write_text("attention = 'sparse'\nwindow = 3\nsparse_pattern = ['local', 'dense']\n")
     assert not fit(tmp_path / "file", text, tmp_path / "x.py", "--max_iters=2")
-    assert not fit(tmp_path / "line", text, "--attention=sparse", "--window=3", "--sparse_pattern=local,dense", "--max_iters=2")
+    assert not fit(tmp_path / "line", text, "--attention=sparse", "--window=3", "--sparse_pattern=local,dense",
+                   "--max_iters=2")
     assert_same_runs(tmp_path / "file", tmp_path / "line")
     local, dense = (layer["kept_share"] for layer in log_of(tmp_path / "file", "val")[0]["stats"])
     assert local == (16 * 3 - 3) / (16 * 17 / 2) and dense == 1.0
@@ -187,13 +192,16 @@ def test_options_of_a_mechanism_in_a_config_file(text, tmp_path):
 def test_what_an_evaluation_says_of_the_mechanism(text, tmp_path, monkeypatch, capsys):
     """The mean over layers and heads of every number, whatever its name; and as much work as its plan has now."""
     layer = train.new_model(train.GPTConfig(**SHAPE)).layers[0].attention
-    health = [{"kept_share": 0.25, "reach_of_it": [10, 1000.5]}, {"kept_share": 0.2, "reach_of_it": [30.0, 3000], "kind": "x"}]
+    health = [{"kept_share": 0.25, "reach_of_it": [10, 1000.5]},
+              {"kept_share": 0.2, "reach_of_it": [30.0, 3000], "kind": "x"}]
     assert runs.format_stats(health) == ", kept share 0.225, reach of it 1,010"
     assert runs.format_stats([{}, {"a": [], "b": "x", "c": -0.012345, "d": None}]) == ", c -0.0123"
     pairs, calls = [136, 120, 100, 50], []
     monkeypatch.setattr(type(layer), "stats", lambda self: dict(health[self.layer]))
-    monkeypatch.setattr(run_module, "health", lambda model, health=run_module.health: calls.append(model) or health(model))
-    monkeypatch.setattr(type(layer), "multiplied_pairs", lambda self, T: pairs[len(calls) - 1] if T == 16 and calls else 200)
+    scored = run_module.health
+    monkeypatch.setattr(run_module, "health", lambda model: calls.append(model) or scored(model))
+    multiplied = lambda self, T: pairs[len(calls) - 1] if T == 16 and calls else 200  # noqa: E731
+    monkeypatch.setattr(type(layer), "multiplied_pairs", multiplied)
     assert not fit(tmp_path, text, "--max_iters=7")
     records = log_of(tmp_path, "val")
     assert [record["stats"] for record in records] == [health] * 4
@@ -206,7 +214,8 @@ def test_what_an_evaluation_says_of_the_mechanism(text, tmp_path, monkeypatch, c
 def test_compiled_while_spans_change(text, tmp_path, asked):
     """The published command, smaller: accepted; and what it learns makes torch.compile start over no more often than
     dense attention does."""
-    smaller = (f"--dataset={text}", *SMALL, "--eval_test=False", "--n_layer=1", "--learning_rate=0.3", "--warmup_iters=0")
+    smaller = (f"--dataset={text}", *SMALL, "--eval_test=False", "--n_layer=1", "--learning_rate=0.3",
+               "--warmup_iters=0")
     flags, graphs = ("--use_adaptive_attention=True", "--use_triangle_wave_masking=True", "--compile=True"), []
     for name, line in (("dense", ("--compile=True", "--max_iters=1")), ("periodic", (*flags, "--max_iters=12"))):
         torch._dynamo.reset()

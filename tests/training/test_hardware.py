@@ -1,4 +1,5 @@
-"""The machine's rate is right beside other processes, and decoding takes the number of threads that is faster at the moment."""
+"""The machine's rate is right beside other processes, and decoding takes the number of threads that is faster at the
+moment."""
 
 import itertools
 import time
@@ -76,7 +77,8 @@ def test_a_burst_stays_short(monkeypatch, rate, sizes):
 
 
 def test_threads_do_not_wait_for_each_other(monkeypatch, two_threads):
-    """Each has a product of its own, computed in it alone; their rates add up, and the number of threads is as before."""
+    """Each has a product of its own, computed in it alone; their rates add up, and the number of threads is as
+    before."""
     threads = []
     monkeypatch.setattr(hardware, "burst_rate", lambda *machine: threads.append(torch.get_num_threads()) or 7e9)
     hardware.matmul_rate.cache_clear()
@@ -134,7 +136,8 @@ def test_threads_follow_the_load():
 
 
 def test_tokens_come_through(monkeypatch, two_threads):
-    """All tokens in order; the number of threads is as before for the caller, also where it stops early or decoding fails."""
+    """All tokens in order; the number of threads is as before for the caller, also where it stops early or decoding
+    fails."""
     monkeypatch.setattr(hardware, "THREADS", 2)
     within = []
 

@@ -15,7 +15,8 @@ pytestmark = pytest.mark.usefixtures("quick")
 def test_it_learns_the_toy_sentences(toy, tmp_path, capsys):
     assert not fit(tmp_path, toy, "--pos=sinusoidal", "--block_size=8", "--batch_size=16", "--learning_rate=1e-2",
                    "--max_iters=150", "--eval_interval=50", "--log_interval=50")
-    for start, follows in (("i love deep", "learning"), ("artificial intelligence", "is"), ("models learn", "patterns")):
+    for start, follows in (("i love deep", "learning"), ("artificial intelligence", "is"),
+                           ("models learn", "patterns")):
         capsys.readouterr()
         call(sample, f"--out_dir={tmp_path}", f"--start={start}", "--temperature=0", "--max_new_tokens=1",
              "--num_samples=1", "--device=cpu", "--dtype=float32")

@@ -1,4 +1,5 @@
-"""Other optimisers, swapped in by editing `configure_optimizer` in a copy of train.py: they resume, and ranks share them."""
+"""Other optimisers, swapped in by editing `configure_optimizer` in a copy of train.py: they resume, and ranks share
+them."""
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ OPTIMIZERS = {
     named = list(model.named_parameters())
     matrices = [p for name, p in named if p.ndim == 2 and name.startswith("layers.")]
     others = [p for name, p in named if not (p.ndim == 2 and name.startswith("layers."))]
-    return Optimizers(torch.optim.Muon(matrices, lr=learning_rate), torch.optim.AdamW(others, lr=learning_rate, fused=True))
+    others = torch.optim.AdamW(others, lr=learning_rate, fused=True)
+    return Optimizers(torch.optim.Muon(matrices, lr=learning_rate), others)
 """,
 }
 
@@ -66,8 +68,9 @@ def steps(model, optimizer, count):
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("name", ["AdamW", "Adam", "SGD", "RMSprop", "Adagrad", "NAdam", "RAdam", "Adamax", "ASGD", "Rprop",
-                                  "Adadelta", "Adafactor"])
+@pytest.mark.parametrize("name",
+                         ["AdamW", "Adam", "SGD", "RMSprop", "Adagrad", "NAdam", "RAdam", "Adamax", "ASGD", "Rprop",
+                          "Adadelta", "Adafactor"])
 def test_state_of_every_optimiser(name):
     """Saved, and restored into a new optimiser, it continues to the bit; and no weight changes by restoring."""
     def make(model):

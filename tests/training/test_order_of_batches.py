@@ -14,7 +14,8 @@ CHANCE = 4 / (EPOCHS * PER_EPOCH) ** 0.5  # four standard errors of the mean cor
 def lengths(tmp_path_factory):
     """The mean length of each batch of each epoch, (EPOCHS, PER_EPOCH)."""
     rows = [("x" * (n * 37 % 400), n % 2) for n in range(8 * PER_EPOCH)]
-    source = batches(Dataset(write_reviews(tmp_path_factory.mktemp("data") / "r", train=rows)), "train", 8, 1000, seed=1)
+    source = batches(Dataset(write_reviews(tmp_path_factory.mktemp("data") / "r", train=rows)), "train", 8, 1000,
+                     seed=1)
     means = [source.batch(n)[2].double().mean().item() for n in range(EPOCHS * PER_EPOCH)]
     return np.array(means).reshape(EPOCHS, PER_EPOCH)
 
@@ -24,7 +25,8 @@ def mean_correlation(pairs):
 
 
 def test_short_reviews_do_not_come_first(lengths):
-    """They are sorted into batches of like length, and these come in any order: else each epoch would end on the longest."""
+    """They are sorted into batches of like length, and these come in any order: else each epoch would end on the
+    longest."""
     assert lengths.std(1).min() > 100  # sorted they are
     assert abs(mean_correlation((np.arange(PER_EPOCH), epoch) for epoch in lengths)) < CHANCE
 

@@ -91,9 +91,11 @@ def test_resume_says_what_is_not_as_it_was(text, reviews, tmp_path, capsys):
     shutil.copytree(tmp_path / "out", tmp_path / "lighter")
     assert not fit(tmp_path / "lighter", text, "--max_iters=4", "--init_from=resume")
     capsys.readouterr()
-    assert not fit(tmp_path / "out", text, "--max_iters=4", "--init_from=resume", "--block_size=8", "--weight_decay=0.5")
+    assert not fit(tmp_path / "out", text, "--max_iters=4", "--init_from=resume", "--block_size=8",
+                   "--weight_decay=0.5")
     said = capsys.readouterr().out
-    assert "block_size stays 16, not 8" in said and "max_iters was 2, is now 4" in said and "resume: from step 2 of 4" in said
+    assert "block_size stays 16, not 8" in said
+    assert "max_iters was 2, is now 4" in said and "resume: from step 2 of 4" in said
     checkpoint = torch.load(tmp_path / "out" / "ckpt.pt")
     assert checkpoint["settings"]["block_size"] == 16 and checkpoint["settings"]["weight_decay"] == 0.5
     lighter = torch.load(tmp_path / "lighter" / "ckpt.pt")["model"]["embedding.weight"]
@@ -103,7 +105,8 @@ def test_resume_says_what_is_not_as_it_was(text, reviews, tmp_path, capsys):
 
 def test_resume_is_refused(text, toy, reviews, tmp_path, refused):
     def refusal(data, *arguments):
-        return refused(train, f"--out_dir={tmp_path / 'out'}", f"--dataset={data}", *SMALL, "--init_from=resume", *arguments)
+        return refused(train, f"--out_dir={tmp_path / 'out'}", f"--dataset={data}", *SMALL, "--init_from=resume",
+                       *arguments)
 
     assert "no checkpoint at" in refusal(text) and not (tmp_path / "out").exists()
     assert not fit(tmp_path / "out", reviews, "--max_iters=1")
@@ -114,11 +117,13 @@ def test_resume_is_refused(text, toy, reviews, tmp_path, refused):
 
 
 def test_checkpoints_with_a_gradient_scaler(text, tmp_path, capsys):
-    """Of float16 training, which earlier versions had: they resume in another precision, and none of the new ones has a scaler."""
+    """Of float16 training, which earlier versions had: they resume in another precision, and none of the new ones has a
+    scaler."""
     assert not fit(tmp_path, text, "--max_iters=2")
     checkpoint = torch.load(tmp_path / "ckpt.pt")
     assert "scaler" not in checkpoint
-    scaler = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 2}
+    scaler = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000,
+              "_growth_tracker": 2}
     checkpoint_file.save(tmp_path / "ckpt.pt", {**checkpoint, "scaler": scaler, "dtype": "float16"})
     assert not fit(tmp_path, text, "--max_iters=4", "--dtype=auto", "--init_from=resume")
     assert "checkpoint: dtype was 'float16', is now 'float32'" in capsys.readouterr().out

@@ -20,28 +20,33 @@ def test_the_folder_of_a_run(folder, tmp_path):
     out = tmp_path / "not" / "yet" / "there"
     assert not fit(out, f"{folder}/", "--max_iters=6", "--log_interval=2")
     answers = {"predictions-val.npz"} if "reviews" in str(folder) else set()
-    assert {file.name for file in out.iterdir()} == {"config.json", "log.jsonl", "ckpt.pt", "ckpt-previous.pt", "best.pt", "lock"} | answers
+    assert {file.name for file in out.iterdir()} == {"config.json", "log.jsonl", "ckpt.pt", "ckpt-previous.pt",
+                                                     "best.pt", "lock"} | answers
     config = json.loads((out / "config.json").read_text())
     assert config["settings"]["max_iters"] == 6 and config["source"] == Dataset(folder).meta["source"]
-    assert config["device"] == "cpu" and config["dtype"] == "float32" and config["machine"]["torch"] == torch.__version__
+    assert config["device"] == "cpu" and config["dtype"] == "float32"
+    assert config["machine"]["torch"] == torch.__version__
     log = log_of(out)
     assert [(record["step"], record["split"]) for record in log if "whole" not in record] == \
         [(0, "val"), (0, "train"), (2, "train"), (4, "train"), (5, "val"), (6, "val")]
-    extra = {"accuracy", "f1", "precision", "recall", "auc"} if "reviews" in str(folder) else {"accuracy", "bits_per_byte"}
+    extra = {"accuracy", "f1", "precision", "recall",
+             "auc"} if "reviews" in str(folder) else {"accuracy", "bits_per_byte"}
     for record in log:
         assert math.isfinite(record["loss"])
         more = {"lr", "grad_norm"} if record["split"] == "train" else extra | {"stats", "work_per_token", "work"}
         more |= {"accuracy_by_length"} if "whole" in record and "reviews" in str(folder) else set()
         assert record.keys() - {"whole"} == {"step", "split", "loss"} | more
     raw = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert all(record["tokens_per_second"] > 0 and record["seconds"] > 0 for record in raw if record["split"] == "train")
+    assert all(record["tokens_per_second"] > 0 and record["seconds"] > 0 for record in raw
+               if record["split"] == "train")
 
 
 def test_an_earlier_run_is_not_overwritten(text, tmp_path, capsys):
     out = tmp_path / "out"
     for n in range(3):
         assert not fit(out, text, f"--max_iters={n + 1}")
-    assert [torch.load(folder / "ckpt.pt")["state"]["step"] for folder in (tmp_path / "out.1", tmp_path / "out.2", out)] \
+    assert [torch.load(folder / "ckpt.pt")["state"]["step"]
+            for folder in (tmp_path / "out.1", tmp_path / "out.2", out)] \
         == [1, 2, 3]
     assert "out.2" in capsys.readouterr().out
 
@@ -80,7 +85,8 @@ def test_mend_log(tmp_path):
 
     path = tmp_path / "log.jsonl"
     kept = line(0, "val") + line(0) + line(4) + line(5, "val")
-    path.write_bytes((kept + line(0, "val", whole=True) + line(5) + line(6, "val") + "[]\n{}\n\n1\n").encode() + b'{"st\xff')
+    path.write_bytes((kept + line(0, "val", whole=True) + line(5) + line(6, "val") + "[]\n{}\n\n1\n").encode()
+                     + b'{"st\xff')
     runs.mend_log(path, 5, 5)
     assert path.read_text() == kept
     runs.mend_log(tmp_path / "none.jsonl", 5, 5)

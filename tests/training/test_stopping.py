@@ -126,4 +126,5 @@ def test_patience(text, tmp_path, monkeypatch, capsys):
     assert (state["step"], state["best_step"], state["best"]) == (25, 15, 3.0)
     assert torch.load(tmp_path / "best.pt")["state"]["step"] == 15
     assert "no better validation in 2 evaluations: stopped" in capsys.readouterr().out
-    assert scores_of(log_of(tmp_path)[-1]) == {"step": 15, "split": "val", "whole": True, **evaluate_again(tmp_path, text, "val")}
+    assert scores_of(log_of(tmp_path)[-1]) == {"step": 15, "split": "val", "whole": True,
+                                               **evaluate_again(tmp_path, text, "val")}

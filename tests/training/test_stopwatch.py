@@ -50,7 +50,8 @@ def test_evaluations_are_no_part_of_a_lap(clock):
     assert watch.seconds() == pytest.approx(1000 + 1 + 8 + 5)
 
 
-SMALL = ("--block_size=8", "--n_layer=1", "--n_head=1", "--n_embd=8", "--batch_size=4", "--device=cpu", "--dtype=float32",
+SMALL = ("--block_size=8", "--n_layer=1", "--n_head=1", "--n_embd=8", "--batch_size=4", "--device=cpu",
+         "--dtype=float32",
          "--log_interval=2", "--eval_interval=10", "--eval_iters=2", "--max_iters=20")
 
 
@@ -74,7 +75,8 @@ def test_a_run_says_its_times(text, tmp_path, quick, clock, monkeypatch, capsys)
     left = dict(re.findall(r"^step (\d+)/20: .*?(?:, ([\d:]+) left)?$", out, re.M))
     # of step 2: 17 steps, the evaluations at 10 and 20, and the 16 batches of the last one
     assert left == {"0": "", **{str(n): clock_text(2 * (19 - n) + 6 * (1 + (n < 10)) + 48) for n in range(2, 20, 2)}}
-    assert re.search(r"^10:04 in all; sample with", out, re.M)  # 500 + 19 * 2, three evaluations of 6 s and one of 48: 604 s
+    assert re.search(r"^10:04 in all; sample with", out,
+                     re.M)  # 500 + 19 * 2, three evaluations of 6 s and one of 48: 604 s
 
 
 def test_a_resumed_run_counts_what_was_before(text, tmp_path, quick, clock, monkeypatch, capsys):
@@ -92,5 +94,6 @@ def test_a_resumed_run_counts_what_was_before(text, tmp_path, quick, clock, monk
 def test_the_log_is_explained_once(text, tmp_path, quick, capsys):
     call(train, f"--out_dir={tmp_path / 'out'}", f"--dataset={text}", *SMALL)
     out = capsys.readouterr().out
-    for words in ("nats per token", "tokens per second", "share of the rate of matrix products", "time left", "the scores of 2 batches", "* marks"):
+    for words in ("nats per token", "tokens per second", "share of the rate of matrix products", "time left",
+                  "the scores of 2 batches", "* marks"):
         assert out.count(words) == 1 and out.index(words) < out.index("step 0")

@@ -106,7 +106,8 @@ def test_each_rank_has_a_random_stream_of_its_own(monkeypatch):
 
 
 def test_learning_rate(monkeypatch):
-    for key, value in {"learning_rate": 1.0, "min_lr": 0.1, "warmup_iters": 4, "max_iters": 24, "lr_decay_iters": 0}.items():
+    for key, value in {"learning_rate": 1.0, "min_lr": 0.1, "warmup_iters": 4, "max_iters": 24,
+                       "lr_decay_iters": 0}.items():
         monkeypatch.setattr(train, key, value)
     assert [train.get_lr(step) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert train.get_lr(9) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
