@@ -11,7 +11,9 @@ writes data/recall. With --pairs=2 --queries=3 --length=12 a sequence reads
 Random places of two tokens behind the pairs ask for a random key; the other places are empty. Keys are drawn with
 replacement: if each were asked for once, a model could answer the last queries by elimination.
 By default, places near the pairs are the likelier ones: a window that sees few of the answers takes long to learn
-anything. A pair is one token. With --joined=0 it is two, as in the paper; a layer must then first tell each value which key
+anything.
+
+A pair is one token. With --joined=0 it is two, as in the paper; a layer must then first tell each value which key
 stands before it, which takes far longer to learn than to look a key up.
 Only the values that answer count in loss and accuracy. The distance of an answer is that from the query, whose output
 predicts it, back to the value in its pair: a window of w tokens sees distances below w.

@@ -141,7 +141,8 @@ def test_rms_norm():
 
 @pytest.mark.parametrize("changes",
                          [{}, {"n_class": 2}, {"tie": False, "bias": True, "norm": "layernorm", "pos": "learned"},
-                          {"n_head": 4, "n_kv_head": 1, "qk_norm": True}, {"ngram": 3, "ngram_rows": 11, "ngram_dim": 5}])
+                          {"n_head": 4, "n_kv_head": 1, "qk_norm": True},
+                           {"ngram": 3, "ngram_rows": 11, "ngram_dim": 5}])
 def test_counts(changes):
     """Parameters and work as counted are what is there. PyTorch counts the reference's full matrix."""
     model = GPT(GPTConfig(**{**SMALL, "kernel": "reference", **changes}))

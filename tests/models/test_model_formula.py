@@ -31,8 +31,8 @@ def linear(x, module):
 
 
 def activated(x, activation):
-    """The square of max(x, 0); or x times the normal distribution function, exact or as GPT-2 approximates it (Hendrycks
-    and Gimpel 2016)."""
+    """The square of max(x, 0), or x times the normal distribution function, exact or as GPT-2 approximates it
+    (Hendrycks and Gimpel 2016)."""
     if activation == "relu2":
         return x.clamp(min=0) ** 2
     if activation == "gelu_tanh":
@@ -95,7 +95,8 @@ def by_hand(model, idx):
 
 @pytest.mark.parametrize("n_class", [0, 2])
 @pytest.mark.parametrize("changes", [{}, {"pos": "sinusoidal"}, {"pos": "none"}, {"activation": "gelu_tanh"},
-                                     {"activation": "relu2", "softcap": 5.0}, {"ngram": 5, "ngram_rows": 97, "ngram_dim": 3},
+                                     {"activation": "relu2", "softcap": 5.0},
+                                     {"ngram": 5, "ngram_rows": 97, "ngram_dim": 3},
                                      {"bias": True, "norm": "layernorm", "pos": "learned", "tie": False}])
 @torch.no_grad()
 def test_forward_by_hand(changes, n_class):
