@@ -44,7 +44,6 @@ class GPTConfig:
     ngram: int = 0  # the longest n-gram of tokens with an embedding of its own (core/ngram.py); 0: none
     ngram_rows: int = 65536  # of each table of n-grams
     ngram_dim: int = 32  # columns of the tables
-    softcap: float = 0.0  # logits become softcap * tanh(logits / softcap) (Gemma 2, 2024); 0: they stay
     tie: bool = True  # a language model's head shares the token embedding's weight
     n_class: int = 0  # 0: a language model
     model: str = "gpt"  # or 'bilstm'
@@ -184,21 +183,21 @@ class GPT(Model):
         elif targets is None:
             x = x[:, -1:]
         logits = self.head(x)
-        if self.config.softcap:
-            logits = self.config.softcap * torch.tanh(logits / self.config.softcap)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), ignore_index=-1)
 
-    def parameter_groups(self, weight_decay):
-        """Parameter groups for an optimizer: weight_decay for matrices, 0 for vectors.
+    def parameter_groups(self, weight_decay, mask_lr=1.0):
+        """Parameter groups for an optimizer: weight_decay for matrices, 0 for vectors. The training loop multiplies the
+        learning rate by a group's `lr_scale`: mask_lr for the parameters of attention's bias, such as spans, else 1.
 
         Whole tensors and those that FSDP shards (`type(p)`) are in separate groups: fused optimizers do not mix them.
         """
-        groups = {}
+        masks, groups = {id(p) for attn in self.attentions() for p in attn.mask_parameters()}, {}
         for p in self.parameters():
-            groups.setdefault((p.dim() >= 2, type(p)), []).append(p)
-        return [{"params": group, "weight_decay": weight_decay * matrices} for (matrices, _), group in groups.items()]
+            groups.setdefault((p.dim() >= 2, id(p) in masks, type(p)), []).append(p)
+        return [{"params": group, "weight_decay": weight_decay * matrices, "lr_scale": mask_lr if mask else 1.0}
+                for (matrices, mask, _), group in groups.items()]
 
     @torch.no_grad()
     def maps(self, idx, lengths=None):

@@ -73,7 +73,6 @@ zero_init = False
 ngram = 0
 ngram_rows = 65536
 ngram_dim = 32
-softcap = 0.0
 tie = True
 pool = "mean"
 document_mask = False  # a token sees its own document only
@@ -83,6 +82,7 @@ attention_sink = False
 kernel = "auto"
 
 # the optimiser: AdamW
+mask_lr = 1.0  # the rate of spans, periods and other parameters of the mask, as a multiple of learning_rate
 learning_rate = 2e-3  # small models allow more than nanoGPT's 6e-4
 min_lr = 2e-4
 max_iters = 350
@@ -118,7 +118,7 @@ def configure_optimizer(model):
 
     For two, each with weights of its own, return Optimizers(torch.optim.Muon(matrices), torch.optim.AdamW(others)).
     """
-    groups = model.parameter_groups(weight_decay)  # fused: one pass over all weights
+    groups = model.parameter_groups(weight_decay, mask_lr)  # fused: one pass over all weights
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)
 
 
@@ -135,7 +135,7 @@ def check(settings):
                         "scaler; use bfloat16 or float32")
     at_least = dict.fromkeys(("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval"), 1)
     at_least |= dict.fromkeys(("seed", "max_iters", "warmup_iters", "lr_decay_iters", "eval_iters", "patience",
-                               "learning_rate", "min_lr", "weight_decay", "grad_clip", "beta1", "beta2"), 0)
+                               "learning_rate", "mask_lr", "min_lr", "weight_decay", "grad_clip", "beta1", "beta2"), 0)
     for key, least in at_least.items():
         if not settings[key] >= least:
             raise UserError(f"{key} must be at least {least}, got {settings[key]}")
@@ -206,7 +206,7 @@ def main(arguments=None):
             if run.out_of_patience() or step >= max_iters:
                 break
             for group in optimizer.param_groups:
-                group["lr"] = get_lr(step)
+                group["lr"] = get_lr(step) * group.get("lr_scale", 1.0)
             loss_sum = torch.zeros((), device=dev)
             for x, y, lengths, share in run.micro_batches(net, source, step):
                 with autocast:

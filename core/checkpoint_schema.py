@@ -29,6 +29,9 @@ def check_sizes(config, shapes):
             columns = shapes[name][1:] if name == "head.weight" else (C,)
             fits = shapes[name][:1] >= (rows,) and shapes[name][1:] == columns  # an edited model may have more rows
             expect(fits, f"the shape {(rows, *columns)}", shapes[name], name)
+    for n in range(config.ngram - 1):
+        name, table = f"ngrams.tables.{n}.weight", (config.ngram_rows, config.ngram_dim)
+        expect(shapes.get(name) == table, f"the shape {table}", shapes.get(name), name)
     expect(config.vocab_size * C <= 16 * count, f"an embedding that fits {count:,} weights", config.vocab_size,
            "vocab_size")
     width = C if config.model == "gpt" else config.options.get("hidden", 1)

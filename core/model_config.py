@@ -34,7 +34,5 @@ def check(config):
             raise UserError(f"{name} must be from 1 to 2**26, got {getattr(config, name)}")
     if config.ngram and config.model != "gpt":
         raise UserError(f"ngram expects model=gpt, got {config.model}")
-    if not config.softcap >= 0:
-        raise UserError(f"softcap must be at least 0 (no cap), got {config.softcap}")
     if not 0 <= config.dropout < 1:
         raise UserError(f"dropout must be at least 0 and below 1, got {config.dropout}")

@@ -124,7 +124,8 @@ class WarmStart:
     def copy(self, name, weight, config, meta, tokens):
         """Copy what fits of one weight; returns the number of elements. tokens: from `matching_tokens`."""
         source = self.weights.get(name)
-        if source is None or self.is_other(name, source.shape != weight.shape, config, meta):
+        hashed = tokens and name.startswith("ngrams.tables.")  # rows of n-grams of other tokens
+        if source is None or hashed or self.is_other(name, source.shape != weight.shape, config, meta):
             return 0
         rows = None  # (of the weight, of the source); None: all
         if name == "embedding.weight" or name == "head.weight" and config.causal:

@@ -55,6 +55,8 @@ W = "model/layers.0.attention.proj.weight"
 
 
 @pytest.mark.parametrize("changes, said", [
+    ({"model_config/ngram": 16, "model_config/ngram_rows": 2**26}, "ngrams.tables.0.weight"),
+    ({"model_config/ngram": 10**9}, "ngram must be 0 or from 2 to 16"),
     ({"model_config/n_layer": 10**6}, "n_layer"), ({"model_config/n_layer": 10**30}, "n_layer"),
     ({"model_config/n_embd": 2 * 10**6}, "embedding.weight"), ({"model_config/vocab_size": 10**9}, "embedding.weight"),
     ({"model_config/n_class": 10**9}, "head.weight"), ({"model_config/block_size": 10**12}, "block_size"),

@@ -39,7 +39,7 @@ def test_cached_equals_full(pos, norm, kernel):
 
 @pytest.mark.parametrize("document_mask", [False, True])
 def test_cached_ngrams(document_mask):
-    check_cached(make(ngram=4, ngram_rows=97, ngram_dim=3, softcap=5.0, document_mask=document_mask, document_mark=7))
+    check_cached(make(ngram=4, ngram_rows=97, ngram_dim=3, document_mask=document_mask, document_mark=7))
 
 
 def check_cached(model):
@@ -227,7 +227,6 @@ def test_generation_repeats_with_its_seed():
     ({"activation": "relu"}, "unknown activation 'relu'; did you mean relu2"),
     ({"ngram": 1}, "ngram must be 0 or from 2 to 16, got 1"),
     ({"ngram": 2, "ngram_rows": 0}, "ngram_rows must be from 1 to 2..26"),
-    ({"softcap": -1.0}, "softcap must be at least 0"),
     ({"n_layer": 0}, "n_layer must be at least 1"),
     ({"options": {"window": 3}}, "dense has no option window"),
 ])

@@ -62,6 +62,7 @@ dense = source_fixture("dense", "text")
 spans = source_fixture("spans", "text", "--use_adaptive_attention=True", "--softness_span_mask=4", "--span_init=[5]")
 learned = source_fixture("learned", "text", "--pos=learned", "--tie=False", "--norm=layernorm", "--bias=True",
                          "--dropout=0.1")
+grams = source_fixture("grams", "text", "--ngram=3", "--ngram_rows=50", "--ngram_dim=4")
 classifier = source_fixture("classifier", "reviews")
 
 
@@ -84,7 +85,8 @@ def write_tokens(folder, meta):
 
 
 @pytest.mark.parametrize("name, settings", [
-    ("dense", {}), ("spans", {"attention": "adaptive_attention_span", "softness_span_mask": 4, "span_init": [5]}),
+    ("dense", {}), ("grams", {"ngram": 3, "ngram_rows": 50, "ngram_dim": 4}),
+    ("spans", {"attention": "adaptive_attention_span", "softness_span_mask": 4, "span_init": [5]}),
     ("learned", {"pos": "learned", "tie": False, "norm": "layernorm", "bias": True, "dropout": 0.0})])
 def test_the_first_loss_is_the_source_s(name, settings, request, text, tmp_path):
     source = request.getfixturevalue(name)
@@ -251,7 +253,7 @@ def test_an_lstm(reviews, tmp_path, capsys):
 # ---- other vocabularies ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["dense", "learned"])
+@pytest.mark.parametrize("name", ["dense", "learned", "grams"])
 def test_bytes_become_chars(name, request, chars, tmp_path, capsys):
     """Rows of embedding and head (tied or not) are taken for the characters of one byte; the others are new."""
     source = request.getfixturevalue(name)
@@ -262,7 +264,12 @@ def test_bytes_become_chars(name, request, chars, tmp_path, capsys):
         for i, character in enumerate(CHARS["vocab"]):
             same = [n for n in range(256) if torch.equal(found[matrix][i], source[matrix][n])]
             assert same == ([] if character in ("<unk>", "é") else [ord(character)])
-    assert "4 of 6 rows of embedding" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "4 of 6 rows of embedding" in said
+    if name == "grams":  # the rows of n-grams of bytes are not those of characters
+        assert "new: " in said and "ngrams.tables" in said[said.index("  new: ") : said.index("  left: ")]
+        assert torch.equal(found["ngrams.proj.weight"], source["ngrams.proj.weight"])
+        assert not torch.isclose(found["ngrams.tables.0.weight"], source["ngrams.tables.0.weight"]).any()
 
 
 def test_matching_tokens():

@@ -69,6 +69,23 @@ def test_steps_by_hand(text, tmp_path):
         assert (p - q).abs().max() < 1e-5 and (p - start).abs().max() > 1e-3
 
 
+def test_the_rate_of_the_mask(text, tmp_path):
+    """AdamW's first step is the learning rate in size: spans move ten times as far, and nothing else does."""
+    moves = []
+    for mask_lr in (1.0, 10.0):
+        out = tmp_path / str(mask_lr)
+        assert not fit(out, text, "--max_iters=1", f"--mask_lr={mask_lr}", "--use_adaptive_attention=True",
+                       "--learning_rate=1e-3", "--warmup_iters=0", "--weight_decay=0")
+        torch.manual_seed(1337)
+        model = load(out / "ckpt.pt")[0]
+        start = GPT(model.config)
+        moves.append({name: p - q for (name, p), q in zip(model.named_parameters(), start.parameters())})
+    for name, move in moves[0].items():
+        scale = 10 if name.endswith("attention.span") else 1
+        assert move.abs().max() > 5e-4, name
+        torch.testing.assert_close(moves[1][name], scale * move, rtol=1e-3, atol=1e-7)
+
+
 @pytest.mark.parametrize("clip", [0.0, 0.05])
 def test_the_optimiser_gets_clipped_gradients(text, tmp_path, clip):
     """Of the norm `grad_clip` over all weights together, in the direction they had; 0: as they are."""
