@@ -8,9 +8,9 @@ activation = "relu2"
 zero_init = True
 ngram = 8
 
-batch_size = 8
-max_iters = 1000
-warmup_iters = 70
+batch_size = 4
+max_iters = 2000
+warmup_iters = 100
 lr_schedule = "linear"
 min_lr = 0.0
-eval_interval = 250
+eval_interval = 500
