@@ -9,7 +9,7 @@ zero_init = True
 ngram = 8
 
 batch_size = 4
-max_iters = 2000
+max_iters = 1500
 warmup_iters = 100
 lr_schedule = "linear"
 min_lr = 0.0
