@@ -193,9 +193,9 @@ class GPT(Model):
 
         Whole tensors and those that FSDP shards (`type(p)`) are in separate groups: fused optimizers do not mix them.
         """
-        masks, groups = {id(p) for attn in self.attentions() for p in attn.mask_parameters()}, {}
+        masks, groups = set(self.mask_parameters()), {}
         for p in self.parameters():
-            groups.setdefault((p.dim() >= 2, id(p) in masks, type(p)), []).append(p)
+            groups.setdefault((p.dim() >= 2, p in masks, type(p)), []).append(p)
         return [{"params": group, "weight_decay": weight_decay * matrices, "lr_scale": mask_lr if mask else 1.0}
                 for (matrices, mask, _), group in groups.items()]
 

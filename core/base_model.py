@@ -32,6 +32,10 @@ class Model(nn.Module):
         """The attention mechanism of each layer, in order."""
         return [layer.attention for layer in self.layers]
 
+    def mask_parameters(self):
+        """The parameters that the bias of attention depends on, such as spans, of all layers."""
+        return [p for attn in self.attentions() for p in attn.mask_parameters()]
+
     def check_attention(self):
         """Raise UserError if a mechanism's declarations do not hold: see core/contract.py."""
         for attn in self.attentions():

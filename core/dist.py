@@ -204,8 +204,8 @@ def shard(model, device):
 def unsharded_parameters(model):
     """The parameters that `shard` leaves whole, in the same order on each rank: the masks', and scalars, which FSDP
     refuses. Not collective."""
-    masks = {id(p) for attention in model.attentions() for p in attention.mask_parameters()}
-    return [p for p in model.parameters() if id(p) in masks or p.dim() == 0]
+    masks = set(model.mask_parameters())
+    return [p for p in model.parameters() if p in masks or p.dim() == 0]
 
 
 def is_sharded(x):

@@ -39,7 +39,7 @@ def convert_for_inference(model, dtype):
     Weights become `dtype`, except the parameters of attention's bias: a span rounded to bfloat16 would be another mask.
     In bfloat16 on a CPU that supports it, the weights of linear layers are packed.
     """
-    mask_parameters = [p for attn in model.attentions() for p in attn.mask_parameters()]
+    mask_parameters = model.mask_parameters()
     exact = [p.data for p in mask_parameters]
     model.to(dtype).eval().requires_grad_(False)
     for p, data in zip(mask_parameters, exact):

@@ -56,8 +56,8 @@ def check_size(settings, data, device):
     tables = max(0, given.ngram - 1) * given.ngram_rows * given.ngram_dim
     model_bytes = 16 * (10 * C * C * given.n_layer * (given.model == "gpt") + C * data.vocab_size + tables)
     batch_bytes = given.batch_size * given.block_size * (16 + 4 * C) if data.kind == "lm" else 0
-    for need, what in ((model_bytes, f"weights, gradients and AdamW of n_layer={given.n_layer}, n_embd={C}"
-                                     f"{tables and f', ngram_rows={given.ngram_rows}' or ''}"),
+    sizes = f"n_layer={given.n_layer}, n_embd={C}" + f", ngram_rows={given.ngram_rows}" * bool(tables)
+    for need, what in ((model_bytes, f"weights, gradients and AdamW of {sizes}"),
                        (batch_bytes, f"a batch of batch_size={given.batch_size}, block_size={given.block_size}")):
         if need > room:
             raise UserError(f"{what} need {need / 2**30:,.0f} GiB at least; {device} has {room / 2**30:,.0f}: make "

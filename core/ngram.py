@@ -23,16 +23,16 @@ class NgramEmbedding(nn.Module):
         self.tables = nn.ModuleList(nn.Embedding(rows, width) for _ in range(2, longest + 1))
         self.proj = nn.Linear(width * len(self.tables), n_embd, bias=False)
 
-    def rows(self, text, starts=None):
+    def rows(self, text, preceding=None):
         """The rows of the last T tokens of a text (B, longest - 1 + T): a list of (B, T), one for each n.
 
-        starts: (B, T), how many tokens of its document precede each token; None: all before it.
+        preceding: (B, T), how many tokens of its document precede each token; None: all before it.
         """
         T, number, rows = text.size(1) - self.longest + 1, 0, []
         for n in range(self.longest):  # `number` is the n-gram with its tokens as digits, modulo 2^64
             token = text[:, self.longest - 1 - n : self.longest - 1 - n + T].long()
-            if starts is not None:
-                token = token.where(starts >= n, 0)
+            if preceding is not None:
+                token = token.where(preceding >= n, 0)
             number = number * self.vocab_size + token
             if n:
                 rows.append((number * MULTIPLIER >> 20) % self.tables[n - 1].num_embeddings)
@@ -46,7 +46,8 @@ class NgramEmbedding(nn.Module):
         text = torch.cat([before, idx], 1)
         if cache is not None:
             cache.tokens = text[:, idx.size(1) :]
+        preceding = None
         if documents is not None:
-            documents = torch.arange(start, start + idx.size(1), device=idx.device) - documents
-        rows = self.rows(text, documents)
+            preceding = torch.arange(start, start + idx.size(1), device=idx.device) - documents
+        rows = self.rows(text, preceding)
         return self.proj(torch.cat([table(row) for table, row in zip(self.tables, rows)], 2))
