@@ -20,6 +20,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from core import blocks, kernels, kvcache, ops, sinks
 from core.ops import ParameterReads, drop, expand_heads, mask_value, norm_heads, split_heads
@@ -146,8 +147,9 @@ class Attention(nn.Module):
 
     def bias_by_offset(self, T, future=True):
         """A relative mechanism's bias by offset j - i from 1 - T to T - 1, or 0 without `future`: (H or 1, offsets)."""
-        j = torch.arange(2 * T - 1 if future else T, dtype=torch.int32, device=self.proj.weight.device)
-        return self.bias_at(j[T - 1 : T], j)[:, 0]
+        j = torch.arange(2 * T - 1 if future and not self.causal else T, dtype=torch.int32, device=self.proj.weight.device)
+        bias = self.bias_at(j[T - 1 : T], j)[:, 0]
+        return F.pad(bias, (0, T - 1), value=-math.inf) if future and self.causal else bias
 
     @cached_property
     def mask_parameter_names(self):
@@ -214,8 +216,7 @@ class Attention(nn.Module):
 
     def map(self, x, rotation=None, texts=NO_TEXTS):
         """The attention weights (B, H, T, T) of `forward` for x (B, T, C)."""
-        q, k, _ = self.project(x, rotation)
-        return self.weights(q, k, texts=with_gates(self, x, texts))
+        return self.weights(*self.project(x, rotation)[:2], texts=with_gates(self, x, texts))
 
     def forward(self, x, rotation=None, texts=NO_TEXTS, cache=None):
         """x (B, T, C) -> (B, T, C).
@@ -223,7 +224,6 @@ class Attention(nn.Module):
         rotation: cosines and sines (2, T, D / 2) of rotary positions (`ops.rotations`), or None.
         texts: padding and documents of x, a `texts.Texts`. cache: a `kvcache.Cache`; x then continues the cached text.
         """
-        B, T, C = x.shape
         q, k, v = self.project(x, rotation)
         texts = with_gates(self, x, texts, cache)
         if cache is None or cache.length == 0:
@@ -233,7 +233,7 @@ class Attention(nn.Module):
                 y = self.attend(q, k, v, texts)
         else:
             y = kvcache.attend(self, q, k, v, cache, texts)
-        return drop(self.proj(y.transpose(1, 2).reshape(B, T, C)), self.dropout if self.training else 0.0)
+        return drop(self.proj(y.transpose(1, 2).flatten(2)), self.dropout if self.training else 0.0)
 
     def multiplied_pairs(self, T):
         """Query-key pairs per head that the blocks compute for a text of T tokens."""

@@ -36,6 +36,7 @@ from core.kvcache import cache_bytes
 from core.mechanisms import mechanism
 from core.nanogpt import import_model
 from core.report import add_ratios, print_table
+from core.texts import NO_TEXTS, with_gates
 from model import GPT, GPTConfig
 
 mechanisms = []  # what is measured, see above; empty: the mode's own list (ROWS)
@@ -82,7 +83,7 @@ NAMES = {  # short names, with a space in them: none can hide a mechanism's file
     "adaptive span, period 4, 1 key in 4, snapped": f"{FOUR} ratio_init_triangle_wave_masking=-0.15 snap_periods=True",
 }
 ALL = ["dense", "sparse local", "sparse strided", "sparse fixed", "sparse log", "adaptive span", "adaptive span, wave",
-       "atrt", "alibi"]
+       "atrt", "alibi", "forgetting"]
 LAYER = ["dense", "dense, fused call", "adaptive span, wave", "adaptive span, wave, reference",
          "adaptive span, period 4", "adaptive span, period 4, snapped", "adaptive span, period 4, 1 key in 4",
          "adaptive span, period 4, 1 key in 4, snapped"]
@@ -145,31 +146,29 @@ def work(operations, seconds):
 
 
 def bench_attention(rows, B, H, T):
-    """Forward + backward of attention."""
+    """Forward + backward of attention, from queries, keys, values and, for gates, the layer's input."""
     q, k, v, g = torch.randn(4, B, H, T, head_size, device=device, dtype=hardware.DTYPES[dtype]).unbind(0)
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    x = torch.randn(B, T, H * head_size, device=device, requires_grad=True)  # the layer's input, which only gates read
     shared = dict(n_layer=1, n_head=H, n_embd=H * head_size, block_size=T, n_class=0 if causal else 2)
     layers = [row.model("engine", **shared).layers[0].attention for row in rows]
 
     def ours(layer):
-        torch.autograd.grad(layer.attend(*inputs), inputs + layer.mask_parameters(), g)
+        y = layer.attend(*inputs, with_gates(layer, x, NO_TEXTS))
+        torch.autograd.grad(y, inputs + layer.mask_parameters() + [x] * layer.gates, g)
 
     def fused():
         torch.autograd.grad(F.scaled_dot_product_attention(*inputs, is_causal=causal), inputs, g)
 
     *costs, peers = side_by_side([lambda layer=layer: ours(layer) for layer in layers] + [fused])
-    found = []
-    for row, layer, cost in zip(rows, layers, costs):
-        kept = layer.kept_pairs(T)
-        found.append({
-            "attention": row.label, "batch x heads x time": f"{B}x{H}x{T}", "ms": 1e3 * cost.seconds,
-            "fused call, ms": 1e3 * peers.seconds, "times as fast": peers.seconds / cost.seconds,
-            "pairs kept": kept / T**2, "pairs multiplied": layer.multiplied_pairs(T) / T**2,
-            # two products forward and four backward; what is computed again does not count as work
-            **work(12 * head_size * kept * B * H, cost.seconds), "MiB more": mebibytes(cost.memory),
-            "fused, MiB more": mebibytes(peers.memory), "repeats": cost.rounds,
-        })
-    return found
+    return [{
+        "attention": row.label, "batch x heads x time": f"{B}x{H}x{T}", "ms": 1e3 * cost.seconds,
+        "fused call, ms": 1e3 * peers.seconds, "times as fast": peers.seconds / cost.seconds,
+        "pairs kept": kept / T**2, "pairs multiplied": layer.multiplied_pairs(T) / T**2,
+        # two products forward and four backward; what is computed again does not count as work
+        **work(12 * head_size * kept * B * H, cost.seconds), "MiB more": mebibytes(cost.memory),
+        "fused, MiB more": mebibytes(peers.memory), "repeats": cost.rounds,
+    } for row, layer, cost, kept in zip(rows, layers, costs, [layer.kept_pairs(T) for layer in layers])]
 
 
 # ---- a layer ---------------------------------------------------------------------------------

@@ -6,12 +6,12 @@ Letters: B batch, T time, H heads, K key heads, G = H / K heads that share a key
 import math
 
 import torch
+import torch.nn.functional as F
 
 from core import sinks
 from core.ops import expand_heads, mask_value
 from core.texts import NO_TEXTS, decay_between
 
-TIME = (2, 2, 0, 2)  # the dimension of positions in keys, values, their positions and the sums of their gates
 AHEAD = 16  # queries whose bias is computed at once: for one, starting the operations takes longer than they do
 
 
@@ -21,51 +21,54 @@ class Cache:
 
     def __init__(self, size, first=0):
         self.size, self.first, self.length = size, first, 0  # length: tokens of the text so far, cached or not
+        self.rings = []  # keys, values, and with gates their sums
         self.kept = None  # the result of `kept_by_distance`, computed once
-        self.ahead = 0, []  # the position of a query, and (slots, bias) of its kept keys and those of the next queries
+        self.ahead = 0, []  # the position of a query; slots, positions and bias of the keys that it and the next keep
         self.tokens = None  # the last ones, (B, longest n-gram - 1), if the model embeds n-grams
         self.document = 0  # where the last token's document starts, (B, 1), if the model masks documents
 
     def extend(self, k, v, decay=None):
         """Append k, v (B, K, T, D), from position `length` on, and the sums of their gates (B, H, T), or None.
 
-        Returns the keys and values that the new tokens may need, (B, K, m, D) in any order, their positions (m,), and
-        with gates their sums (B, H, m).
+        Returns the keys and values that the new tokens may need, (B, K, m, D), and with gates their sums (B, H, m): all
+        that are cached, in the order of `positions`, or those that were, and the new ones after them.
         """
-        T, start = k.size(2), self.length
-        new = torch.arange(start, start + T, device=k.device)
+        new, T, start = (k, v) if decay is None else (k, v, decay), k.size(2), self.length
         if start == 0:
-            n = self.first + self.size
-            self.k, self.v = (x.new_empty(*x.shape[:2], n, x.size(3)) for x in (k, v))
-            self.positions = torch.empty(n, dtype=torch.long, device=k.device)
-            self.decay = None if decay is None else decay.new_empty(*decay.shape[:2], n)
-        available = (k, v, new) if decay is None else (k, v, new, decay)
-        if T > 1 and start:  # joined before the ring is written: the last token may overwrite keys that the first needs
-            joined = [torch.cat([old, x], dim) for old, x, dim in zip(self.filled(), available, TIME)]
+            self.rings = [x.new_empty(*x.shape[:2], self.first + self.size, *x.shape[3:]) for x in new]
+        elif T > 1:  # joined before the rings are written: the last token may overwrite keys that the first needs
+            joined = [torch.cat([old, x], 2) for old, x in zip(self.filled(), new)]
         a = start  # written up to here
         while a < start + T:
             if a >= self.first:
                 a = max(a, start + T - self.size)  # what comes before would be overwritten
             slot = self.slot(a)
             count = min(start + T - a, (self.first if a < self.first else self.first + self.size) - slot)
-            for ring, x, dim in zip((self.k, self.v, self.positions, self.decay), available, TIME):
-                ring.narrow(dim, slot, count).copy_(x.narrow(dim, a - start, count))
+            for ring, x in zip(self.rings, new):
+                ring.narrow(2, slot, count).copy_(x.narrow(2, a - start, count) if T > 1 else x)
             a += count
         self.length += T
-        return self.filled() if T == 1 else joined if start else available
+        return joined if start and T > 1 else self.filled()
 
     def slot(self, position):
         """Where the key of a position is, or will be."""
         return position if position < self.first else self.first + (position - self.first) % self.size
 
     def filled(self):
-        """(keys (B, K, m, D), values, positions (m,)) of the filled slots, and with gates their sums (B, H, m)."""
-        n, rings = min(self.length, self.first + self.size), (self.k, self.v, self.positions, self.decay)
-        return [ring.narrow(dim, 0, n) for ring, dim in zip(rings, TIME) if ring is not None]
+        """The filled slots: keys and values (B, K, m, D), and with gates their sums (B, H, m)."""
+        n = min(self.length, self.first + self.size)
+        return [ring.narrow(2, 0, n) for ring in self.rings]
+
+    def positions(self):
+        """The positions (m,) of the keys in the filled slots."""
+        j, last = torch.arange(self.first + self.size, device=self.rings[0].device), self.length - 1
+        if last < len(j):
+            return j[: last + 1]
+        return torch.where(j < self.first, j, last - (last - j) % self.size)
 
     def last_decay(self):
         """The sum of gates up to the last token, (B, H, 1)."""
-        return self.decay[:, :, self.slot(self.length - 1), None]
+        return self.rings[2][:, :, self.slot(self.length - 1), None]
 
 
 def new_cache(layer):
@@ -79,27 +82,29 @@ def attend(layer, q, k, v, cache, texts=NO_TEXTS):
     texts: the `texts.Texts` of the new tokens.
     """
     start, T = cache.length, q.size(2)
-    keys, values, j, *decay = cache.extend(k, v, texts.decay)
+    cached = cache.positions() if T > 1 else None
+    keys, values, *decay = cache.extend(k, v, texts.decay)
     if T > 1:
         i = torch.arange(start, start + T, device=q.device)
-        texts = texts._replace(decay=decay[0] if decay else None)
+        j, texts = torch.cat([cached, i]), texts._replace(decay=decay[0] if decay else None)
         return layer.weights(q, keys, i, j, texts) @ expand_heads(values, q.size(1))
     grouped = q.view(len(q), layer.n_kv_head, -1, q.size(3))  # (B, K, G, D): a key is read once for its G heads
     if layer.relative and texts.documents is None and texts.decay is None:
-        return attend_by_distance(layer, grouped, keys, values, start, j, cache).view(q.shape)
-    (slots, bias), dropped = kept_by_query(layer, cache, start, q), mask_value(q.dtype)
+        return attend_by_distance(layer, grouped, keys, values, start, cache).view(q.shape)
+    (slots, j, bias), dropped = kept_by_query(layer, cache, start, q), mask_value(q.dtype)
     all_kept = bias.size(0) == 1 and texts.documents is None  # else heads or texts differ in what they keep
     if decay:
         between = decay_between(texts.decay, decay[0][:, :, slots], True).to(q.dtype)
         bias = torch.where(bias > dropped, bias + between, bias)  # (B, H, 1, m)
     if texts.documents is not None:
-        bias = torch.where(j[slots] >= texts.documents[:, None, :, None], bias, dropped)  # (B, H or 1, 1, m)
-    keys = sinks.cap_distances(layer, keys.index_select(2, slots), start, j[slots])
+        bias = torch.where(j >= texts.documents[:, None, :, None], bias, dropped)  # (B, H or 1, 1, m)
+    keys = sinks.cap_distances(layer, keys.index_select(2, slots), start, j)
     return average(layer, grouped, keys, values.index_select(2, slots), group(layer, bias), all_kept).view(q.shape)
 
 
 def kept_by_query(layer, cache, i, q):
-    """(slots (m,) of the cached keys that the query q at position i keeps, their bias (H or 1, 1, m) in its dtype)."""
+    """Of the cached keys that the query q at position i keeps: (slots (m,), positions (m,), bias (H or 1, 1, m) in the
+    dtype of q)."""
     first, rows = cache.ahead
     if not first <= i < first + len(rows):
         queries = torch.arange(i, i + AHEAD, device=q.device)
@@ -109,9 +114,9 @@ def kept_by_query(layer, cache, i, q):
         kept = (bias > -math.inf).any(0)  # (AHEAD, keys)
         row, column = kept.nonzero().unbind(1)
         bias = bias[:, row, column].to(q.dtype).clamp(min=mask_value(q.dtype))[:, None]
-        slots = torch.where(keys < cache.first, keys, cache.first + (keys - cache.first) % cache.size)[column]
-        counts = kept.sum(1).tolist()
-        first, rows = cache.ahead = i, list(zip(slots.split(counts), bias.split(counts, 2)))
+        positions, counts = keys[column], kept.sum(1).tolist()
+        slots = torch.where(positions < cache.first, positions, cache.first + (positions - cache.first) % cache.size)
+        first, rows = cache.ahead = i, list(zip(slots.split(counts), positions.split(counts), bias.split(counts, 2)))
     return rows[i - first]
 
 
@@ -120,21 +125,21 @@ def group(layer, bias):
     return bias.squeeze(-2).unflatten(-2, (layer.n_kv_head, -1)) if bias.size(-3) > 1 else bias
 
 
-def attend_by_distance(layer, q, k, v, i, j, cache):
-    """`attend` for one token q (B, K, G, D) at position i of a relative layer, and the cached k, v (B, K, m, D) at
-    positions j (m,): only kept slots are read."""
+def attend_by_distance(layer, q, k, v, i, cache):
+    """`attend` for one token q (B, K, G, D) at position i of a relative layer, and the cached k, v (B, K, m, D): only
+    kept slots are read."""
     if cache.kept is None:
         cache.kept = kept_by_distance(layer, cache.size, q.dtype)
     heads, distances, bias, keeps_itself = cache.kept
     if distances is None:
-        return average(layer, q, k, v, None if bias is None else bias[:, :, i - j], True)
+        return average(layer, q, k, v, None if bias is None else bias[:, :, i - cache.positions()], True)
     if cache.length < cache.size:
         near = distances <= i
         heads, distances, bias = heads[near[: len(heads)]], distances[near], bias[:, :, near]
     slots = (i - distances) % cache.size
     if not len(heads):
         return average(layer, q, k.index_select(2, slots), v.index_select(2, slots), bias, keeps_itself)
-    k, v = (x.flatten(1, 2).index_select(1, heads * cache.size + slots)[:, None] for x in (cache.k, cache.v))
+    k, v = (x.flatten(1, 2).index_select(1, heads * cache.size + slots)[:, None] for x in cache.rings)
     return average(layer, q.flatten(1, 2)[:, None], k, v, bias, keeps_itself)  # heads as queries: one product
 
 
@@ -144,6 +149,9 @@ def average(layer, q, k, v, bias, keeps_itself=False):
     bias: (K or 1, G or 1, m) or (B, K or 1, G or 1, m) in the dtype of q, `mask_value` for dropped pairs; None: 0.
     keeps_itself: every row has a kept key, or no key at all; otherwise rows without one give 0.
     """
+    sink = layer.sink()
+    if keeps_itself and sink is None and not layer.reweighs:
+        return F.scaled_dot_product_attention(q, k, v, bias)
     scores = q @ k.mT / math.sqrt(q.size(3))
     if bias is not None:
         scores = scores + bias
@@ -154,7 +162,7 @@ def average(layer, q, k, v, bias, keeps_itself=False):
     if layer.reweighs:
         m = torch.full((1, 1), k.size(2), device=q.device) if dropped is None else (~dropped).sum(-1, keepdim=True)
         p = layer.reweigh(p, m.expand(*p.shape[:3], 1))
-    return sinks.scale_by_sink(p @ v, scores, layer.sink())
+    return sinks.scale_by_sink(p @ v, scores, sink)
 
 
 def kept_by_distance(layer, size, dtype):
@@ -181,5 +189,5 @@ def kept_by_distance(layer, size, dtype):
 
 def cache_bytes(cache):
     """Bytes of all tensors that a cache holds."""
-    values = [*vars(cache).values(), *(cache.kept or ())]
+    values = [*vars(cache).values(), *cache.rings, *(cache.kept or ())]
     return sum(x.untyped_storage().nbytes() for x in values if torch.is_tensor(x))

@@ -158,9 +158,8 @@ class Rotate(torch.autograd.Function):
 
     @staticmethod
     def rotate(x, cos, sin, count):
-        half = x.size(-1) // 2
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        x1, x2, y1, y2 = x[:count, ..., :half], x[:count, ..., half:], y[:count, ..., :half], y[:count, ..., half:]
+        (x1, x2), (y1, y2) = x[:count].chunk(2, -1), y[:count].chunk(2, -1)
         torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-1)
         torch.mul(x2, cos, out=y2).addcmul_(x1, sin)
         y[count:] = x[count:]

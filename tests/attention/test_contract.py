@@ -288,19 +288,20 @@ def test_decoding_reads_what_is_kept(causal_case):
         for t in range(10, 80):
             read = Cache(cache.size, cache.first)
             read.__dict__.update(cache.__dict__)
-            read.k, read.v = cache.k.clone(), cache.v.clone()
-            j = cache.filled()[2]
+            read.rings = [ring.clone() for ring in cache.rings]
+            j = cache.positions()
             kept = (sinks.bias_at(layer, torch.tensor([t]), j) > -math.inf).expand(3, 1, len(j))[:, 0]
             if not layer.relative:  # the heads read the same slots
                 kept = kept.any(0).expand(3, -1)
             kept = kept.view(layer.n_kv_head, -1, len(j)).any(1)  # a key is read for all heads that share it
             dropped += (~kept).sum().item()
             for h in range(layer.n_kv_head):
-                read.k[:, h, : len(j)][:, ~kept[h]] = math.nan
-                read.v[:, h, : len(j)][:, ~kept[h]] = math.nan
+                for ring in read.rings[:2]:
+                    ring[:, h, : len(j)][:, ~kept[h]] = math.nan
             if cache.length >= cache.size + cache.first:  # else the slot is free, and is about to be written
                 slot = cache.slot(t)
-                read.k[:, :, slot], read.v[:, :, slot] = cache.k[:, :, slot], cache.v[:, :, slot]
+                for ring, old in zip(read.rings, cache.rings):
+                    ring[:, :, slot] = old[:, :, slot]
             assert (layer(x[:, t : t + 1], cache=read) - whole[:, t : t + 1]).abs().max() < 1e-12, t
             layer(x[:, t : t + 1], cache=cache)
     i = torch.arange(33)

@@ -210,7 +210,7 @@ def test_first_tokens_stay_visible(pattern):
     cache = new_cache(attn)
     attn(torch.randn(1, 60, 8, dtype=torch.float64), cache=cache)
     size = {"local": 5}.get(pattern, 16)
-    assert cache.k.size(2) == 3 + size and sorted(cache.positions.tolist()) == [0, 1, 2, *range(60 - size, 60)]
+    assert cache.rings[0].size(2) == 3 + size and sorted(cache.positions().tolist()) == [0, 1, 2, *range(60 - size, 60)]
 
 
 @pytest.mark.parametrize("rotary", [True, False])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import bench
+import forgetting
 from core import hardware, timing
 from core.config import UserError
 from helpers import call
@@ -102,6 +103,15 @@ def test_attention(capsys, tmp_path, settings):
     assert options["sparse window=10"]["window"] == 10 and options["sparse local"]["window"] == 256
     assert options["sparse local"]["attention"] == "sparse"
     assert options["dense"] == {"attention": "dense", "kernel": "auto"}
+
+
+def test_attention_computes_gates(capsys, tmp_path, quick, monkeypatch):
+    gated = []
+    gate = forgetting.Attention.gate
+    monkeypatch.setattr(forgetting.Attention, "gate", lambda layer, x: gated.append(x.shape) or gate(layer, x))
+    measured(capsys, tmp_path, "attention", '--shapes=["2x3x20"]', "--head_size=8", *TINY,
+             '--mechanisms=["dense", "forgetting"]')
+    assert (2, 20, 24) in gated  # others are of the checks of a new model
 
 
 def test_one_mechanism(capsys, tmp_path, monkeypatch, quick):
