@@ -44,6 +44,7 @@ class GPTConfig:
     ngram: int = 0  # the longest n-gram of tokens with an embedding of its own (core/ngram.py); 0: none
     ngram_rows: int = 65536  # of each table of n-grams
     ngram_dim: int = 32  # columns of the tables
+    ngram_dropout: float = 0.0  # the share of n-grams whose embeddings are dropped in training
     tie: bool = True  # a language model's head shares the token embedding's weight
     n_class: int = 0  # 0: a language model
     model: str = "gpt"  # or 'bilstm'
@@ -111,7 +112,8 @@ class GPT(Model):
         C, attention_class = config.n_embd, mechanism(config.attention)[0]
         self.embedding = nn.Embedding(config.vocab_size, C)
         if config.ngram:
-            self.ngrams = NgramEmbedding(config.ngram, config.ngram_rows, config.ngram_dim, config.vocab_size, C)
+            self.ngrams = NgramEmbedding(config.ngram, config.ngram_rows, config.ngram_dim, config.vocab_size, C,
+                                         config.ngram_dropout)
         if config.pos == "learned":
             self.positions = nn.Embedding(config.block_size, C)
         self.layers = nn.ModuleList(Block(config, n, attention_class) for n in range(config.n_layer))

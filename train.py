@@ -73,6 +73,7 @@ zero_init = False
 ngram = 0
 ngram_rows = 65536
 ngram_dim = 32
+ngram_dropout = 0.0
 tie = True
 pool = "mean"
 document_mask = False  # a token sees its own document only

@@ -76,10 +76,14 @@ def windows(positions, n, before, after=0, edge=0):
 def derive(layer, T):
     """One part that covers every pair whose bias is above -inf, derived from the formula: see `find`."""
     if layer.relative:
-        kept, key = bands_of_heads(layer, T), (T, "bands")
-        if layer.blocks_of.get(key, (None,))[0] != kept:
-            layer.blocks_of[key] = kept, [relative_blocks(layer, T, kept)]
-        return layer.blocks_of[key][1]
+        kept = (layer.bias_by_offset(T, future=not layer.causal) > -math.inf).cpu().numpy()
+        last_kept, last_bands, parts = layer.blocks_of.get((T, "derived"), (None, None, None))
+        if not np.array_equal(kept, last_kept):
+            bands_of = [bands(row.nonzero()[0] + 1 - T) for row in kept] * (layer.n_head // len(kept))
+            if bands_of != last_bands:  # else the same object again: what is made of it is cached
+                parts = [relative_blocks(layer, T, bands_of)]
+            layer.blocks_of[T, "derived"] = kept, bands_of, parts
+        return parts
     if layer.mask_parameters():  # training may change which pairs are kept
         heads, before, after = range(layer.n_head), *((layer.block_size - 1, 0) if layer.causal else (T, T))
         return [[Block(heads, *pair) for pair in windows(range(T), CELL, before, after)]]
@@ -107,12 +111,6 @@ def count_kept(layer, T):
         bias = layer.bias_at(i, j)
         total += (bias > -math.inf).sum().item() / bias.size(0)
     return total
-
-
-def bands_of_heads(layer, T):
-    """A list of each head's `bands` of kept offsets j - i."""
-    kept = (layer.bias_by_offset(T, future=not layer.causal) > -math.inf).cpu().numpy()
-    return [bands(row.nonzero()[0] + 1 - T) for row in kept] * (layer.n_head // len(kept))
 
 
 def relative_blocks(layer, T, bands_of):

@@ -4,6 +4,7 @@ from core.config import UserError, check_choice
 from core.kernels import KERNELS
 
 ABSOLUTE = ("learned", "sinusoidal")  # positions that end at the block size
+OF_THE_RUN = ("dropout", "ngram_dropout", "kernel")  # fields that a resumed or warm-started run takes from its settings
 
 
 def check(config):
@@ -34,5 +35,6 @@ def check(config):
             raise UserError(f"{name} must be from 1 to 2**26, got {getattr(config, name)}")
     if config.ngram and config.model != "gpt":
         raise UserError(f"ngram expects model=gpt, got {config.model}")
-    if not 0 <= config.dropout < 1:
-        raise UserError(f"dropout must be at least 0 and below 1, got {config.dropout}")
+    for name in ("dropout", "ngram_dropout"):
+        if not 0 <= getattr(config, name) < 1:
+            raise UserError(f"{name} must be at least 0 and below 1, got {getattr(config, name)}")

@@ -5,6 +5,7 @@ Letters: B batch, T time, C channels, V vocabulary.
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 MULTIPLIER = -0x61C8864680B583EB  # 2^64 / golden ratio, odd, as a signed 64-bit integer: Knuth's multiplicative hash
 
@@ -14,12 +15,13 @@ class NgramEmbedding(nn.Module):
     3.2.1).
 
     Each n has a table of `rows` x `width`, and an n-gram reads the row of its hash. Tokens before the text, or before
-    the document of a token if documents are masked, count as token 0.
+    the document of a token if documents are masked, count as token 0. In training, each embedding of an n-gram is
+    dropped as a whole with probability `dropout`, since tables of long n-grams learn a small text by heart.
     """
 
-    def __init__(self, longest, rows, width, vocab_size, n_embd):
+    def __init__(self, longest, rows, width, vocab_size, n_embd, dropout=0.0):
         super().__init__()
-        self.longest, self.vocab_size = longest, vocab_size
+        self.longest, self.vocab_size, self.dropout = longest, vocab_size, dropout
         self.tables = nn.ModuleList(nn.Embedding(rows, width) for _ in range(2, longest + 1))
         self.proj = nn.Linear(width * len(self.tables), n_embd, bias=False)
 
@@ -49,5 +51,6 @@ class NgramEmbedding(nn.Module):
         preceding = None
         if documents is not None:
             preceding = torch.arange(start, start + idx.size(1), device=idx.device) - documents
-        rows = self.rows(text, preceding)
-        return self.proj(torch.cat([table(row) for table, row in zip(self.tables, rows)], 2))
+        x = torch.stack([table(row) for table, row in zip(self.tables, self.rows(text, preceding))], 2)
+        x = F.dropout1d(x.flatten(0, 1), self.dropout, self.training)  # (B T, tables, width)
+        return self.proj(x.view(*idx.shape, -1))

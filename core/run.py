@@ -20,6 +20,7 @@ from core.evaluation import evaluate, health
 from core.launch import (count_evaluation_batches, explain_log, open_data, print_changes, print_costs,
                          print_machine)
 from core.meta import difference
+from core.model_config import OF_THE_RUN
 from core.runs import (Log, SaveError, Stop, asked, check_folder, clock, format_lengths, format_scores, format_stats,
                        install_signal_handlers, locked, mend_log, prepare_folder, start_wandb, write_text, write_whole)
 from core.stopwatch import Stopwatch
@@ -71,9 +72,10 @@ class Run:
     # ---- before the loop -------------------------------------------------------------------
 
     def load_model(self, defaults):
-        """The model that out_dir holds. `kernel`, `dropout` and those options that change no weight's shape follow the
-        command line; the rest stays. defaults: of the options. Raises UserError if the model does not fit the data."""
-        free = {"kernel": self.given.kernel, "dropout": self.given.dropout}
+        """The model that out_dir holds. The fields `OF_THE_RUN` and those options that change no weight's shape follow
+        the command line; the rest stays. defaults: of the options. Raises UserError if the model does not fit the
+        data."""
+        free = {name: getattr(self.given, name) for name in OF_THE_RUN}
         changed = {key: value for key, value in self.options.items() if value != defaults[key]}
         path = self.folder / ("best.pt" if self.given.eval_only else "ckpt.pt")
         model, checkpoint = self.load(path, "cpu" if self.given.shard else self.device, changed, **free)

@@ -17,12 +17,12 @@ from core.checkpoint import explained, read
 from core.checkpoint_schema import STATE, check_finite
 from core.config import UserError, did_you_mean
 from core.figures import ranges
+from core.model_config import OF_THE_RUN
 from core.readers import optional_record, record
 from core.shards import read_shards, sha256
 from core.tokenizer import Tokenizer
 
 NAMES = ("scratch", "resume", "auto")  # the other values of init_from
-OF_THE_RUN = ("dropout", "kernel")  # fields of a model's configuration that are not inherited
 PART_OF_ATTENTION = re.compile(r"\battention\.(\w+)")  # in names of weights
 PROJECTIONS = ("qkv", "proj")  # which every mechanism has
 TOKENIZER = ("tokenizer", "vocab_size", "mark", "vocab", "pattern", "ranks")  # entries of a meta.json

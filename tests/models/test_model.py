@@ -112,6 +112,19 @@ def test_dropout_is_everywhere_while_training_and_nowhere_else(monkeypatch):
     assert rates == [0.3] * 5 + [0.0] * 5
 
 
+def test_ngrams_are_dropped_as_a_whole_in_training():
+    model, idx = make(ngram=4, ngram_rows=97, ngram_dim=5, ngram_dropout=0.25), torch.randint(50, (40, 50))
+    seen = []
+    model.ngrams.proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].unflatten(2, (3, 5))))
+    for mode in (False, True):
+        model.train(mode).ngrams(idx)
+    plain, dropped = seen
+    kept = (dropped != 0).any(3, keepdim=True)
+    torch.testing.assert_close(dropped, torch.where(kept, plain / 0.75, 0), rtol=1e-12, atol=0)
+    assert (kept.float().mean((0, 1)) - 0.75).abs().max() < 0.05  # of 2,000 tokens: five standard deviations
+    assert not kept.flatten(2).all(2).equal(kept.flatten(2).any(2))  # tables drop independently
+
+
 @pytest.mark.parametrize("changes", [{}, {"ngram": 4, "ngram_rows": 97}])
 def test_a_later_token_changes_no_earlier_output(changes):
     model = make(**changes)
@@ -223,7 +236,7 @@ def test_generation_repeats_with_its_seed():
     ({"kernel": "flash"}, "unknown kernel 'flash'"),
     ({"attention": "dens"}, "unknown attention 'dens'; did you mean dense"),
     ({"n_embd": 15}, "n_embd must be a multiple of 4"),
-    ({"dropout": 1.0}, "dropout must be"),
+    ({"dropout": 1.0}, "dropout must be"), ({"ngram_dropout": 1.0}, "ngram_dropout must be"),
     ({"activation": "relu"}, "unknown activation 'relu'; did you mean relu2"),
     ({"ngram": 1}, "ngram must be 0 or from 2 to 16, got 1"),
     ({"ngram": 2, "ngram_rows": 0}, "ngram_rows must be from 1 to 2..26"),

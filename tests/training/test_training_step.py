@@ -179,9 +179,10 @@ def test_accumulated_gradients(text, tmp_path, monkeypatch):
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
-def test_dropout_is_on_in_training_and_off_in_evaluation(text, tmp_path):
-    for n, line in enumerate(("--dropout=0.0", "--dropout=0.5")):
-        assert not fit(tmp_path / str(n), text, "--max_iters=1", line)
+@pytest.mark.parametrize("name", ["dropout", "ngram_dropout"])
+def test_dropout_is_on_in_training_and_off_in_evaluation(text, tmp_path, name):
+    for n, line in enumerate((f"--{name}=0.0", f"--{name}=0.5")):
+        assert not fit(tmp_path / str(n), text, "--max_iters=1", "--ngram=2", "--ngram_rows=9", line)
     (val, plain, *_), (same, dropped, *_) = log_of(tmp_path / "0"), log_of(tmp_path / "1")
     assert val == same and plain["loss"] != dropped["loss"]
 
