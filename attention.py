@@ -147,7 +147,8 @@ class Attention(nn.Module):
 
     def bias_by_offset(self, T, future=True):
         """A relative mechanism's bias by offset j - i from 1 - T to T - 1, or 0 without `future`: (H or 1, offsets)."""
-        j = torch.arange(2 * T - 1 if future and not self.causal else T, dtype=torch.int32, device=self.proj.weight.device)
+        count = 2 * T - 1 if future and not self.causal else T
+        j = torch.arange(count, dtype=torch.int32, device=self.proj.weight.device)
         bias = self.bias_at(j[T - 1 : T], j)[:, 0]
         return F.pad(bias, (0, T - 1), value=-math.inf) if future and self.causal else bias
 
@@ -189,8 +190,7 @@ class Attention(nn.Module):
         q: (B, H, n, D) at positions i, k: (B, K, m, D) at positions j (default 0, 1, ...). texts: a `texts.Texts`.
         Returns (B, H, n, m); a row without a kept key is 0.
         """
-        i = torch.arange(q.size(2), device=q.device) if i is None else i
-        j = torch.arange(k.size(2), device=q.device) if j is None else j
+        i, j = (torch.arange(x.size(2), device=q.device) if at is None else at for x, at in ((q, i), (k, j)))
         bias = sinks.bias_at(self, i, j)
         kept = texts.restrict((bias > -math.inf)[None], i, j, self.causal)
         scores = sinks.scores_at(self, q, expand_heads(k, self.n_head), i, j) + bias.to(q.dtype)

@@ -27,15 +27,7 @@ def evaluate(model, data, split, batch_size, device, dtype, count=0):
         x, y, lengths = (t if t is None else t.to(device) for t in dist.on_all_ranks(source.read, groups[n]))
         with hardware.autocast(device, dtype):
             logits, loss = model(x, y, lengths)
-        if data.kind == "classify":
-            details = torch.softmax(logits.float(), -1)[:, -1].tolist(), y.tolist()
-        else:  # max: argmax takes four times as long in bfloat16 on a CPU
-            right = logits.max(-1).indices == y
-            details = (right.sum().item(),)
-            if source.distances is not None:
-                counted = (y != -1).cpu()
-                details += right.cpu()[counted].numpy(), source.distances_of(groups[n])[counted.numpy()]
-        results[n] = loss.item(), (y != -1).sum().item(), *details
+        results[n] = loss.item(), (y != -1).sum().item(), *outcomes(logits, y, source, groups[n])
     model.train(was_training)
     results = {n: result for of_rank in dist.all_gather(results) for n, result in of_rank.items()}
     # in the split's order, so that sums do not depend on the number of ranks
@@ -56,6 +48,19 @@ def evaluate(model, data, split, batch_size, device, dtype, count=0):
         result["bits_per_byte"] = result["loss"] / math.log(2) / data.bytes_per_token(split)
     result["accuracy"] = sum(details[0]) / sum(counts)
     return result, p
+
+
+def outcomes(logits, y, source, group):
+    """What the scores of a batch need besides its loss. Of a classifier: the texts' probabilities of class 1, and their
+    labels. Of a language model: how many targets are the most likely token, and for data with distances, which answers
+    are, and the distance of each."""
+    if source.data.kind == "classify":
+        return torch.softmax(logits.float(), -1)[:, -1].tolist(), y.tolist()
+    right = logits.max(-1).indices == y  # argmax takes four times as long in bfloat16 on a CPU
+    if source.distances is None:
+        return (right.sum().item(),)
+    counted = (y != -1).cpu()
+    return right.sum().item(), right.cpu()[counted].numpy(), source.distances_of(group)[counted.numpy()]
 
 
 def accuracy_by_distance(right, distances):
