@@ -8,7 +8,8 @@ What a step takes is measured first, all variants side by side, and kept in out_
 times that, and no run is judged by what else the machine did meanwhile.
 
 All variants read the same data and are scored on the same split. A config file in `base` is a recipe for one run: its
-length, seed, warm-up, evaluations and out_dir are replaced by those of the comparison. Other files in out_dir stay.
+length, seed, warm-up, evaluations and out_dir are replaced by those of the comparison. With --init_from=FOLDER a run
+begins with those weights. Other files in out_dir stay.
 """
 
 from core import startup  # first: torch reads its settings when it is loaded
@@ -39,7 +40,8 @@ from core.results import (continue_prompts, hard_reviews, is_result, judge_hard,
                           read_right_answers, read_scores)
 from core.runs import Stop, asked, check_folder, clock, locked, write_text
 from core.tokenizer import Tokenizer
-from model import load, new_model
+from core.warm_start import WarmStart
+from model import GPTConfig, load, new_model
 
 TRAIN = plain_values(vars(train))  # its defaults
 
@@ -61,8 +63,7 @@ SHARED = ("eval_test", "eval_train", "device", "dtype")  # settings without whic
 INSTEAD = {  # arguments of train.py that the comparison sets, and what to do instead of giving them
     "--seed": "give seeds of compare.py", "--max_iters": "give budget and amount of compare.py",
     "--warmup_iters": "give warmup of compare.py, a share of the steps",
-    "--eval_interval": "give evaluations of compare.py",
-    "--out_dir": "give out_dir of compare.py", "--init_from": "leave it out: a comparison goes on where it was stopped",
+    "--eval_interval": "give evaluations of compare.py", "--out_dir": "give out_dir of compare.py",
     "--eval_only": "leave it out: a comparison trains every run", "--help": "see python train.py --help",
     "-h": "see python train.py --help"}
 
@@ -74,6 +75,7 @@ class Variant(NamedTuple):
     arguments: list  # of train.py
     settings: dict
     options: dict
+    warm_start: dict | None  # the checkpoint that a run begins with, as in its config.json
 
 
 def parse(text):
@@ -90,12 +92,11 @@ def parse(text):
     for key in (argument.partition("=")[0] for argument in arguments):
         if key in INSTEAD:
             raise UserError(f"variant {name.strip()!r}: {key} cannot be given in base or variants; {INSTEAD[key]}")
-    return Variant(name.strip(), arguments, *settings_of(arguments))
-
-
-def settings_of(arguments):
-    """(settings, options) of a new run of train.py."""
-    return configure(dict(TRAIN), [*arguments, "--init_from=scratch", "--eval_only=False"], train.mechanism_options)
+    warm = WarmStart(GPTConfig)
+    settings, options = configure(dict(TRAIN), [*arguments, "--eval_only=False"], train.mechanism_options, warm.inherit)
+    if (init_from := settings["init_from"]) in ("resume", "auto"):
+        raise UserError(f"variant {name.strip()!r}: leave out --init_from={init_from}; a comparison goes on by itself")
+    return Variant(name.strip(), arguments, settings, options, warm.origin.get("warm_start"))
 
 
 def slug(name):
@@ -104,7 +105,6 @@ def slug(name):
 
 
 def folder_of(name, seed):
-    """The folder of a variant's run."""
     return Path(out_dir) / f"{slug(name)}-{seed}"
 
 
@@ -126,8 +126,7 @@ def typical_steps(variant, device, dtype):
     parameters)."""
     model, source = set_up(variant, device)
     net, passes = dist.wrap(model, variant.settings["compile"]), variant.settings["gradient_accumulation_steps"]
-    # a rate of 0: the weights stay as they are
-    optimizer = torch.optim.AdamW(model.parameter_groups(0.0), lr=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameter_groups(0.0), lr=0.0, fused=True)  # the weights stay as they are
     texts = [source.batch(step)[0] for step in range(50)]
     work = sum(x.numel() * model.estimate_flops(x.size(1)) for x in texts) / len(texts) * passes
     chosen = sorted(range(len(texts)), key=lambda step: texts[step].size(1))[5::10]
@@ -183,14 +182,14 @@ def steps_of(cost):
 
 
 def plan(variant, seed, steps):
-    """(folder, arguments, settings) of a run, the settings as its folder tells them."""
+    """(folder, arguments, settings) of a run, the settings as its folder tells them, and its warm start."""
     folder = folder_of(variant.name, seed)
-    arguments = [*variant.arguments, f"--seed={seed}", f"--max_iters={steps}",
-                 f"--warmup_iters={round(warmup * steps)}", f"--eval_interval={max(1, steps // evaluations)}",
-                 f"--out_dir={folder}"]
-    settings, options = settings_of(arguments)
-    del settings["init_from"]
-    return folder, arguments, {**settings, **options}
+    changes = {"seed": seed, "max_iters": steps, "warmup_iters": round(warmup * steps),
+               "eval_interval": max(1, steps // evaluations), "out_dir": str(folder), "eval_only": False}
+    arguments = [*variant.arguments, *(f"--{key}={value}" for key, value in changes.items())]
+    wanted = {**variant.settings, **changes, **variant.options, "warm_start": variant.warm_start}
+    del wanted["init_from"]  # which differs where a run was resumed
+    return folder, arguments, wanted
 
 
 def result_of(variant, seed, steps):
@@ -222,7 +221,7 @@ def train_one(variant, seed, steps):
     """Train one run, or the rest of it, and return its result. Raises Stop where the user stops it."""
     folder, arguments, wanted = plan(variant, seed, steps)
     resume = (folder / "ckpt.pt").exists() and read_if_same(folder / "config.json", wanted)
-    code = run_training([*arguments, f"--init_from={'resume' if resume else 'scratch'}", "--eval_only=False"])
+    code = run_training([*arguments, *["--init_from=resume"] * bool(resume)])
     if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
         raise Stop
     if code:  # train.py has printed why
@@ -241,7 +240,7 @@ def read_result(variant, seed, steps):
         raise UserError(f"{folder} holds no run with the settings of {variant.name!r}, seed {seed}")
     result = {"variant": variant.name, "seed": seed, "steps": steps,
               **read_run(variant, folder, saved.get("dtype", "float32")),
-              "settings": saved["settings"], "options": saved["options"]}
+              "settings": saved["settings"], "options": saved["options"], "warm_start": variant.warm_start}
     if not is_result(result, folder, wanted, hard, prompts):
         raise UserError(f"{folder} holds a run that is not finished, or its log.jsonl is damaged")
     write_text(folder / "result.json", json.dumps(result))
@@ -360,7 +359,8 @@ def run_all(chosen):
     path.parent.mkdir(parents=True, exist_ok=True)  # refused now rather than after the runs
     costs, machine, dtype = costs_of(chosen)
     # in the precision that was measured: another look at a busy machine may choose another
-    chosen = [variant._replace(arguments=[*variant.arguments, f"--dtype={dtype}"]) for variant in chosen]
+    chosen = [variant._replace(arguments=[*variant.arguments, f"--dtype={dtype}"],
+                               settings=variant.settings | {"dtype": dtype}) for variant in chosen]
     todo = [(variant, seed, steps_of(costs[variant.name])) for seed in seeds for variant in chosen]
     seconds = [steps * costs[variant.name]["seconds_per_step"] for variant, _, steps in todo]
     for run in todo:

@@ -13,10 +13,10 @@ from core.report import SCORES, main_score
 
 
 def read_if_same(path, wanted):
-    """The JSON object at `path` if it is of a run with the wanted settings, else None."""
+    """The JSON object at `path` if it is of a run with the wanted settings and `warm_start`, else None."""
     try:
         saved = json.loads(path.read_text("utf-8"))
-        have = {**saved["settings"], **saved["options"]}
+        have = {**saved["settings"], **saved["options"], "warm_start": saved.get("warm_start")}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return saved if all(key in have and have[key] == value for key, value in wanted.items()) else None

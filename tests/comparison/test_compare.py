@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 import statistics
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 import compare
+import train
 from core import dist, hardware, stats, timing
 from core.report import summarize
 from helpers import ROOT, call
@@ -101,6 +104,43 @@ def test_the_same_data_for_all(text, tmp_path, timed, monkeypatch):
     one, two = "--seed=1", "--seed=2"
     assert seen["dense", one] == seen["sparse", one] != seen["dense", two] == seen["sparse", two]
     assert len(seen["dense", one]) == 4
+
+
+def test_warm_starts(text, tmp_path, timed, monkeypatch):
+    """Runs begin with the weights and the shape of another run, go on after a signal, and are run anew once it
+    changed."""
+    assert call(train, f"--dataset={text}", f"--out_dir={tmp_path / 'base'}", *SMALL, "--n_embd=16", "--block_size=16",
+                "--batch_size=4", "--eval_iters=1", "--max_iters=3", "--eval_interval=1") is None
+    base = [f"--dataset={text}", "--batch_size=4", "--eval_iters=1", "--dtype=float32", "--device=cpu"]
+    warm = f"--init_from={tmp_path / 'base'}"
+    local = f"local: {warm} --attention=sparse --window=3"
+    arguments = settings(tmp_path / "out", text, f"on: {warm}", local, base=base)
+    trained, run_training, micro_batches, sent = [], compare.run_training, dist.micro_batches, []
+
+    def interrupt(*inputs):
+        if len(trained) == 2 and inputs[2] == 3 and not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+        return micro_batches(*inputs)
+
+    monkeypatch.setattr(dist, "micro_batches", interrupt)
+    monkeypatch.setattr(compare, "run_training", lambda arguments: trained.append(arguments) or run_training(arguments))
+    assert call(compare, *arguments) == 128 + signal.SIGTERM
+    call(compare, *arguments)
+    assert len(trained) == 5 and trained[2][-1] == "--init_from=resume" and sent
+    best = torch.load(tmp_path / "base" / "best.pt")["state"]["best"]
+    on, *_ = runs = read(tmp_path / "out")["runs"]
+    assert on["curve"][0] == [0, pytest.approx(best / math.log(2), rel=1e-5)]
+    assert all(run["work"] > 0 for run in runs)
+    config = json.loads((tmp_path / "out" / "local-1" / "config.json").read_text())
+    assert (config["settings"]["n_embd"], config["settings"]["attention"]) == (16, "sparse")
+    call(compare, *arguments)
+    assert len(trained) == 5
+    call(train, f"--dataset={text}", f"--out_dir={tmp_path / 'other'}", *SMALL, "--n_embd=16", "--block_size=16",
+         "--batch_size=4", "--eval_iters=1", "--max_iters=1", "--eval_interval=1")
+    for name in ("best.pt", "ckpt.pt"):
+        (tmp_path / "other" / name).replace(tmp_path / "base" / name)
+    call(compare, *arguments)
+    assert len(trained) == 9
 
 
 def test_one_precision_for_all(text, tmp_path, timed, monkeypatch):
