@@ -92,7 +92,7 @@ def attend(layer, q, k, v, cache, texts=NO_TEXTS):
     if layer.relative and texts.documents is None and texts.decay is None:
         return attend_by_distance(layer, grouped, keys, values, start, cache).view(q.shape)
     (slots, j, bias), dropped = kept_by_query(layer, cache, start, q), mask_value(q.dtype)
-    all_kept = bias.size(0) == 1 and texts.documents is None  # else heads or texts differ in what they keep
+    all_kept = bias.size(1) == 1 and texts.documents is None  # else heads or texts differ in what they keep
     if decay:
         between = decay_between(texts.decay, decay[0][:, :, slots], True).to(q.dtype)
         bias = torch.where(bias > dropped, bias + between, bias)  # (B, H, 1, m)
@@ -103,8 +103,8 @@ def attend(layer, q, k, v, cache, texts=NO_TEXTS):
 
 
 def kept_by_query(layer, cache, i, q):
-    """Of the cached keys that the query q at position i keeps: (slots (m,), positions (m,), bias (H or 1, 1, m) in the
-    dtype of q)."""
+    """Of the cached keys that the query q at position i keeps: (slots (m,), positions (m,), bias (1, H or 1, 1, m) in
+    the dtype of q)."""
     first, rows = cache.ahead
     if not first <= i < first + len(rows):
         queries = torch.arange(i, i + AHEAD, device=q.device)
@@ -113,16 +113,16 @@ def kept_by_query(layer, cache, i, q):
         bias = sinks.bias_at(layer, queries, keys)
         kept = (bias > -math.inf).any(0)  # (AHEAD, keys)
         row, column = kept.nonzero().unbind(1)
-        bias = bias[:, row, column].to(q.dtype).clamp(min=mask_value(q.dtype))[:, None]
+        bias = bias[:, row, column].to(q.dtype).clamp(min=mask_value(q.dtype))[None, :, None]
         positions, counts = keys[column], kept.sum(1).tolist()
         slots = torch.where(positions < cache.first, positions, cache.first + (positions - cache.first) % cache.size)
-        first, rows = cache.ahead = i, list(zip(slots.split(counts), positions.split(counts), bias.split(counts, 2)))
+        first, rows = cache.ahead = i, list(zip(slots.split(counts), positions.split(counts), bias.split(counts, 3)))
     return rows[i - first]
 
 
 def group(layer, bias):
-    """A bias (..., H or 1, 1, m) as (..., K or 1, G or 1, m)."""
-    return bias.squeeze(-2).unflatten(-2, (layer.n_kv_head, -1)) if bias.size(-3) > 1 else bias
+    """A bias (B or 1, H or 1, 1, m) as (B or 1, K or 1, G or 1, m)."""
+    return bias.squeeze(2).unflatten(1, (layer.n_kv_head, -1)) if bias.size(1) > 1 else bias
 
 
 def attend_by_distance(layer, q, k, v, i, cache):
@@ -132,10 +132,10 @@ def attend_by_distance(layer, q, k, v, i, cache):
         cache.kept = kept_by_distance(layer, cache.size, q.dtype)
     heads, distances, bias, keeps_itself = cache.kept
     if distances is None:
-        return average(layer, q, k, v, None if bias is None else bias[:, :, i - cache.positions()], True)
+        return average(layer, q, k, v, None if bias is None else bias[..., i - cache.positions()], True)
     if cache.length < cache.size:
         near = distances <= i
-        heads, distances, bias = heads[near[: len(heads)]], distances[near], bias[:, :, near]
+        heads, distances, bias = heads[near[: len(heads)]], distances[near], bias[..., near]
     slots = (i - distances) % cache.size
     if not len(heads):
         return average(layer, q, k.index_select(2, slots), v.index_select(2, slots), bias, keeps_itself)
@@ -146,7 +146,7 @@ def attend_by_distance(layer, q, k, v, i, cache):
 def average(layer, q, k, v, bias, keeps_itself=False):
     """reweigh(softmax(q k^T / sqrt(D) + bias)) v scaled by the sink, for the heads of each group as rows: (B, K, G, D).
 
-    bias: (K or 1, G or 1, m) or (B, K or 1, G or 1, m) in the dtype of q, `mask_value` for dropped pairs; None: 0.
+    bias: (B or 1, K or 1, G or 1, m) in the dtype of q, `mask_value` for dropped pairs; None: 0.
     keeps_itself: every row has a kept key, or no key at all; otherwise rows without one give 0.
     """
     sink = layer.sink()
@@ -169,22 +169,23 @@ def kept_by_distance(layer, size, dtype):
     """What a query of a relative layer keeps of the `size` positions up to its own: (heads, distances, bias, whether
     each head keeps the query's own key).
 
-    If all are kept, distances is None, and bias is (K or 1, G or 1, size) by distance, or None: 0. If all heads keep
-    the same, distances is (m,), bias (K or 1, G or 1, m), and heads is empty. Else the distances that any head of a
-    group keeps are joined to (m,) for all groups, heads (m,) names the key head of each, and bias (1, H, m) drops each
-    group's keys for the others.
+    If all are kept, distances is None, and bias is (1, K or 1, G or 1, size) by distance, or None: 0. If all heads keep
+    the same, distances is (m,), bias (1, K or 1, G or 1, m), and heads is empty. Else the distances that any head of a
+    group keeps are joined to (m,) for all groups, heads (m,) names the key head of each, and bias (1, 1, H, m) drops
+    each group's keys for the others.
     """
-    bias = layer.bias_by_offset(size, future=False).flip(1)[:, None].to(dtype).clamp(min=mask_value(dtype))
-    kept = bias[:, 0] > mask_value(dtype)
+    bias = layer.bias_by_offset(size, future=False).flip(1)[None, :, None].to(dtype)
+    bias = bias.clamp(min=mask_value(dtype))
+    kept = bias[0, :, 0] > mask_value(dtype)
     if kept.all():
         return None, None, group(layer, bias) if bias.any() else None, True
     keeps_itself = bool(kept[:, 0].all())
     if (kept == kept[0]).all():
         distances = kept[0].nonzero()[:, 0]
-        return distances[:0], distances, group(layer, bias[:, :, distances]), keeps_itself
+        return distances[:0], distances, group(layer, bias[..., distances]), keeps_itself
     heads, distances = kept.view(layer.n_kv_head, -1, size).any(1).nonzero().unbind(1)
     same_group = heads == torch.arange(layer.n_head, device=bias.device)[:, None] // (layer.n_head // layer.n_kv_head)
-    return heads, distances, bias[:, 0, distances].where(same_group, mask_value(dtype))[None], keeps_itself
+    return heads, distances, bias[:, :, 0, distances].where(same_group, mask_value(dtype))[None], keeps_itself
 
 
 def cache_bytes(cache):
