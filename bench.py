@@ -9,8 +9,8 @@ ranks      what a training step sends, under torchrun: torchrun --standalone --n
 load       training and sampling on an idle machine and beside busy processes, with settings of its own: bench_load.py
 
 What is measured is one row each: --mechanisms='["dense", "sparse window=128", "adaptive span"]', where
-a text is a mechanism's name and its options, or one of this script's short names; `kernel=NAME` may
-stand among the options. --attention=NAME --key=value measures one alone. Every time is a median of
+a text is a mechanism's name and its options, or one of this script's short names; `kernel=NAME` and
+`n_kv_head=K` may stand among the options. --attention=NAME --key=value measures one alone. Every time is a median of
 calls that alternate with all others, and every rate stands beside the machine's rate for one large
 matrix product, measured in the same run.
 """
@@ -97,6 +97,7 @@ class Row(NamedTuple):
     label: str
     attention: str
     kernel: str
+    n_kv_head: int
     options: dict
 
     def model(self, default="auto", **config):
@@ -112,13 +113,13 @@ def parse(text):
     name, *settings = re.split(r"\s+(?=\w+=)", NAMES.get(text, text))
     if " " in name:
         check_choice("mechanism", name, NAMES)
-    defaults = {**mechanism(name)[1], "kernel": kernel}
-    options = {"kernel": kernel}
+    options = {"kernel": kernel, "n_kv_head": n_kv_head}
+    defaults = {**mechanism(name)[1], **options}
     for setting in settings:
         key, value = setting.split("=", 1)
         check_choice(f"option of {name}", key, defaults)
         options[key] = convert(key, Text(value), defaults[key], f"mechanisms, {name}")
-    return Row(text, name, options.pop("kernel"), options)
+    return Row(text, name, options.pop("kernel"), options.pop("n_kv_head"), options)
 
 
 def shape_of(text):
@@ -236,12 +237,11 @@ def nanogpt(context):
 
 
 def ours(row, context):
-    return row.model(block_size=context, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_kv_head=n_kv_head,
-                     n_embd=n_embd, dropout=dropout, n_class=0 if causal else 2)
+    return row.model(block_size=context, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
+                     n_kv_head=row.n_kv_head, dropout=dropout, n_class=0 if causal else 2)
 
 
 def adamw(model):
-    """train.py's optimizer."""
     return torch.optim.AdamW(model.parameter_groups(0.1), lr=1e-3, betas=(0.9, 0.99), fused=True)
 
 
@@ -359,7 +359,9 @@ def main():
     if attention and mechanisms:
         raise UserError(f"give --attention={attention} with its options, or --mechanisms, not both")
     texts = mechanisms or ROWS[mode]
-    rows = [Row(attention, attention, kernel, options)] if attention else [parse(text) for text in texts]
+    rows = [Row(attention, attention, kernel, n_kv_head, options)] if attention else [parse(text) for text in texts]
+    if mode in ("attention", "layer") and any(row.n_kv_head for row in rows):
+        raise UserError(f"n_kv_head expects the mode step, sample or ranks, got {mode}")
     if len({row.label for row in rows}) < len(rows):
         raise UserError(f"mechanisms: expected each once, got {mechanisms}")
     if not all(type(context) is int and context > 0 for context in contexts):
@@ -376,8 +378,7 @@ def measure(bench, mode, rows, places):
     """Run a benchmark at each of the places, and show and save what it found."""
     global dtype
     dtype = dist.all_gather(hardware.pick_dtype(dtype, device))[0]
-    machine = hardware.describe()
-    rate = hardware.matmul_rate(device, dtype)
+    machine, rate = hardware.describe(), hardware.matmul_rate(device, dtype)
     print(f"{machine['gpu'] or machine['processor']}, {machine['threads']} threads, torch {machine['torch']}; "
           f"matrix products in {dtype}: {rate / 1e9:,.0f} GFLOP/s")
     found = []

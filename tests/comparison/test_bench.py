@@ -162,13 +162,17 @@ def test_growth_is_printed(capsys, tmp_path, quick):
     assert [f"{row['time ~ T^']:.2f}" for row in saved["growth"]] == [row["time ~ T^"] for row in printed[1]]
 
 
-def test_mechanisms_are_typed_as_on_the_command_line():
+def test_mechanisms_are_typed_as_on_the_command_line(settings):
+    settings(device="cpu")
     row = bench.parse("adaptive_attention_span span_init=[3, 20] period_max_triangle_wave_masking=4  snap_periods=true "
                       "kernel=reference")
     assert row.attention == "adaptive_attention_span" and row.kernel == "reference" and "kernel" not in row.options
     assert row.options == {"span_init": [3, 20], "period_max_triangle_wave_masking": 4.0, "snap_periods": True}
     assert type(row.options["period_max_triangle_wave_masking"]) is float
-    assert bench.parse("dense") == ("dense", "dense", "auto", {})
+    assert bench.parse("dense") == ("dense", "dense", "auto", 0, {})
+    grouped = bench.parse("dense n_kv_head=2 kernel=engine")
+    assert grouped == ("dense n_kv_head=2 kernel=engine", "dense", "engine", 2, {})
+    assert bench.ours(grouped, 8).config.n_kv_head == 2
 
 
 def test_the_table_of_the_issue():
@@ -289,6 +293,8 @@ def test_sample_counts_its_tokens(settings, peer, quick):
     (["ranks"], "many ranks are to be measured: torchrun --standalone"),
     (["step", "--peer=nowhere"], "folder of a nanoGPT clone"),
     (["step", "--repeat=0"], "repeat must be at least 1"),
+    (["attention", "--n_kv_head=2", '--shapes=["1x4x16"]'], "n_kv_head expects the mode step, sample or ranks"),
+    (["layer", '--mechanisms=["dense n_kv_head=1"]'], "n_kv_head expects the mode step"),
     (["step", "--kernel=flash"], "unknown kernel 'flash'"),
     (["step", '--mechanisms=["dense kernel=flash"]'], "unknown kernel 'flash'"),
     (["attention", "--kernel=sdpa", '--mechanisms=["sparse window=3"]', '--shapes=["1x1x16"]'],
