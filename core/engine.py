@@ -27,12 +27,11 @@ def attend(layer, q, k, v, texts=NO_TEXTS, dropout=0.0):
     B, H = q.shape[:2]
     k, v = expand_heads(k, H), expand_heads(v, H)
     qkv = q, k, v
-    same_heads, keeps_itself = diagonal(layer, q.size(2))
-    variation = None
+    stacks, (same_heads, keeps_itself), variation = stacks_of(layer, q.size(2)), diagonal(layer, q.size(2)), None
     if layer.reweighs and layer.scope == "matrix":
         squares = row_squares(layer, q, k, texts)
         variation = matrix_variation(squares, texts).expand_as(squares)
-    parts, packed, q, k, v, variation = pack_heads(layer, same_heads, texts, q, k, v, variation)
+    parts, packed, q, k, v, variation = pack_heads(layer, stacks, same_heads, texts, q, k, v, variation)
     if layer.reweighs and len(parts) > 1:
         raise ValueError(f"factor needs complete rows, blocks of one part; these have {len(parts)}")
     seed = int(torch.randint(2**62, ())) if dropout else 0  # from the global generator, which resuming restores
@@ -52,13 +51,13 @@ def attend(layer, q, k, v, texts=NO_TEXTS, dropout=0.0):
     return sinks.complete(layer, y, lse, *qkv, texts, dropout)
 
 
-def pack_heads(layer, same_heads, texts, q, *others):
+def pack_heads(layer, parts, same_heads, texts, q, *others):
     """(parts as stacks, `PackedTexts`, q, *others) in the engine's memory order: contiguous (H, B, T, E).
 
-    q and others: (B, H, T, E), or None. Heads that share bias and blocks become more examples, (1, B H, T, E), without
+    parts: from `stacks_of`. q and others: (B, H, T, E), or None. Heads that share bias and blocks become more examples, (1, B H, T, E), without
     a copy.
     """
-    parts, (B, H) = stacks_of(layer, q.size(2)), q.shape[:2]
+    B, H = q.shape[:2]
     folded = same_heads and all(len(s.block.heads) == H for part in parts for s in part)
     if folded:
         parts = [[s._replace(block=s.block._replace(heads=range(1))) for s in part] for part in parts]
@@ -93,8 +92,12 @@ def stacks_of(layer, T):
 def diagonal(layer, T):
     """(whether all heads share the bias, whether every query of a text of T tokens keeps its own key).
 
-    If every query keeps its own key, no row is empty, with any padding.
+    If every query keeps its own key, no row is empty, with any padding. Call `stacks_of` first: where it derived a
+    relative layer's blocks, the kept offsets are known.
     """
+    kept, _, parts = layer.blocks_of.get((T, "derived"), (None, None, None))
+    if kept is not None and parts is layer.blocks_of[T, "stacks"][0]:
+        return len(kept) == 1, bool(kept[:, T - 1].all())
     key, i = (T, "diagonal"), torch.arange(T, device=layer.proj.weight.device)
     if key not in layer.blocks_of or layer.mask_parameters():
         h, i = torch.arange(layer.n_head, device=i.device)[:, None], i[-1:] if layer.relative else i
@@ -107,8 +110,8 @@ def diagonal(layer, T):
 def row_squares(layer, q, k, texts=NO_TEXTS):
     """The sum of squares of each query's softmax weights, (B, H, T, 1). The blocks must have one part."""
     B, H = q.shape[:2]
-    same_heads, keeps_itself = diagonal(layer, q.size(2))
-    (stacks,), texts, q, k = pack_heads(layer, same_heads, texts, q, k)
+    parts, (same_heads, keeps_itself) = stacks_of(layer, q.size(2)), diagonal(layer, q.size(2))
+    (stacks,), texts, q, k = pack_heads(layer, parts, same_heads, texts, q, k)
     squares = q.new_zeros(*q.shape[:3], 1, dtype=accumulate_dtype(q))
     for tile in Tiles(layer, stacks, q, may_be_empty=not keeps_itself, texts=texts, decay=texts.decay):
         s = tile.scores(tile.gather(q, tile.queries), tile.gather_keys(k))

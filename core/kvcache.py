@@ -93,18 +93,20 @@ def attend(layer, q, k, v, cache, texts=NO_TEXTS):
         return attend_by_distance(layer, grouped, keys, values, start, cache).view(q.shape)
     (slots, j, bias), dropped = kept_by_query(layer, cache, start, q), mask_value(q.dtype)
     all_kept = bias.size(1) == 1 and texts.documents is None  # else heads or texts differ in what they keep
+    keys, values, *decay = (x if slots is None else x.index_select(2, slots) for x in (keys, values, *decay))
     if decay:
-        between = decay_between(texts.decay, decay[0][:, :, slots], True).to(q.dtype)
+        between = decay_between(texts.decay, decay[0], True).to(q.dtype)
         bias = torch.where(bias > dropped, bias + between, bias)  # (B, H, 1, m)
     if texts.documents is not None:
         bias = torch.where(j >= texts.documents[:, None, :, None], bias, dropped)  # (B, H or 1, 1, m)
-    keys = sinks.cap_distances(layer, keys.index_select(2, slots), start, j)
-    return average(layer, grouped, keys, values.index_select(2, slots), group(layer, bias), all_kept).view(q.shape)
+    keys = sinks.cap_distances(layer, keys, start, j)
+    return average(layer, grouped, keys, values, group(layer, bias), all_kept).view(q.shape)
 
 
 def kept_by_query(layer, cache, i, q):
     """Of the cached keys that the query q at position i keeps: (slots (m,), positions (m,), bias (1, H or 1, 1, m) in
-    the dtype of q)."""
+    the dtype of q). Slots are None if it keeps all, in the order of `Cache.positions`: copying all takes as long as
+    reading them. First tokens are always selected, since `cap_distances` writes into the copy."""
     first, rows = cache.ahead
     if not first <= i < first + len(rows):
         queries = torch.arange(i, i + AHEAD, device=q.device)
@@ -116,7 +118,12 @@ def kept_by_query(layer, cache, i, q):
         bias = bias[:, row, column].to(q.dtype).clamp(min=mask_value(q.dtype))[None, :, None]
         positions, counts = keys[column], kept.sum(1).tolist()
         slots = torch.where(positions < cache.first, positions, cache.first + (positions - cache.first) % cache.size)
-        first, rows = cache.ahead = i, list(zip(slots.split(counts), positions.split(counts), bias.split(counts, 3)))
+        rows = list(zip(slots.split(counts), positions.split(counts), bias.split(counts, 3)))
+        for n, (slots, positions, bias) in enumerate(rows):
+            if not cache.first and len(slots) == min(i + n + 1, cache.size):
+                order = slots.argsort()
+                rows[n] = None, positions[order], bias[..., order]
+        first, rows = cache.ahead = i, rows
     return rows[i - first]
 
 
