@@ -54,8 +54,8 @@ def attend(layer, q, k, v, texts=NO_TEXTS, dropout=0.0):
 def pack_heads(layer, parts, same_heads, texts, q, *others):
     """(parts as stacks, `PackedTexts`, q, *others) in the engine's memory order: contiguous (H, B, T, E).
 
-    parts: from `stacks_of`. q and others: (B, H, T, E), or None. Heads that share bias and blocks become more examples, (1, B H, T, E), without
-    a copy.
+    parts: from `stacks_of`. q and others: (B, H, T, E), or None. Heads that share bias and blocks become more examples,
+    (1, B H, T, E), without a copy.
     """
     B, H = q.shape[:2]
     folded = same_heads and all(len(s.block.heads) == H for part in parts for s in part)
