@@ -6,7 +6,6 @@ Letters: B batch, T time, H heads, K key heads, G = H / K heads that share a key
 import math
 
 import torch
-import torch.nn.functional as F
 
 from core import sinks
 from core.ops import expand_heads, mask_value
@@ -156,10 +155,8 @@ def average(layer, q, k, v, bias, keeps_itself=False):
     bias: (B or 1, K or 1, G or 1, m) in the dtype of q, `mask_value` for dropped pairs; None: 0.
     keeps_itself: every row has a kept key, or no key at all; otherwise rows without one give 0.
     """
-    sink = layer.sink()
-    if keeps_itself and sink is None and not layer.reweighs:
-        return F.scaled_dot_product_attention(q, k, v, bias)
-    scores = q @ k.mT / math.sqrt(q.size(3))
+    # the fused call's sums would depend on the number of threads, which `hardware.adapt_threads` changes
+    scores = (q / math.sqrt(q.size(3))) @ k.mT
     if bias is not None:
         scores = scores + bias
     p = torch.softmax(scores, -1)
@@ -169,7 +166,7 @@ def average(layer, q, k, v, bias, keeps_itself=False):
     if layer.reweighs:
         m = torch.full((1, 1), k.size(2), device=q.device) if dropped is None else (~dropped).sum(-1, keepdim=True)
         p = layer.reweigh(p, m.expand(*p.shape[:3], 1))
-    return sinks.scale_by_sink(p @ v, scores, sink)
+    return sinks.scale_by_sink(p @ v, scores, layer.sink())
 
 
 def kept_by_distance(layer, size, dtype):

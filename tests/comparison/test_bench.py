@@ -178,7 +178,7 @@ def test_mechanisms_are_typed_as_on_the_command_line(settings):
 def test_the_table_of_the_issue():
     """Every mechanism stands in the table, and what has a short name can be built."""
     assert {bench.parse(text).attention for text in bench.ROWS["attention"]} == {
-        "dense", "sparse", "adaptive_attention_span", "atrt", "alibi"}
+        "dense", "sparse", "adaptive_attention_span", "atrt", "alibi", "forgetting"}
     assert sum(bench.parse("adaptive span").options["span_init"]) == 8 * 256
     for text in bench.NAMES:
         assert " " in text  # no name of a file
