@@ -27,11 +27,13 @@ def attend(layer, q, k, v, texts=NO_TEXTS, dropout=0.0):
     B, H = q.shape[:2]
     k, v = expand_heads(k, H), expand_heads(v, H)
     qkv = q, k, v
-    stacks, (same_heads, keeps_itself), variation = stacks_of(layer, q.size(2)), diagonal(layer, q.size(2)), None
+    parts = stacks_of(layer, q.size(2))
+    same_heads, keeps_itself = diagonal(layer, q.size(2))
+    variation = None
     if layer.reweighs and layer.scope == "matrix":
         squares = row_squares(layer, q, k, texts)
         variation = matrix_variation(squares, texts).expand_as(squares)
-    parts, packed, q, k, v, variation = pack_heads(layer, stacks, same_heads, texts, q, k, v, variation)
+    parts, packed, q, k, v, variation = pack_heads(layer, parts, same_heads, texts, q, k, v, variation)
     if layer.reweighs and len(parts) > 1:
         raise ValueError(f"factor needs complete rows, blocks of one part; these have {len(parts)}")
     seed = int(torch.randint(2**62, ())) if dropout else 0  # from the global generator, which resuming restores
@@ -110,7 +112,8 @@ def diagonal(layer, T):
 def row_squares(layer, q, k, texts=NO_TEXTS):
     """The sum of squares of each query's softmax weights, (B, H, T, 1). The blocks must have one part."""
     B, H = q.shape[:2]
-    parts, (same_heads, keeps_itself) = stacks_of(layer, q.size(2)), diagonal(layer, q.size(2))
+    parts = stacks_of(layer, q.size(2))
+    same_heads, keeps_itself = diagonal(layer, q.size(2))
     (stacks,), texts, q, k = pack_heads(layer, parts, same_heads, texts, q, k)
     squares = q.new_zeros(*q.shape[:3], 1, dtype=accumulate_dtype(q))
     for tile in Tiles(layer, stacks, q, may_be_empty=not keeps_itself, texts=texts, decay=texts.decay):
