@@ -91,21 +91,21 @@ def attend(layer, q, k, v, cache, texts=NO_TEXTS):
     if layer.relative and texts.documents is None and texts.decay is None:
         return attend_by_distance(layer, grouped, keys, values, start, cache).view(q.shape)
     (slots, j, bias), dropped = kept_by_query(layer, cache, start, q), mask_value(q.dtype)
-    all_kept = bias.size(1) == 1 and texts.documents is None  # else heads or texts differ in what they keep
+    all_kept = (bias is None or bias.size(1) == 1) and texts.documents is None  # else heads or texts differ
     keys, values, *decay = (x if slots is None else x.index_select(2, slots) for x in (keys, values, *decay))
     if decay:
         between = decay_between(texts.decay, decay[0], True).to(q.dtype)
-        bias = torch.where(bias > dropped, bias + between, bias)  # (B, H, 1, m)
+        bias = between if bias is None else torch.where(bias > dropped, bias + between, bias)  # (B, H, 1, m)
     if texts.documents is not None:
-        bias = torch.where(j >= texts.documents[:, None, :, None], bias, dropped)  # (B, H or 1, 1, m)
+        bias = (q.new_zeros(()) if bias is None else bias).where(j >= texts.documents[:, None, :, None], dropped)
     keys = sinks.cap_distances(layer, keys, start, j)
     return average(layer, grouped, keys, values, group(layer, bias), all_kept).view(q.shape)
 
 
 def kept_by_query(layer, cache, i, q):
     """Of the cached keys that the query q at position i keeps: (slots (m,), positions (m,), bias (1, H or 1, 1, m) in
-    the dtype of q). Slots are None if it keeps all, in the order of `Cache.positions`: copying all takes as long as
-    reading them. First tokens are always selected, since `cap_distances` writes into the copy."""
+    the dtype of q, None: 0). Slots are None if it keeps all, in the order of `Cache.positions`: copying all takes as
+    long as reading them. First tokens are always selected, since `cap_distances` writes into the copy."""
     first, rows = cache.ahead
     if not first <= i < first + len(rows):
         queries = torch.arange(i, i + AHEAD, device=q.device)
@@ -117,18 +117,21 @@ def kept_by_query(layer, cache, i, q):
         bias = bias[:, row, column].to(q.dtype).clamp(min=mask_value(q.dtype))[None, :, None]
         positions, counts = keys[column], kept.sum(1).tolist()
         slots = torch.where(positions < cache.first, positions, cache.first + (positions - cache.first) % cache.size)
-        rows = list(zip(slots.split(counts), positions.split(counts), bias.split(counts, 3)))
+        biases = bias.split(counts, 3) if bias.any() else [None] * AHEAD
+        rows = list(zip(slots.split(counts), positions.split(counts), biases))
         for n, (slots, positions, bias) in enumerate(rows):
             if not cache.first and len(slots) == min(i + n + 1, cache.size):
                 order = slots.argsort()
-                rows[n] = None, positions[order], bias[..., order]
+                rows[n] = None, positions[order], None if bias is None else bias[..., order]
         first, rows = cache.ahead = i, rows
     return rows[i - first]
 
 
 def group(layer, bias):
-    """A bias (B or 1, H or 1, 1, m) as (B or 1, K or 1, G or 1, m)."""
-    return bias.squeeze(2).unflatten(1, (layer.n_kv_head, -1)) if bias.size(1) > 1 else bias
+    """A bias (B or 1, H or 1, 1, m) as (B or 1, K or 1, G or 1, m). None stays None."""
+    if bias is None or bias.size(1) == 1:
+        return bias
+    return bias.squeeze(2).unflatten(1, (layer.n_kv_head, -1))
 
 
 def attend_by_distance(layer, q, k, v, i, cache):
@@ -141,7 +144,8 @@ def attend_by_distance(layer, q, k, v, i, cache):
         return average(layer, q, k, v, None if bias is None else bias[..., i - cache.positions()], True)
     if cache.length < cache.size:
         near = distances <= i
-        heads, distances, bias = heads[near[: len(heads)]], distances[near], bias[..., near]
+        heads, distances = heads[near[: len(heads)]], distances[near]
+        bias = None if bias is None else bias[..., near]
     slots = (i - distances) % cache.size
     if not len(heads):
         return average(layer, q, k.index_select(2, slots), v.index_select(2, slots), bias, keeps_itself)
@@ -173,20 +177,18 @@ def kept_by_distance(layer, size, dtype):
     """What a query of a relative layer keeps of the `size` positions up to its own: (heads, distances, bias, whether
     each head keeps the query's own key).
 
-    If all are kept, distances is None, and bias is (1, K or 1, G or 1, size) by distance, or None: 0. If all heads keep
-    the same, distances is (m,), bias (1, K or 1, G or 1, m), and heads is empty. Else the distances that any head of a
-    group keeps are joined to (m,) for all groups, heads (m,) names the key head of each, and bias (1, 1, H, m) drops
-    each group's keys for the others.
+    If all heads keep the same, distances is (m,), or None if all are kept, bias is (1, K or 1, G or 1, m), or None: 0,
+    and heads is empty. Else the distances that any head of a group keeps are joined to (m,) for all groups, heads (m,)
+    names the key head of each, and bias (1, 1, H, m) drops each group's keys for the others.
     """
     bias = layer.bias_by_offset(size, future=False).flip(1)[None, :, None].to(dtype)
     bias = bias.clamp(min=mask_value(dtype))
     kept = bias[0, :, 0] > mask_value(dtype)
-    if kept.all():
-        return None, None, group(layer, bias) if bias.any() else None, True
     keeps_itself = bool(kept[:, 0].all())
     if (kept == kept[0]).all():
         distances = kept[0].nonzero()[:, 0]
-        return distances[:0], distances, group(layer, bias[..., distances]), keeps_itself
+        bias = group(layer, bias[..., distances]) if bias[..., distances].any() else None
+        return distances[:0], None if len(distances) == size else distances, bias, keeps_itself
     heads, distances = kept.view(layer.n_kv_head, -1, size).any(1).nonzero().unbind(1)
     same_group = heads == torch.arange(layer.n_head, device=bias.device)[:, None] // (layer.n_head // layer.n_kv_head)
     return heads, distances, bias[:, :, 0, distances].where(same_group, mask_value(dtype))[None], keeps_itself

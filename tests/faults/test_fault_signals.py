@@ -38,8 +38,9 @@ def kill(process, out, draw, kind, duration):
 
 
 def test_sigkill(whole, text, tmp_path):
-    """At moments drawn at random: any, within the writing of a checkpoint, and around the system calls of that. Runs
-    are killed and resumed until they end, one after the other, until there were enough kills."""
+    """Within the writing of a checkpoint, at any moment, around the system calls of writing, and at any moment again: in
+    turn, so that a few kills have some of each. Runs are killed and resumed until they end, one after the other, until
+    there were enough kills."""
     draw, wanted, killed, inside, ended = random.Random(1), several(6, 50), 0, 0, 0
     began = time.monotonic()
     assert fit(tmp_path / "timed", text)[0] == 0 and lost(whole, tmp_path / "timed") == 0
@@ -47,9 +48,9 @@ def test_sigkill(whole, text, tmp_path):
     while killed < wanted:
         out, code = tmp_path / f"run{ended}", None
         while code != 0:
-            kind = draw.choice(["any", "any", "writing", "call"]) if killed < wanted else "none"
+            kind = ("writing", "any", "call", "any")[killed % 4] if killed < wanted else "none"
             call = draw.choice(["fsync", "link", "replace"]), draw.randint(1, 12), draw.random() < 0.5
-            faults = {"writing": [("slow_writes", (0.1,))], "call": [("killed_at", call)]}.get(kind, [])
+            faults = {"writing": [("slow_writes", (0.2,))], "call": [("killed_at", call)]}.get(kind, [])
             had = (out / "ckpt.pt").exists()
             process = begin(out, text, faults=faults)
             if kind in ("any", "writing"):
