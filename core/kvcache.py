@@ -141,7 +141,8 @@ def attend_by_distance(layer, q, k, v, i, cache):
         cache.kept = kept_by_distance(layer, cache.size, q.dtype)
     heads, distances, bias, keeps_itself = cache.kept
     if distances is None:
-        return average(layer, q, k, v, None if bias is None else bias[..., i - cache.positions()], True)
+        by_slot = None if bias is None else bias.narrow(3, (-i - 1) % cache.size, k.size(2))
+        return average(layer, q, k, v, by_slot, True)
     if cache.length < cache.size:
         near = distances <= i
         heads, distances = heads[near[: len(heads)]], distances[near]
@@ -177,9 +178,10 @@ def kept_by_distance(layer, size, dtype):
     """What a query of a relative layer keeps of the `size` positions up to its own: (heads, distances, bias, whether
     each head keeps the query's own key).
 
-    If all heads keep the same, distances is (m,), or None if all are kept, bias is (1, K or 1, G or 1, m), or None: 0,
-    and heads is empty. Else the distances that any head of a group keeps are joined to (m,) for all groups, heads (m,)
-    names the key head of each, and bias (1, 1, H, m) drops each group's keys for the others.
+    If all heads keep the same, heads is empty, distances is (m,), and bias is (1, K or 1, G or 1, m), or None: 0. If all
+    are kept, distances is None, and bias stands twice in falling order, so that a part of it follows the ring. Else the
+    distances that any head of a group keeps are joined to (m,) for all groups, heads (m,) names the key head of each,
+    and bias (1, 1, H, m) drops each group's keys for the others.
     """
     bias = layer.bias_by_offset(size, future=False).flip(1)[None, :, None].to(dtype)
     bias = bias.clamp(min=mask_value(dtype))
@@ -188,7 +190,9 @@ def kept_by_distance(layer, size, dtype):
     if (kept == kept[0]).all():
         distances = kept[0].nonzero()[:, 0]
         bias = group(layer, bias[..., distances]) if bias[..., distances].any() else None
-        return distances[:0], None if len(distances) == size else distances, bias, keeps_itself
+        if len(distances) < size:
+            return distances[:0], distances, bias, keeps_itself
+        return distances[:0], None, None if bias is None else torch.cat([bias, bias], 3).flip(3), True
     heads, distances = kept.view(layer.n_kv_head, -1, size).any(1).nonzero().unbind(1)
     same_group = heads == torch.arange(layer.n_head, device=bias.device)[:, None] // (layer.n_head // layer.n_kv_head)
     return heads, distances, bias[:, :, 0, distances].where(same_group, mask_value(dtype))[None], keeps_itself
