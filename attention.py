@@ -180,9 +180,9 @@ class Attention(nn.Module):
     def dense(self):
         return kernels.is_dense(self)
 
-    def choose_kernel(self, device):
-        """The name of the kernel that computes this layer on a device: see `kernels.choose_kernel`."""
-        return kernels.choose_kernel(self, device)
+    def choose_kernel(self, device, dtype=torch.float32, T=0):
+        """The name of the kernel that computes this layer: see `kernels.choose_kernel`."""
+        return kernels.choose_kernel(self, device, dtype, T)
 
     def weights(self, q, k, i=None, j=None, texts=NO_TEXTS):
         """The dense reference: reweigh(softmax(q k^T / sqrt(D) + bias)), scaled by the `sink`.

@@ -15,6 +15,7 @@ import torch
 
 from core import engine, flex, kvcache
 from core.config import UserError
+from core.kernels import sdpa
 from core.ops import expand_heads, rotations
 from core.texts import NO_TEXTS, Texts, document_starts, with_gates
 
@@ -221,6 +222,7 @@ def kernels(layer, texts=NO_TEXTS):
         return lambda q, k, v, decay=None: attend(layer, q, k, v, texts._replace(decay=decay))
 
     functions = {"reference": reference, "engine": engine.attend, "flex": flex.attend}
+    functions |= {"sdpa": sdpa} if layer.dense else {}
     return {name: with_decay(attend) for name, attend in functions.items()}
 
 

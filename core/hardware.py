@@ -171,7 +171,7 @@ def compiled(model):
     if device == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
         raise UserError("compile=True needs a C++ compiler on a CPU and found none; install g++, or leave it False")
     for attention in model.attentions():
-        if attention.choose_kernel(device) == "engine":
+        if "engine" in (attention.choose_kernel(device, dtype) for dtype in (torch.float32, torch.bfloat16)):
             attention.attend = torch.compiler.disable(attention.attend)
     return torch.compile(model)
 

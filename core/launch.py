@@ -83,7 +83,7 @@ def print_costs(model, example, settings, device, dtype):
 
 def print_machine(model, device, dtype, peak):
     """Print what the run computes on, and how. peak: FLOP/s of matrix products."""
-    kernels = " and ".join(sorted({attention.choose_kernel(device) for attention in model.attentions()}))
+    kernels = " and ".join(sorted({layer.choose_kernel(device, getattr(torch, dtype)) for layer in model.attentions()}))
     ranks = f"{dist.world} ranks, " * (dist.world > 1)
     print(f"{device} ({ranks}{torch.get_num_threads()} threads), products in {dtype}: {peak / 1e9:,.0f} GFLOP/s; "
           f"{model.config.attention} attention{kernels and f' by {kernels}'}")
