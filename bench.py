@@ -35,6 +35,7 @@ from core.inference import convert_for_inference
 from core.kvcache import cache_bytes
 from core.mechanisms import mechanism
 from core.nanogpt import import_model
+from core.optimizers import adamw
 from core.report import add_ratios, print_table
 from core.texts import NO_TEXTS, with_gates
 from model import GPT, GPTConfig
@@ -241,10 +242,6 @@ def ours(row, context):
                      n_kv_head=row.n_kv_head, dropout=dropout, n_class=0 if causal else 2)
 
 
-def adamw(model):
-    return torch.optim.AdamW(model.parameter_groups(0.1), lr=1e-3, betas=(0.9, 0.99), fused=True)
-
-
 def bench_step(rows, T):
     """Training steps, each of batch_size texts of T tokens; of a classifier where causal is False."""
     x = torch.randint(vocab_size, (batch_size, T), device=device)
@@ -252,7 +249,7 @@ def bench_step(rows, T):
     batch, runs = [(x, y, None, 1.0)], {}  # {name: (FLOP per token, model, what is called, optimizer, precision)}
     for row in rows:
         model = ours(row, T)
-        cost, optimizer = model.estimate_flops(T), adamw(model)
+        cost, optimizer = model.estimate_flops(T), adamw(model.parameter_groups(0.1), 1e-3, (0.9, 0.99))
         runs[row.label] = cost, model, model, optimizer, dtype
         if compile:
             runs[f"{row.label}, compiled"] = cost, model, hardware.compiled(model), optimizer, dtype
@@ -318,7 +315,7 @@ def bench_ranks(rows, T):
         model = ours(row, T)
         N = model.parameter_count()
         model = dist.shard(model, device) if sharded else model
-        forward, optimizer = dist.wrap(model), adamw(model)
+        forward, optimizer = dist.wrap(model), adamw(model.parameter_groups(0.1), 1e-3, (0.9, 0.99))
 
         def step():
             for n in range(passes):

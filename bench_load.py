@@ -27,6 +27,7 @@ import torch
 from core import hardware, timing
 from core.config import UserError, check_choice, configure, run_main
 from core.inference import convert_for_inference
+from core.optimizers import adamw
 from core.report import print_table
 from model import GPT, GPTConfig
 from train import batch_size, block_size, n_embd, n_head, n_layer
@@ -71,7 +72,7 @@ def worker():
     trained, sampled = (GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size,
                                       vocab_size=vocab_size)) for _ in range(2))
     x, y = torch.randint(vocab_size, (2, batch_size, block_size))
-    optimizer = torch.optim.AdamW(trained.parameter_groups(0.1), lr=1e-3, betas=(0.9, 0.99), fused=True)
+    optimizer = adamw(trained.parameter_groups(0.1), 1e-3, (0.9, 0.99))
     sampled = convert_for_inference(sampled, hardware.DTYPES[dtype])
     stream = sampled.generate_stream(x[:1], 10**9, temperature=0.8, top_k=200)
     sampling = map(lambda token: 1, stream)

@@ -30,10 +30,10 @@ from core import ROOT, charts, dist, hardware, timing
 from core.checkpoint import PREVIOUS
 from core.config import UserError, check_choice, configure, plain_values, run_main
 from core.dataset import Dataset, batches
-from core.dist import leave_if_asked
 from core.launch import check_size
 from core.meta import difference
 from core.model_config import ABSOLUTE
+from core.optimizers import adamw
 from core.readers import is_number
 from core.report import summarize, table
 from core.results import (continue_prompts, hard_reviews, is_result, judge_hard, read_if_same,
@@ -126,7 +126,7 @@ def typical_steps(variant, device, dtype):
     parameters)."""
     model, source = set_up(variant, device)
     net, passes = dist.wrap(model, variant.settings["compile"]), variant.settings["gradient_accumulation_steps"]
-    optimizer = torch.optim.AdamW(model.parameter_groups(0.0), lr=0.0, fused=True)  # the weights stay as they are
+    optimizer = adamw(model.parameter_groups(0.0), 0.0, (0.9, 0.99))  # the weights stay as they are
     texts = [source.batch(step)[0] for step in range(50)]
     work = sum(x.numel() * model.estimate_flops(x.size(1)) for x in texts) / len(texts) * passes
     chosen = sorted(range(len(texts)), key=lambda step: texts[step].size(1))[5::10]
@@ -378,7 +378,7 @@ def run_all(chosen):
             found.append(result)
             ratio = sum(r["seconds"] for r in found) / sum(seconds[: n + 1])
             write_text(Path(out_dir) / "results.jsonl", "".join(json.dumps(result) + "\n" for result in found))
-            leave_if_asked()
+            dist.leave_if_asked()
     except Stop:
         print(f"\nstopped with {len(found)} of {len(todo)} runs done; start it again to go on")
         return 128 + asked[0]

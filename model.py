@@ -45,6 +45,7 @@ class GPTConfig:
     ngram_rows: int = 65536  # of each table of n-grams
     ngram_dim: int = 32  # columns of the tables
     ngram_dropout: float = 0.0  # the share of n-grams whose embeddings are dropped in training
+    ngram_sparse: bool = False  # gradients of the tables hold the rows that a batch read; not for sharded models
     tie: bool = True  # a language model's head shares the token embedding's weight
     n_class: int = 0  # 0: a language model
     model: str = "gpt"  # or 'bilstm'
@@ -113,7 +114,7 @@ class GPT(Model):
         self.embedding = nn.Embedding(config.vocab_size, C)
         if config.ngram:
             self.ngrams = NgramEmbedding(config.ngram, config.ngram_rows, config.ngram_dim, config.vocab_size, C,
-                                         config.ngram_dropout)
+                                         config.ngram_dropout, config.ngram_sparse)
         if config.pos == "learned":
             self.positions = nn.Embedding(config.block_size, C)
         self.layers = nn.ModuleList(Block(config, n, attention_class) for n in range(config.n_layer))
@@ -189,17 +190,20 @@ class GPT(Model):
             return logits, None
         return logits, F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), ignore_index=-1)
 
-    def parameter_groups(self, weight_decay, mask_lr=1.0):
+    def parameter_groups(self, weight_decay, mask_lr=1.0, ngram_lr=1.0):
         """Parameter groups for an optimizer: weight_decay for matrices, 0 for vectors. The training loop multiplies the
-        learning rate by a group's `lr_scale`: mask_lr for the parameters of attention's bias, such as spans, else 1.
+        learning rate by a group's `lr_scale`: mask_lr for the parameters of attention's bias, such as spans, ngram_lr
+        for the tables of n-grams, else 1. `sparse` says whether the gradients are sparse tensors.
 
         Whole tensors and those that FSDP shards (`type(p)`) are in separate groups: fused optimizers do not mix them.
         """
         masks, groups = set(self.mask_parameters()), {}
+        tables = set(self.ngrams.tables.parameters()) if self.config.ngram else set()
         for p in self.parameters():
-            groups.setdefault((p.dim() >= 2, p in masks, type(p)), []).append(p)
-        return [{"params": group, "weight_decay": weight_decay * matrices, "lr_scale": mask_lr if mask else 1.0}
-                for (matrices, mask, _), group in groups.items()]
+            groups.setdefault((p.dim() >= 2, p in masks, p in tables, type(p)), []).append(p)
+        return [{"params": group, "weight_decay": weight_decay * matrices, "sparse": table and self.config.ngram_sparse,
+                 "lr_scale": mask_lr if mask else ngram_lr if table else 1.0}
+                for (matrices, mask, table, _), group in groups.items()]
 
     @torch.no_grad()
     def maps(self, idx, lengths=None):

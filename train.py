@@ -25,7 +25,7 @@ from core.config import UserError, check_choice, configure, run_main
 from core.dataset import batches
 from core.evaluation import evaluate
 from core.launch import check_size
-from core.optimizers import Optimizers  # for configure_optimizer, when you edit it
+from core.optimizers import Optimizers, adamw  # Optimizers: for configure_optimizer, when you edit it
 from core.run import Run
 from core.warm_start import WarmStart, check_init_from
 from model import GPTConfig, load, new_model, options_of
@@ -74,6 +74,7 @@ ngram = 0
 ngram_rows = 65536
 ngram_dim = 32
 ngram_dropout = 0.0
+ngram_sparse = False  # a step then costs the rows of the tables that it reads: SparseAdam instead of AdamW for them
 tie = True
 pool = "mean"
 document_mask = False  # a token sees its own document only
@@ -84,6 +85,7 @@ kernel = "auto"
 
 # the optimiser: AdamW
 mask_lr = 1.0  # the rate of spans, periods and other parameters of the mask, as a multiple of learning_rate
+ngram_lr = 1.0  # the rate of the tables of n-grams, likewise
 learning_rate = 2e-3  # small models allow more than nanoGPT's 6e-4
 min_lr = 2e-4
 max_iters = 350
@@ -115,12 +117,13 @@ def get_lr(step):
 
 
 def configure_optimizer(model):
-    """The optimiser: edit me. Any optimiser whose state is tensors and numbers is saved and resumed.
+    """The optimiser: edit me, for example torch.optim.SGD(groups, lr=learning_rate, momentum=0.9). Any optimiser whose
+    state is tensors and numbers is saved and resumed.
 
     For two, each with weights of its own, return Optimizers(torch.optim.Muon(matrices), torch.optim.AdamW(others)).
     """
-    groups = model.parameter_groups(weight_decay, mask_lr)  # fused: one pass over all weights
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)
+    groups = model.parameter_groups(weight_decay, mask_lr, ngram_lr)
+    return adamw(groups, learning_rate, (beta1, beta2))
 
 
 def check(settings):
@@ -136,10 +139,12 @@ def check(settings):
                         "scaler; use bfloat16 or float32")
     at_least = dict.fromkeys(("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval"), 1)
     at_least |= dict.fromkeys(("seed", "max_iters", "warmup_iters", "lr_decay_iters", "eval_iters", "patience",
-                               "learning_rate", "mask_lr", "min_lr", "weight_decay", "grad_clip", "beta1", "beta2"), 0)
+                               "learning_rate", "mask_lr", "ngram_lr", "min_lr", "weight_decay", "grad_clip", "beta1", "beta2"), 0)
     for key, least in at_least.items():
         if not settings[key] >= least:
             raise UserError(f"{key} must be at least {least}, got {settings[key]}")
+    if given.ngram_sparse and given.shard:
+        raise UserError("ngram_sparse=True cannot be sharded; leave one of ngram_sparse and shard out")
     if given.seed >= 2**63:
         raise UserError(f"seed must be below 2**63, got {given.seed}")
     for key in ("beta1", "beta2"):

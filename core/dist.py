@@ -263,12 +263,15 @@ def clip_grad_norm(model, max_norm):
     kinds = {}  # sharded and whole tensors cannot be in one call
     for p in model.parameters():
         if p.grad is not None:
-            kinds.setdefault(is_sharded(p), []).append(p)
-    norms = [nn.utils.get_total_norm([p.grad for p in kind]) for kind in kinds.values()]
+            kinds.setdefault((is_sharded(p), p.grad.is_sparse), []).append(p)
+    for p in kinds.get((False, True), []):
+        p.grad = p.grad.coalesce()  # each row once
+    norms = [nn.utils.get_total_norm([p.grad.values() if sparse else p.grad for p in kind])
+             for (_, sparse), kind in kinds.items()]
     norms = [norm.full_tensor() if is_sharded(norm) else norm for norm in norms]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-    for kind in kinds.values():
-        nn.utils.clip_grads_with_norm_(kind, max_norm or math.inf, norm)
+    for (_, sparse), kind in kinds.items():
+        nn.utils.clip_grads_with_norm_(kind, max_norm or math.inf, norm, foreach=False if sparse else None)
     return norm
 
 

@@ -4,7 +4,7 @@ from core.config import UserError, check_choice
 from core.kernels import KERNELS
 
 ABSOLUTE = ("learned", "sinusoidal")  # positions that end at the block size
-OF_THE_RUN = ("dropout", "ngram_dropout", "kernel")  # fields that a resumed or warm-started run takes from its settings
+OF_THE_RUN = ("dropout", "ngram_dropout", "ngram_sparse", "kernel")  # fields that a later run takes from its own settings
 
 
 def check(config):

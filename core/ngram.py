@@ -16,13 +16,14 @@ class NgramEmbedding(nn.Module):
 
     Each n has a table of `rows` x `width`, and an n-gram reads the row of its hash. Tokens before the text, or before
     the document of a token if documents are masked, count as token 0. In training, each embedding of an n-gram is
-    dropped as a whole with probability `dropout`, since tables of long n-grams learn a small text by heart.
+    dropped as a whole with probability `dropout`, since tables of long n-grams learn a small text by heart. With
+    `sparse`, a step costs the rows that it reads and not the whole tables: see `optimizers.adamw`.
     """
 
-    def __init__(self, longest, rows, width, vocab_size, n_embd, dropout=0.0):
+    def __init__(self, longest, rows, width, vocab_size, n_embd, dropout=0.0, sparse=False):
         super().__init__()
         self.longest, self.vocab_size, self.dropout = longest, vocab_size, dropout
-        self.tables = nn.ModuleList(nn.Embedding(rows, width) for _ in range(2, longest + 1))
+        self.tables = nn.ModuleList(nn.Embedding(rows, width, sparse=sparse) for _ in range(2, longest + 1))
         self.proj = nn.Linear(width * len(self.tables), n_embd, bias=False)
 
     def rows(self, text, preceding=None):

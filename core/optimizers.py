@@ -30,11 +30,24 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=set_to_none)
 
 
+def adamw(groups, lr, betas):
+    """AdamW of `Model.parameter_groups`; for groups of sparse gradients SparseAdam, which changes the rows that a step
+    read, without weight decay. A row's averages stand still while it is not read, so rare rows move less for one
+    gradient: give them a higher rate."""
+    sparse = [group for group in groups if group["sparse"]]
+    dense = torch.optim.AdamW([group for group in groups if not group["sparse"]], lr=lr, betas=betas, fused=True)
+    return Optimizers(dense, torch.optim.SparseAdam(sparse, lr=lr, betas=betas)) if sparse else dense
+
+
+def each_of(optimizer):
+    """The optimisers of an `Optimizers`, or the one itself."""
+    return getattr(optimizer, "optimizers", (optimizer,))
+
+
 def state_of(optimizer):
     """{weight: the dict of its state}, of each weight that the optimiser updates; these are the optimiser's own
     dicts."""
-    each = getattr(optimizer, "optimizers", (optimizer,))
-    return {p: one.state[p] for one in each for group in one.param_groups for p in group["params"]}
+    return {p: one.state[p] for one in each_of(optimizer) for group in one.param_groups for p in group["params"]}
 
 
 def optimizer_state(model, optimizer):
@@ -61,8 +74,10 @@ def initialize_state(optimizer):
     rates = [group["lr"] for group in optimizer.param_groups]
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     before = [p.detach().clone() for p in weights]
-    for p in weights:
-        p.grad = torch.zeros_like(p)
+    for one in each_of(optimizer):
+        layout = torch.sparse_coo if isinstance(one, torch.optim.SparseAdam) else torch.strided
+        for p in (p for group in one.param_groups for p in group["params"]):
+            p.grad = torch.zeros_like(p, layout=layout)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     optimizer.step()

@@ -61,7 +61,7 @@ def training_step(model, net, optimizer, batches, device, dtype):
         with hardware.autocast(device, dtype):
             loss = net(x, y)[1] if lengths is None else net(x, y, lengths)[1]
         ((loss + model.penalty()) * share).backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    dist.clip_grad_norm(model, 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

@@ -25,6 +25,8 @@ KINDS = {
     "span": ("text", ("--attention=adaptive_attention_span", "--use_triangle_wave_masking=True", "--span_reg=1e-3",
                       "--softness_span_mask=4", "--grad_clip=0.5", "--gradient_accumulation_steps=2")),
     "layernorm": ("text", ("--norm=layernorm", "--bias=True", "--pos=learned", "--tie=False")),
+    "sparse tables": ("text", ("--ngram=3", "--ngram_rows=40", "--ngram_dim=4", "--ngram_sparse=True", "--ngram_lr=5",
+                               "--grad_clip=0.5", "--gradient_accumulation_steps=2", "--batch_size=5")),
     "bilstm": ("reviews", ("--model=bilstm", "--attention=additive", "--hidden=8")),
 }
 

@@ -10,7 +10,7 @@ from core.config import UserError
 from core.optimizers import initialize_state, optimizer_state, restore_optimizer, state_of
 from model import GPT, GPTConfig, load
 
-ADAMW = "    return torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)\n"
+ADAMW = "    return adamw(groups, learning_rate, (beta1, beta2))\n"
 OPTIMIZERS = {
     "sgd": "    return torch.optim.SGD(groups, lr=learning_rate, momentum=0.9)\n",
     "muon": """\
