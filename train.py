@@ -139,7 +139,8 @@ def check(settings):
                         "scaler; use bfloat16 or float32")
     at_least = dict.fromkeys(("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval"), 1)
     at_least |= dict.fromkeys(("seed", "max_iters", "warmup_iters", "lr_decay_iters", "eval_iters", "patience",
-                               "learning_rate", "mask_lr", "ngram_lr", "min_lr", "weight_decay", "grad_clip", "beta1", "beta2"), 0)
+                               "learning_rate", "mask_lr", "ngram_lr", "min_lr", "weight_decay", "grad_clip", "beta1",
+                               "beta2"), 0)
     for key, least in at_least.items():
         if not settings[key] >= least:
             raise UserError(f"{key} must be at least {least}, got {settings[key]}")

@@ -178,10 +178,10 @@ def kept_by_distance(layer, size, dtype):
     """What a query of a relative layer keeps of the `size` positions up to its own: (heads, distances, bias, whether
     each head keeps the query's own key).
 
-    If all heads keep the same, heads is empty, distances is (m,), and bias is (1, K or 1, G or 1, m), or None: 0. If all
-    are kept, distances is None, and bias stands twice in falling order, so that a part of it follows the ring. Else the
-    distances that any head of a group keeps are joined to (m,) for all groups, heads (m,) names the key head of each,
-    and bias (1, 1, H, m) drops each group's keys for the others.
+    If all heads keep the same, heads is empty, distances is (m,), and bias is (1, K or 1, G or 1, m), or None: 0. If
+    all are kept, distances is None, and bias stands twice in falling order, so that a part of it follows the ring. Else
+    the distances that any head of a group keeps are joined to (m,) for all groups, heads (m,) names the key head of
+    each, and bias (1, 1, H, m) drops each group's keys for the others.
     """
     bias = layer.bias_by_offset(size, future=False).flip(1)[None, :, None].to(dtype)
     bias = bias.clamp(min=mask_value(dtype))

@@ -4,7 +4,7 @@ from core.config import UserError, check_choice
 from core.kernels import KERNELS
 
 ABSOLUTE = ("learned", "sinusoidal")  # positions that end at the block size
-OF_THE_RUN = ("dropout", "ngram_dropout", "ngram_sparse", "kernel")  # fields that a later run takes from its own settings
+OF_THE_RUN = ("dropout", "ngram_dropout", "ngram_sparse", "kernel")  # fields that each run takes from its settings
 
 
 def check(config):

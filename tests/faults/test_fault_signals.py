@@ -38,9 +38,9 @@ def kill(process, out, draw, kind, duration):
 
 
 def test_sigkill(whole, text, tmp_path):
-    """Within the writing of a checkpoint, at any moment, around the system calls of writing, and at any moment again: in
-    turn, so that a few kills have some of each. Runs are killed and resumed until they end, one after the other, until
-    there were enough kills."""
+    """Within the writing of a checkpoint, at any moment, around the system calls of writing, and at any moment again:
+    in turn, so that a few kills have some of each. Runs are killed and resumed until they end, one after the other,
+    until there were enough kills."""
     draw, wanted, killed, inside, ended = random.Random(1), several(6, 50), 0, 0, 0
     began = time.monotonic()
     assert fit(tmp_path / "timed", text)[0] == 0 and lost(whole, tmp_path / "timed") == 0
