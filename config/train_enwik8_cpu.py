@@ -11,6 +11,8 @@ batch_size = 4
 activation = "relu2"
 ngram = 6
 ngram_dropout = 0.2
+ngram_sparse = True
+ngram_lr = 40.0
 
 max_iters = 5000
 warmup_iters = 100

@@ -7,6 +7,8 @@ n_embd = 128
 activation = "relu2"
 zero_init = True
 ngram = 8
+ngram_sparse = True
+ngram_lr = 40.0
 
 batch_size = 4
 max_iters = 1500

@@ -31,12 +31,11 @@ class Optimizers:
 
 
 def adamw(groups, lr, betas):
-    """AdamW of `Model.parameter_groups`; for groups of sparse gradients SparseAdam, which changes the rows that a step
-    read, without weight decay. A row's averages stand still while it is not read, so rare rows move less for one
-    gradient: give them a higher rate."""
+    """AdamW of `Model.parameter_groups`; for groups of sparse gradients SparseAdam, which changes only the rows that a
+    step read, without weight decay. It has no average of gradients (beta1 = 0): a rare row's would be of long ago."""
     sparse = [group for group in groups if group["sparse"]]
     dense = torch.optim.AdamW([group for group in groups if not group["sparse"]], lr=lr, betas=betas, fused=True)
-    return Optimizers(dense, torch.optim.SparseAdam(sparse, lr=lr, betas=betas)) if sparse else dense
+    return Optimizers(dense, torch.optim.SparseAdam(sparse, lr=lr, betas=(0.0, betas[1]))) if sparse else dense
 
 
 def each_of(optimizer):
