@@ -12,8 +12,6 @@ dropout = 0.2
 activation = "relu2"
 ngram = 5
 ngram_dropout = 0.5
-ngram_sparse = True
-ngram_lr = 40.0
 
 max_iters = 5000
 warmup_iters = 100
