@@ -298,12 +298,15 @@ def test_refused(text, tmp_path, refused, change, said):
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("config/compare_*.py")), ids=lambda file: file.stem)
-def test_configs(file, monkeypatch):
-    """Every config names variants that exist."""
-    monkeypatch.chdir(ROOT)
+def test_configs(file, text, tmp_path, monkeypatch):
+    """Every config names variants that exist, also from another folder. Weights that runs begin with are made first."""
+    monkeypatch.chdir(tmp_path)
     before = dict(vars(compare))
     try:
         compare.configure(vars(compare), [str(file)])
+        for source in (argument.partition("--init_from=")[2] for argument in compare.base):
+            if source:
+                assert call(train, f"--dataset={text}", f"--out_dir={source}", *SMALL, "--max_iters=0") is None
         compare.check()
         assert len({tuple(variant.arguments)
                     for variant in map(compare.parse, compare.variants)}) == len(compare.variants)
