@@ -33,9 +33,9 @@ class Optimizers:
 def adamw(groups, lr, betas):
     """AdamW of `Model.parameter_groups`; for groups of sparse gradients SparseAdam, which changes only the rows that a
     step read, without weight decay. It has no average of gradients (beta1 = 0): a rare row's would be of long ago."""
-    sparse = [group for group in groups if group["sparse"]]
+    sparse = [group | {"lr": lr} for group in groups if group["sparse"]]  # SparseAdam's own argument may not be 0
     dense = torch.optim.AdamW([group for group in groups if not group["sparse"]], lr=lr, betas=betas, fused=True)
-    return Optimizers(dense, torch.optim.SparseAdam(sparse, lr=lr, betas=(0.0, betas[1]))) if sparse else dense
+    return Optimizers(dense, torch.optim.SparseAdam(sparse, betas=(0.0, betas[1]))) if sparse else dense
 
 
 def each_of(optimizer):

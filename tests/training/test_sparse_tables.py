@@ -69,6 +69,16 @@ def test_rates_of_the_groups():
     assert not any(group["sparse"] for group in tiny().parameter_groups(0.1))
 
 
+def test_a_rate_of_0_changes_nothing():
+    """As in the steps that compare.py measures."""
+    model = tiny(ngram_sparse=True)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    optimizer = adamw(model.parameter_groups(0.0), 0.0, (0.9, 0.99))
+    backward(model, 0)
+    optimizer.step()
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
 def test_another_optimiser_says_what_it_cannot_do():
     model = tiny(ngram_sparse=True)
     optimizer = torch.optim.AdamW(model.parameter_groups(0.1), lr=1e-2)
