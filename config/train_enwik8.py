@@ -13,8 +13,6 @@ activation = "relu2"
 ngram = 6
 ngram_rows = 262144
 ngram_dropout = 0.2
-ngram_sparse = True
-ngram_lr = 40.0
 
 learning_rate = 1e-3
 lr_schedule = "linear"
