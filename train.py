@@ -144,8 +144,10 @@ def check(settings):
     for key, least in at_least.items():
         if not settings[key] >= least:
             raise UserError(f"{key} must be at least {least}, got {settings[key]}")
-    if given.ngram_sparse and given.shard:
-        raise UserError("ngram_sparse=True cannot be sharded; leave one of ngram_sparse and shard out")
+    several_gpus = dist.world > 1 and torch.device(hardware.pick_device(given.device)).type == "cuda"
+    if given.ngram_sparse and (given.shard or several_gpus):
+        raise UserError("ngram_sparse=True is for one device or several ranks on CPUs: it cannot be sharded, and NCCL "
+                        "adds no sparse gradients of several GPUs (pytorch#22400); set it to False")
     if given.seed >= 2**63:
         raise UserError(f"seed must be below 2**63, got {given.seed}")
     for key in ("beta1", "beta2"):

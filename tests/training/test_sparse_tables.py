@@ -5,7 +5,7 @@ import torch
 from training_runs import assert_same_runs, fit, log_of
 
 import train
-from core import dist
+from core import dist, hardware
 from core.optimizers import adamw
 from model import GPT, GPTConfig, load
 
@@ -107,6 +107,9 @@ def test_sparse_tables_learn_as_dense_ones(text, tmp_path):
         assert losses_of_one[-1] < losses_of_one[0] - 0.5
 
 
-def test_sharded_is_refused(text, tmp_path, refused):
-    said = refused(train, f"--dataset={text}", f"--out_dir={tmp_path / 'out'}", "--device=cpu", *SPARSE, "--shard=True")
-    assert "ngram_sparse=True cannot be sharded; leave one of ngram_sparse and shard out" in said
+def test_sharded_and_several_gpus_are_refused(text, tmp_path, refused, monkeypatch):
+    line = (f"--dataset={text}", f"--out_dir={tmp_path / 'out'}", *SPARSE)
+    assert "it cannot be sharded" in refused(train, *line, "--device=cpu", "--shard=True")
+    monkeypatch.setattr(dist, "world", 2)
+    monkeypatch.setattr(hardware, "pick_device", lambda asked: "cuda:0")
+    assert "adds no sparse gradients of several GPUs" in refused(train, *line)
