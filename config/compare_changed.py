@@ -3,7 +3,7 @@
 title = "Trained dense, then changed: Wikipedia as bytes, context 1,024"
 out_dir = "out-compare-changed"
 base = ["config/train_enwik8_cpu.py", "--block_size=1024", "--batch_size=1", "--init_from=out-enwik8-dense",
-        "--learning_rate=1e-3", "--eval_iters=40"]
+        "--learning_rate=1e-4", "--ngram_lr=4", "--eval_iters=40"]
 variants = [
     "dense:",
     "local: --attention=sparse --window=128",
