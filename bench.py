@@ -249,7 +249,7 @@ def bench_step(rows, T):
     batch, runs = [(x, y, None, 1.0)], {}  # {name: (FLOP per token, model, what is called, optimizer, precision)}
     for row in rows:
         model = ours(row, T)
-        cost, optimizer = model.estimate_flops(T), adamw(model.parameter_groups(0.1), 1e-3, (0.9, 0.99))
+        cost, optimizer = model.estimate_flops(T), adamw(model.parameter_groups(0.1))
         runs[row.label] = cost, model, model, optimizer, dtype
         if compile:
             runs[f"{row.label}, compiled"] = cost, model, hardware.compiled(model), optimizer, dtype
@@ -315,7 +315,7 @@ def bench_ranks(rows, T):
         model = ours(row, T)
         N = model.parameter_count()
         model = dist.shard(model, device) if sharded else model
-        forward, optimizer = dist.wrap(model), adamw(model.parameter_groups(0.1), 1e-3, (0.9, 0.99))
+        forward, optimizer = dist.wrap(model), adamw(model.parameter_groups(0.1))
 
         def step():
             for n in range(passes):

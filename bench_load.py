@@ -72,7 +72,7 @@ def worker():
     trained, sampled = (GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size,
                                       vocab_size=vocab_size)) for _ in range(2))
     x, y = torch.randint(vocab_size, (2, batch_size, block_size))
-    optimizer = adamw(trained.parameter_groups(0.1), 1e-3, (0.9, 0.99))
+    optimizer = adamw(trained.parameter_groups(0.1))
     sampled = convert_for_inference(sampled, hardware.DTYPES[dtype])
     stream = sampled.generate_stream(x[:1], 10**9, temperature=0.8, top_k=200)
     sampling = map(lambda token: 1, stream)

@@ -30,7 +30,7 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=set_to_none)
 
 
-def adamw(groups, lr, betas):
+def adamw(groups, lr=1e-3, betas=(0.9, 0.99)):
     """AdamW of `Model.parameter_groups`; for groups of sparse gradients SparseAdam, which changes only the rows that a
     step read, without weight decay. It has no average of gradients (beta1 = 0): a rare row's would be of long ago."""
     sparse = [group | {"lr": lr} for group in groups if group["sparse"]]  # SparseAdam's own argument may not be 0
